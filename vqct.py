@@ -18,6 +18,7 @@ Each class can be lifted out with the imports below. To see the shapes of both p
 """
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -25,6 +26,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+
+# torch calls its compressed sparse rows a beta on first use; the one product taken here is tested
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 # ---------------------------------------------------------------------------------------------
 # §3.1: Eq. 1, the nearest code
@@ -585,10 +589,6 @@ class VQModel(nn.Module):
         side = self.config.resolution // 2 ** (len(self.config.multipliers) - 1)
         return side, side
 
-    @property
-    def last_weight(self):
-        return self.decoder.last_weight
-
     def features(self, x):
         """(B, 3, H, W) → a tuple of (B, D, h, w) continuous features, one for each codebook."""
         return self.to_codes(self.encoder(x)).chunk(len(self.codebook.sizes), dim=1)
@@ -615,12 +615,16 @@ class VQModel(nn.Module):
         return self.decode_features([F.embedding(index, codebook).movedim(-1, 1) for codebook, index in codes])
 
 
+def needs_prior(config):
+    """Whether a ModelConfig's codes depend on a prior: its words, its graph or its sizes."""
+    return config.codes == "words" or config.transfer == "gcn" or not config.codebook_size
+
+
 def make_codebook(config, prior=None):
     """The Codebook that a ModelConfig describes; see VQModel for its arguments and errors."""
-    needs_words = config.codes == "words" or config.transfer == "gcn" or not config.codebook_size
-    if needs_words and prior is None:
+    if needs_prior(config) and prior is None:
         raise ValueError(f"codes from '{config.codes}' with transfer '{config.transfer}' need a prior of adjectives and nouns")
-    if needs_words:
+    if needs_prior(config):
         words = torch.cat([torch.as_tensor(prior[f"{part}_vectors"], dtype=torch.float32) for part in ("adjective", "noun")])
         sizes = (len(prior["adjective_vectors"]), len(prior["noun_vectors"]))
         sizes = sizes if config.codebooks == 2 else (sum(sizes),)

@@ -1,0 +1,1180 @@
+"""Train the first stage: encoder, codebooks and decoder (paper §3.3, §4.1).
+
+    python train.py                                     built-in birds, minutes on a CPU, no download
+    python train.py --dataset cub --device cuda         data/CUB_200_2011, the paper's f16 network
+    python train.py --dataset folder --data DIR --prior prior.npz --preset tiny
+    python train.py --method vqgan                      the baseline: 1,024 learned codes
+    python train.py --resume                            go on where the last run stopped
+
+One step is: one forward pass of the generator; the gradient of its losses at the reconstruction;
+their balance by the adaptive weight; one backward pass; then the discriminator on the same images.
+A run's folder holds config.json, metrics.jsonl, last.pt and best.pt, the prior, the codebook at
+step 0, and reconstructions/*.png (originals above reconstructions).
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+import torchvision
+import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
+
+from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, run, whole_file
+from vqct import LPIPS, Discriminator, ModelConfig, VQModel, adaptive_weight, hinge_loss, needs_prior, option
+
+CHECKPOINT_VERSION = 1
+
+# ---------------------------------------------------------------------------------------------
+# Configuration: one dataclass, from which the flags, config.json and the checkpoint are made
+
+
+@dataclass
+class Config(ModelConfig):
+    """A run. Defaults are the paper's f16 network with VQGAN's training; presets and methods change some."""
+
+    dataset: str = option("demo", "demo: birds drawn by code; folder: any tree of images; cub: CUB-200-2011", choices=("demo", "folder", "cub"))
+    data: str = option("", "folder of the data set (cub: data/CUB_200_2011)")
+    labels: str = option("", "folder of label maps with the images' relative names, for --dataset folder")
+    prior: str = option("", "a prior.npz of prior.py; by default made from the data set's own captions")
+    method: str = option("vqct", "a system of the paper, as a choice of codes, transfer and losses")
+    preset: str = option("", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network at 256² (every other)", choices=("", "tiny", "f16"))
+    out: str = option("", "run folder (default: runs/<dataset>-<method>)")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
+    seed: int = option(0, "of weights, data order and the demo's pictures")
+    steps: int = option(500_000, "generator steps; the paper's 500 epochs of CUB's 5,994 images are 375,000 at batch 8")
+    batch_size: int = option(8, "images a device and micro-step (the authors' code: 8)")
+    accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
+    lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
+    pixel_loss: str = option("l2", "l2 as in Eq. 2, or l1 as in VQGAN's code", choices=("l1", "l2"))
+    perceptual_weight: float = option(1.0, "of LPIPS beside the pixel loss (VQGAN)")
+    perceptual_trunk: str = option("vgg", "LPIPS network: vgg (VGG-16, as in the paper) or squeeze (SqueezeNet 1.1, light)", choices=("vgg", "squeeze"))
+    trunk_weights: str = option("", "local copy of the trunk's torchvision ImageNet weights (default: torch hub's cache, or download)")
+    lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads (default: torch hub's cache, or download)")
+    gan_weight: float = option(0.8, "of the adversarial loss beside the adaptive weight (VQGAN); 0: no discriminator")
+    gan_start: int = option(5_000, "generator step at which the adversary joins (VQGAN's 10,000 count both optimizers)")
+    amp: bool = option(True, "bfloat16 autocast on CUDA")
+    compile: bool = option(False, "torch.compile the networks: slower start, faster steps on CUDA")
+    workers: int = option(-1, "processes that read images; −1: none on the CPU, where training needs every core, else 8")
+    log_every: int = option(20, "steps between lines of metrics.jsonl")
+    eval_every: int = option(2_000, "steps between validations, checkpoints and reconstruction grids")
+    eval_images: int = option(256, "validation images at those times; evaluate.py takes them all")
+
+
+PRESETS = {
+    "f16": {},
+    "tiny": dict(resolution=64, channels=32, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=64, transfer_width=128, batch_size=16,
+                 steps=700, lr=8e-4, perceptual_weight=0.0, gan_start=550, log_every=10, eval_every=100, eval_images=64),
+}
+LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none")
+METHODS = {
+    "vqct": {},
+    "vqct-vqvae": dict(gan_weight=0.0, perceptual_weight=0.0),
+    "vqgan": LEARNED,
+    "vqvae": dict(LEARNED, gan_weight=0.0, perceptual_weight=0.0),
+}
+
+
+def add_flags(parser, defaults):
+    """A flag for each field of a dataclass instance: --batch-size for batch_size, help and type from the field."""
+    for item in dataclasses.fields(defaults):
+        value, flag = getattr(defaults, item.name), "--" + item.name.replace("_", "-")
+        more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']} (default: {_shown(value)})".replace("%", "%%")}
+        if isinstance(value, bool):
+            more["action"] = argparse.BooleanOptionalAction
+        else:
+            more.update(type=_integers if isinstance(value, tuple) else type(value), metavar=item.name.upper().split("_")[-1])
+            if item.metadata.get("choices"):
+                more.update(choices=item.metadata["choices"], metavar=None)
+        parser.add_argument(flag, **more)
+
+
+def _shown(value):
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value if value != "" else "none"
+
+
+def _integers(text):
+    return tuple(int(part) for part in text.split(","))
+
+
+def parse(argv=None):
+    """Command line → (Config, given flags, resume, overwrite); explicit flags win over method, method over preset."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="presets: " + "; ".join(f"{name}: {values}" for name, values in PRESETS.items() if values)
+                                     + "\nmethods: " + ", ".join(METHODS))
+    add_flags(parser, Config())
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, with its configuration")
+    parser.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
+    given = vars(parser.parse_args(argv))
+    resume, overwrite = given.pop("resume"), given.pop("overwrite")
+    return resolve(given), given, resume, overwrite
+
+
+def resolve(given):
+    """Explicit choices → the whole Config."""
+    method, dataset = given.get("method", Config.method), given.get("dataset", Config.dataset)
+    if method not in METHODS:
+        raise UserError(f"unknown method '{method}'; methods are {', '.join(METHODS)}")
+    preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
+    config = Config(**{**PRESETS[preset], **METHODS[method], **given, "preset": preset})
+    if config.transfer == "none" and config.code_dim % config.codebooks:
+        raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
+    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
+    config.out = config.out or f"runs/{config.dataset}-{config.method}"
+    if config.dataset == "cub":
+        config.data = config.data or "data/CUB_200_2011"
+    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_images"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    return config
+
+
+def pick_device(name):
+    """torch.device for a --device flag. Raises UserError where this machine lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name} is not a device of torch; give cpu, cuda, cuda:1 or mps") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices on this machine; use --device cpu, or install torch for CUDA")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch sees no Metal device on this machine; use --device cpu")
+    return device
+
+
+# ---------------------------------------------------------------------------------------------
+# The demo: birds in scenes, after the paper's own examples, drawn and described by code
+
+COLOURS = {  # RGB in [0, 1]
+    "red": (.80, .13, .11), "crimson": (.66, .07, .16), "orange": (.93, .48, .11), "golden": (.89, .67, .18), "yellow": (.95, .84, .20),
+    "green": (.25, .55, .22), "olive": (.45, .47, .20), "teal": (.08, .50, .53), "blue": (.17, .38, .75), "purple": (.42, .23, .53),
+    "pink": (.91, .55, .57), "rusty": (.62, .31, .14), "chestnut": (.47, .24, .13), "brown": (.43, .31, .20), "beige": (.78, .70, .57),
+    "white": (.95, .95, .93), "pale": (.86, .84, .77), "gray": (.55, .57, .60), "dark": (.21, .21, .25), "black": (.09, .09, .11)}
+
+
+class Species(NamedTuple):
+    """Plumage and build of a species; lengths in units of the body."""
+
+    name: str
+    crown: str
+    throat: str
+    back: str
+    breast: str
+    belly: str
+    wing: str
+    tail: str
+    beak: str
+    leg: str
+    size: float  # share of the image's width
+    plump: float = 1.0
+    neck: float = 0.0
+    beak_length: float = 0.2
+    beak_depth: float = 0.055
+    hook: float = 0.0
+    tail_length: float = 0.42
+    legs: float = 0.22
+    crest: float = 0.0
+    pattern: str = "plain"  # of the breast
+    wing_bar: str = ""
+    mask: str = ""  # round the eye
+
+
+SPECIES = (
+    Species("robin", "dark", "orange", "brown", "orange", "white", "brown", "brown", "yellow", "brown", .40, 1.1),
+    Species("cardinal", "red", "black", "crimson", "red", "red", "crimson", "crimson", "orange", "brown", .42, 1.0, 0, .15, .09, .02, .62, .2, .24, mask="black"),
+    Species("jay", "blue", "white", "blue", "pale", "white", "blue", "blue", "black", "dark", .44, 1.0, 0, .2, .06, 0, .55, .22, .2, wing_bar="white"),
+    Species("goldfinch", "black", "yellow", "yellow", "yellow", "white", "black", "black", "orange", "pink", .34, 1.15, 0, .14, .075, 0, .34, wing_bar="white"),
+    Species("kingfisher", "teal", "white", "teal", "orange", "orange", "teal", "blue", "black", "red", .38, 1.1, 0, .44, .06, 0, .2, .1, .08),
+    Species("heron", "gray", "white", "gray", "pale", "white", "gray", "gray", "yellow", "olive", .46, .72, .5, .42, .05, 0, .24, .62, .16, "striped", mask="black"),
+    Species("sparrow", "chestnut", "gray", "brown", "beige", "pale", "chestnut", "brown", "dark", "pink", .33, 1.15, 0, .13, .075, 0, .36, .2, 0, "striped", "white"),
+    Species("crow", "black", "black", "black", "black", "dark", "black", "black", "black", "black", .50, .92, .04, .26, .085, .03, .48),
+    Species("bullfinch", "black", "pink", "gray", "pink", "pink", "dark", "black", "black", "brown", .36, 1.3, 0, .11, .09, .02, .36, .18, wing_bar="white"),
+    Species("magpie", "black", "black", "black", "black", "white", "blue", "teal", "black", "black", .42, .9, 0, .21, .065, .01, .88, .26, wing_bar="white"),
+    Species("oriole", "black", "black", "orange", "golden", "yellow", "black", "orange", "gray", "gray", .38, .95, 0, .2, .05, 0, .46, wing_bar="white"),
+    Species("gull", "white", "white", "gray", "white", "white", "gray", "white", "yellow", "pink", .47, .92, .06, .25, .065, .05, .36, .28),
+    Species("parrot", "red", "yellow", "green", "green", "olive", "green", "blue", "beige", "gray", .44, 1.0, 0, .14, .11, .12, .7, .14, wing_bar="yellow"),
+    Species("duck", "green", "white", "brown", "chestnut", "pale", "gray", "white", "yellow", "orange", .48, 1.1, .14, .24, .065, -.03, .2, .14, mask="green"),
+    Species("wren", "brown", "beige", "rusty", "beige", "beige", "rusty", "rusty", "dark", "pink", .30, 1.35, 0, .19, .04, .04, .22, .18, 0, "striped"),
+    Species("thrush", "brown", "white", "olive", "pale", "white", "brown", "olive", "brown", "pink", .38, 1.12, 0, .19, .05, 0, .4, .24, 0, "spotted"),
+)
+LIGHTS = {  # words for it, its colour, the sky's colours above and at the horizon
+    "morning": (("warm", "golden"), (1.08, 1.0, .88), (.55, .68, .86), (.98, .84, .66)),
+    "noon": (("bright", "sunny"), (1.06, 1.05, 1.0), (.28, .52, .86), (.72, .85, .95)),
+    "cloud": (("cloudy", "dim"), (.90, .93, .97), (.62, .66, .71), (.80, .82, .84)),
+    "evening": (("rosy", "soft"), (1.04, .90, .82), (.40, .38, .62), (.97, .62, .48)),
+    "mist": (("misty", "cold"), (.95, .98, 1.0), (.76, .80, .83), (.88, .90, .91))}
+PLACES = {  # what the bird is on, and words for it; words for what is behind
+    "forest": ("branch", ("mossy", "bare", "thick"), "tree", ("leafy", "green", "tall")),
+    "meadow": ("post", ("wooden", "old", "narrow"), "grass", ("fresh", "tall", "green")),
+    "lake": ("water", ("calm", "rippled", "clear"), "shore", ("distant", "green", "quiet")),
+    "beach": ("sand", ("smooth", "wet", "pale"), "sea", ("blue", "calm", "open")),
+    "cliff": ("rock", ("rough", "gray", "steep"), "sky", ("wide", "open", "empty")),
+    "field": ("snow", ("fresh", "white", "deep"), "hill", ("low", "distant", "bare")),
+    "garden": ("twig", ("thin", "leafy", "bare"), "flower", ("pink", "bright", "small"))}
+SEGMENTS = ("sky", "tree", "ground", "water", "perch", "back", "breast", "belly", "head", "wing", "tail", "beak", "eye", "leg", "flower")
+DEMO_ADJECTIVES = frozenset(COLOURS) | frozenset(
+    "tiny small large big plump round slender long short thick thin pointed curved sharp plain spotted striped glossy smooth fluffy folded open "
+    "warm bright sunny cloudy dim rosy soft misty cold mossy bare wooden old narrow calm rippled clear wet rough steep fresh deep leafy "
+    "tall distant quiet blue wide empty low broad".split())
+DEMO_NOUNS = frozenset(species.name for species in SPECIES) | frozenset(LIGHTS) | frozenset(PLACES) | frozenset(
+    "bird breast belly back wing tail head crown crest throat beak bill leg foot eye feather plumage body neck mask bar light day scene "
+    "branch post water sand rock snow twig tree grass shore sea sky hill flower spot stripe".split())
+DEMO_SPEECH = WordListSpeech(DEMO_ADJECTIVES, DEMO_NOUNS, {"feet": "foot"})
+
+
+class Scene(NamedTuple):
+    """Everything about a picture that does not depend on its resolution."""
+
+    species: int
+    place: str
+    light: str
+    scale: float  # 0.8 … 1.2 of the species' size
+    pose: str  # "perched", "standing", "swimming" or "flying"
+    x: float
+    y: float
+    facing: int  # 1: right, −1: left
+    tilt: float  # radians
+    words: tuple  # one word each for light, perch and background
+    seed: tuple  # of every texture
+
+
+def sample_scene(seed, split, index):
+    """The scene that (seed, split, index) determines."""
+    key = (seed, 0 if split == "train" else 1, index)
+    rng = np.random.default_rng(key)
+    species = int(rng.integers(len(SPECIES)))
+    place, light = (str(rng.choice(list(table))) for table in (PLACES, LIGHTS))
+    pose = {"lake": "swimming", "forest": "perched", "garden": "perched", "meadow": "perched"}.get(place, "standing")
+    if rng.random() < 0.18:
+        pose = "flying"
+    perch_words, behind_words = PLACES[place][1], PLACES[place][3]
+    words = tuple(str(rng.choice(choices)) for choices in (LIGHTS[light][0], perch_words, behind_words))
+    return Scene(species, place, light, rng.uniform(.82, 1.18), pose, rng.uniform(.42, .58), rng.uniform(-.04, .04),
+                 int(rng.choice((-1, 1))), rng.uniform(-.18, .12), words, (*key, 1))
+
+
+class Canvas:
+    """A square picture painted back to front by signed distances, so edges are smooth at any size."""
+
+    def __init__(self, resolution, rng):
+        self.pixel, self.rng = 1.0 / resolution, rng
+        centre = (np.arange(resolution, dtype=np.float32) + 0.5) * self.pixel
+        self.x, self.y = np.meshgrid(centre, centre)
+        self.image = np.zeros((resolution, resolution, 3), np.float32)
+        self.segmentation = np.zeros((resolution, resolution), np.uint8)
+
+    def paint(self, colour, cover, segment=None):
+        """Blend a colour, (3,) or (R, R, 3), where `cover` in [0, 1] says."""
+        self.image += cover[..., None] * (np.asarray(colour, np.float32) - self.image)
+        if segment is not None:
+            self.segmentation[cover > 0.5] = SEGMENTS.index(segment)
+
+    def inside(self, distance, softness=1.0):
+        """Cover of the region of negative signed distance, in units of the picture's width."""
+        return np.clip(0.5 - distance / (self.pixel * softness), 0, 1)
+
+    def noise(self, across, along=None, octaves=2, x=None, y=None):
+        """Smooth noise in [0, 1] of about `across` × `along` bumps over the picture."""
+        x, y = self.x if x is None else x, self.y if y is None else y
+        total = 0.0
+        for octave in range(octaves):
+            columns, rows = (max(2, int(n * 2**octave)) for n in (across, along or across))
+            lattice = self.rng.random((rows + 2, columns + 2), dtype=np.float32)
+            total = total + 0.5**octave * scipy.ndimage.map_coordinates(lattice, (np.mod(y, 1) * rows, np.mod(x, 1) * columns), order=1)
+        return total / (2 - 0.5 ** (octaves - 1))
+
+
+def stroke(x, y, points, radii):
+    """Signed distance to a chain of tapered capsules, and the position along it in [0, 1]."""
+    distance, along = np.full(x.shape, 1e3, np.float32), np.zeros(x.shape, np.float32)
+    last = len(points) - 1
+    for i, ((ax, ay), (bx, by), ra, rb) in enumerate(zip(points, points[1:], radii, radii[1:])):
+        dx, dy = bx - ax, by - ay
+        t = np.clip(((x - ax) * dx + (y - ay) * dy) / (dx * dx + dy * dy + 1e-9), 0, 1)
+        d = np.hypot(x - ax - t * dx, y - ay - t * dy) - (ra + t * (rb - ra))
+        along = np.where(d < distance, (i + t) / last, along)
+        distance = np.minimum(distance, d)
+    return distance, along
+
+
+def ellipse(x, y, cx, cy, a, b):
+    """Approximate signed distance to an ellipse, and its height as a dome in [0, 1]."""
+    r2 = ((x - cx) / a) ** 2 + ((y - cy) / b) ** 2
+    return (np.sqrt(r2) - 1) * min(a, b), np.sqrt(np.clip(1 - r2, 0, 1))
+
+
+def rgb(name):
+    return np.array(COLOURS[name], np.float32)
+
+
+def paint_background(canvas, scene):
+    """Sky, what lies behind, and what the bird is on; returns the height of the bird's feet."""
+    _, _, above, horizon = LIGHTS[scene.light]
+    x, y, level = canvas.x, canvas.y, 0.62
+    canvas.paint(np.array(above) + np.clip(y / level, 0, 1)[..., None] * (np.array(horizon) - above), np.ones_like(x), "sky")
+    clouds = np.clip(canvas.noise(3, 6, 3) * 2.2 - 1.1, 0, 1) * np.clip(1.2 - y / level, 0, 1)
+    canvas.paint((.97, .96, .95), 0.55 * clouds)
+    fbm, fine = canvas.noise(5, 5, 3), canvas.noise(24, 24, 2)
+    if scene.place in ("forest", "garden"):
+        green = rgb("green") * (0.35 + 0.9 * fbm[..., None]) + 0.10 * fine[..., None] * rgb("yellow")
+        canvas.paint(green, np.clip(0.8 + fbm * 0.5, 0, 1), "tree")
+        for _ in range(14):
+            bx, by, radius, glow = canvas.rng.random(4)
+            blob = canvas.inside(np.hypot(x - bx, y - by) - 0.02 - 0.05 * radius, 8 + 0.02 / canvas.pixel)
+            if scene.place == "garden":
+                petal = rgb(("pink", "yellow", "white", "red", "purple")[int(glow * 5)])
+                canvas.paint(petal * (0.75 + 0.3 * fine[..., None]), 0.9 * blob, "flower")
+            else:
+                canvas.paint(np.array(horizon), 0.35 * glow * blob)
+    else:
+        ridge = level - 0.05 - 0.16 * canvas.noise(4, 2, 3, x=x, y=np.full_like(x, 0.3))
+        far = {"field": rgb("pale") * .82, "cliff": rgb("blue") * .55 + .3, "beach": rgb("teal") * .6 + .3}.get(scene.place, rgb("green") * .7 + .12)
+        canvas.paint(far * (0.8 + 0.35 * fbm[..., None]), canvas.inside(ridge - y, 2), "tree" if scene.place in ("meadow", "lake") else None)
+        depth = np.clip((y - level) / (1 - level), 0, 1)
+        ground = canvas.inside(level - y, 2)
+        if scene.place in ("lake", "beach"):
+            waves = canvas.noise(5, 40, 2)
+            water = (rgb("teal") * .45 + np.array(horizon, np.float32) * .4) * (0.75 + 0.5 * waves[..., None] * (0.4 + depth[..., None]))
+            canvas.paint(water, ground, "water")
+        if scene.place == "beach":
+            shore = level + 0.10 + 0.03 * canvas.noise(6, 2, 1, y=np.full_like(x, 0.5))
+            canvas.paint((1, 1, 1), 0.6 * canvas.inside(np.abs(y - shore) - 0.008, 3))
+            canvas.paint(rgb("beige") * (0.85 + 0.2 * fine[..., None] + 0.1 * depth[..., None]), canvas.inside(shore - y, 2), "ground")
+        if scene.place in ("meadow", "field", "cliff"):
+            blades = canvas.noise(70, 7, 2)
+            surface = {"meadow": rgb("green") * (0.5 + 0.9 * blades[..., None]), "field": rgb("white") * (0.86 + 0.16 * fbm[..., None]),
+                       "cliff": rgb("gray") * (0.45 + 0.8 * canvas.noise(9, 14, 4)[..., None])}[scene.place]
+            canvas.paint(surface * (0.8 + 0.25 * depth[..., None]), ground, "ground")
+    return paint_perch(canvas, scene, fine)
+
+
+def paint_perch(canvas, scene, fine):
+    """Branch, twig, post or rock under the bird; returns the height of its top."""
+    x, y, foot = canvas.x, canvas.y, 0.74 + scene.y
+    bark = rgb("brown") * (0.55 + 0.75 * canvas.noise(14, 60, 2)[..., None])
+    slope = canvas.rng.uniform(-.06, .06)
+    if scene.place in ("forest", "garden"):
+        radius = 0.035 if scene.place == "forest" else 0.016
+        top = foot + radius
+        distance, _ = stroke(x, y, ((-.1, top - slope), (scene.x, top), (1.1, top + 1.5 * slope)), (1.3 * radius, radius, .7 * radius))
+        shade = np.clip(1.15 + (top - y) / radius * 0.35, .4, 1.4)
+        mossy = scene.words[1] == "mossy"
+        colour = bark * (1 - 0.75 * mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None]) + mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None] * rgb("green") * .7
+        canvas.paint(colour * shade[..., None], canvas.inside(distance), "perch")
+        for _ in range(5 if scene.words[1] != "bare" else 0):
+            lx, angle = canvas.rng.uniform(0, 1), canvas.rng.uniform(.5, 2.6)
+            tip = (lx + .09 * math.cos(angle), top + .09 * math.sin(angle))
+            leaf, along = stroke(x, y, ((lx, top), ((lx + tip[0]) / 2, (top + tip[1]) / 2), tip), (.006, .024, .002))
+            canvas.paint(rgb("green") * (0.65 + 0.5 * along[..., None]), canvas.inside(leaf), "tree")
+    elif scene.place == "meadow":
+        post = np.maximum(np.abs(x - scene.x) - .055, foot - y)
+        round_shade = 0.55 + 0.6 * np.sqrt(np.clip(1 - ((x - scene.x + .015) / .07) ** 2, 0, 1))
+        canvas.paint(bark * 1.15 * round_shade[..., None], canvas.inside(post), "perch")
+    elif scene.place == "cliff":
+        stone, dome = ellipse(x, y, scene.x + .03, foot + .22, .36, .24)
+        crag = stone + 0.04 * (canvas.noise(7, 7, 3) - 0.5)
+        canvas.paint(rgb("gray") * (0.35 + 0.35 * dome[..., None] + 0.5 * canvas.noise(12, 12, 3)[..., None]), canvas.inside(crag), "perch")
+    return foot
+
+
+def paint_bird(canvas, scene, foot):
+    """The bird, in its own coordinates: body at the origin, one unit long, facing +x."""
+    kind = SPECIES[scene.species]
+    scale = kind.size * scene.scale
+    depth = 0.25 * kind.plump
+    rise = {"perched": depth + 0.55 * kind.legs, "standing": depth + kind.legs, "swimming": 0.4 * depth, "flying": 0.75}[scene.pose]
+    cx, cy = scene.x, foot - rise * scale
+    tilt = scene.tilt + (0.12 if scene.pose == "swimming" else -0.30 if scene.pose == "perched" else -0.05)
+    dx, dy = (canvas.x - cx) * scene.facing / scale, (canvas.y - cy) / scale
+    x, y = dx * math.cos(tilt) - dy * math.sin(tilt), dx * math.sin(tilt) + dy * math.cos(tilt)
+    bird = BirdPainter(canvas, kind, scene, x, y, dx, dy, scale, depth)
+    if scene.pose != "flying" and scene.pose != "swimming":
+        bird.legs(foot - cy)
+    if scene.pose == "flying":
+        bird.raised_wing(0.16, 0.7)
+    bird.tail()
+    bird.body()
+    bird.head()
+    if scene.pose == "flying":
+        bird.raised_wing(-0.06, 1.0)
+    else:
+        bird.folded_wing()
+    if scene.pose == "swimming":
+        waterline = canvas.inside(foot + 0.006 * np.sin(canvas.x * 60) - canvas.y, 2) * canvas.inside(np.abs(dx) - 0.75, 12)
+        ripple = canvas.noise(6, 50, 2)[..., None]
+        canvas.paint(canvas.image * 0.35 + rgb("teal") * 0.35 * (0.7 + 0.6 * ripple) + 0.12, waterline, "water")
+
+
+class BirdPainter:
+    """Paints the parts of one bird; x, y run along its tilted body, upright dx, dy along gravity."""
+
+    def __init__(self, canvas, kind, scene, x, y, dx, dy, scale, depth):
+        self.canvas, self.kind, self.x, self.y, self.dx, self.dy, self.scale, self.depth = canvas, kind, x, y, dx, dy, scale, depth
+        self.glow = np.array(LIGHTS[scene.light][1], np.float32)
+        self.down = canvas.noise(40, 40, 2, x=x * .5 + .5, y=y * .5 + .5)  # fine feathers
+        lift, reach = kind.neck, 0.55 * kind.neck
+        self.skull = (0.40 + 0.3 * reach, -0.24 - 0.9 * lift)
+        self.skull_radius = 0.165 if kind.neck < .3 else 0.125
+        self.light = (-0.35, -0.75, 0.75)
+
+    def paint(self, colour, distance, segment, shade=1.0, softness=1.0):
+        """`distance` in the bird's own units; colour is darkened by `shade` and tinted by the light."""
+        colour = np.asarray(colour, np.float32) * np.asarray(shade, np.float32)[..., None] * self.glow
+        self.canvas.paint(np.clip(colour, 0, 1), self.canvas.inside(distance * self.scale, softness), segment)
+
+    def shade(self, height):
+        """Light on a relief of `height` in bird units: ambient, diffuse and a soft highlight."""
+        step = self.canvas.pixel / self.scale
+        gy, gx = np.gradient(height, step)
+        length = np.sqrt(gx * gx + gy * gy + 1)
+        toward = (-gx * self.light[0] - gy * self.light[1] + self.light[2]) / length / 1.12
+        gloss = 0.35 if self.kind.back in ("black", "teal", "green") else 0.12
+        return 0.48 + 0.62 * np.clip(toward, 0, 1) + gloss * np.clip(toward, 0, 1) ** 12
+
+    def legs(self, ground):
+        for offset in (0.02, 0.11):
+            knee = (offset - 0.03, self.depth * 0.8 + 0.4 * (ground / self.scale - self.depth))
+            foot = (offset + 0.02, ground / self.scale)
+            distance, _ = stroke(self.dx, self.dy, ((offset, self.depth * 0.5), knee, foot, (foot[0] + 0.09, foot[1] + 0.01)), (.028, .017, .015, .012))
+            self.paint(rgb(self.kind.leg), distance, "leg", 0.9 + 0 * self.x)
+
+    def tail(self):
+        length = self.kind.tail_length
+        distance, along = stroke(self.x, self.y, ((-.28, .0), (-.42, .05), (-.40 - length, .10 + .12 * length)), (.12, .085, .055))
+        barbs = 0.82 + 0.22 * np.sin((self.y - .2 * self.x) * 75) * along + 0.15 * self.down
+        self.paint(rgb(self.kind.tail), distance, "tail", barbs)
+
+    def body(self):
+        """Torso and neck as one relief, coloured by soft regions of plumage."""
+        kind, x, y = self.kind, self.x, self.y
+        torso, dome = ellipse(x, y, 0, 0, .43, self.depth)
+        chest, chest_dome = ellipse(x, y, .16, .02, .27, self.depth * .98)
+        hx, hy = self.skull
+        neck, _ = stroke(x, y, ((.22, -.06), ((.30 + hx) / 2, (hy - .05) / 2), (hx, hy)), (self.depth * .72, self.skull_radius * .85, self.skull_radius * .85))
+        distance = np.minimum(np.minimum(torso, chest), neck)
+        blend = np.clip(0.5 + 6 * (torso - neck), 0, 1)
+        distance = distance - 0.02 * np.exp(-((torso - neck) / .05) ** 2) * (neck < .08)
+        height = np.maximum(np.maximum(dome * self.depth, chest_dome * self.depth), np.sqrt(np.clip(-neck, 0, None) * .12) * blend)
+        relief = self.shade(scipy.ndimage.gaussian_filter(height, 0.012 * self.scale / self.canvas.pixel) + 0.012 * self.down)
+        soft = lambda value, width: 1 / (1 + np.exp(-np.clip(value / width, -30, 30)))
+        under = soft(y - 0.02 + 0.25 * (x - .1) * (x < .1), .025)
+        front = soft(x + 0.9 * y - 0.16 + 0.04 * self.down, .03) * soft(y + .16 - .1 * x, .04)
+        colour = rgb(kind.back) + under[..., None] * (rgb(kind.belly) - rgb(kind.back))
+        breast = rgb(kind.breast)
+        if kind.pattern == "spotted":
+            spots = np.clip(np.sin(x * 46 + 3 * np.sin(y * 20)) * np.sin(y * 46) * 3 - 1, 0, 1)
+            breast = breast * (1 - 0.75 * spots[..., None])
+        elif kind.pattern == "striped":
+            streaks = np.clip(np.sin((x - .35 * y) * 62) * 2.2 - 0.7 + self.down, 0, 1)
+            breast = breast * (1 - 0.5 * streaks[..., None])
+        colour = colour + front[..., None] * (breast - colour)
+        throat = soft(.15 - np.hypot(x - hx + .02, y - hy - .17), .03)
+        colour = colour + throat[..., None] * (rgb(kind.throat) - colour)
+        outline = distance + 0.012 * (self.down - 0.5)
+        segments = np.where(front > .5, "breast", np.where(under > .5, "belly", "back"))
+        self.paint(colour * (0.86 + 0.28 * self.down[..., None]), outline, "back", relief)
+        covered = self.canvas.inside(outline * self.scale) > 0.5
+        for name in ("breast", "belly"):
+            self.canvas.segmentation[covered & (segments == name)] = SEGMENTS.index(name)
+
+    def head(self):
+        kind, x, y = self.kind, self.x, self.y
+        (hx, hy), radius = self.skull, self.skull_radius
+        if kind.crest:
+            crest, along = stroke(x, y, ((hx + .03, hy - .6 * radius), (hx - .09, hy - radius - .3 * kind.crest), (hx - .17 - .3 * kind.crest, hy - radius - .55 * kind.crest)), (.09, .055, .008))
+            self.paint(rgb(kind.crown), crest, "head", 0.75 + 0.35 * self.down)
+        length, bend = kind.beak_length, kind.hook
+        root, tip = (hx + .75 * radius, hy + .03), (hx + radius + length, hy + .05 + bend)
+        middle = ((root[0] + tip[0]) / 2 + .35 * abs(bend), (root[1] + tip[1]) / 2 - .5 * bend)
+        beak, along = stroke(x, y, (root, middle, tip), (kind.beak_depth, kind.beak_depth * .72, .008 if bend >= 0 else .035))
+        self.paint(rgb(kind.beak), beak, "beak", np.where(y - hy - .035 - .5 * bend * along < 0, 1.08, .72))
+        skull, dome = ellipse(x, y, hx, hy, radius * 1.08, radius)
+        lower = 1 / (1 + np.exp(-np.clip((y - hy - .03 + .35 * (x - hx)) / .02, -30, 30)))
+        colour = rgb(kind.crown) + lower[..., None] * (rgb(kind.throat) - rgb(kind.crown))
+        if kind.mask:
+            band = np.exp(-(((x - hx - .07) / .12) ** 2 + ((y - hy - .01) / .045) ** 2) ** 2)
+            colour = colour + band[..., None] * (rgb(kind.mask) - colour)
+        self.paint(colour * (0.88 + 0.24 * self.down[..., None]), skull + .008 * (self.down - .5), "head", self.shade(dome * radius))
+        ex, ey = hx + .35 * radius, hy - .12 * radius
+        eye = np.hypot(x - ex, y - ey)
+        self.paint(rgb("pale") * .9, eye - .043, "eye", 1.0 + 0 * x)
+        self.paint((.05, .04, .04), eye - .033, "eye", 1.0 + 0 * x)
+        self.paint((1, 1, 1), np.hypot(x - ex - .010, y - ey + .012) - .010, None, 1.0 + 0 * x)
+
+    def folded_wing(self):
+        lift = -.04 - .02 * self.kind.plump
+        self._wing(((.15, lift), (-.10, lift + .05), (-.46, .09)), (.10, .145 * min(self.kind.plump, 1.15), .02), 1.0)
+
+    def raised_wing(self, shift, shade):
+        self._wing(((.06 + shift, -.05), (-.10 + shift, -.42), (-.42 + .6 * shift, -.72)), (.13, .15, .015), shade)
+
+    def _wing(self, points, radii, shade):
+        distance, along = stroke(self.x, self.y, points, radii)
+        across = distance + np.interp(along, (0, .5, 1), radii)
+        feathers = 0.80 + 0.16 * np.sin(across * 95 + along * 6) * np.clip(along * 1.6 - .2, 0, 1) + 0.24 * self.down
+        rim = 0.72 + 0.38 * np.clip(-distance / .05, 0, 1)
+        colour = rgb(self.kind.wing) * (1 - 0.35 * np.clip(along * 2 - 1.1, 0, 1)[..., None])
+        if self.kind.wing_bar:
+            bars = np.clip(np.exp(-((along - .36) / .035) ** 2) + np.exp(-((along - .52) / .03) ** 2), 0, 1)
+            colour = colour + (0.85 * bars)[..., None] * (rgb(self.kind.wing_bar) - colour)
+        self.paint(colour, distance, "wing", feathers * rim * shade)
+
+
+def render_scene(scene, resolution):
+    """Scene → image (R, R, 3) uint8 and segmentation (R, R) uint8, classes as in SEGMENTS."""
+    canvas = Canvas(resolution, np.random.default_rng(scene.seed))
+    foot = paint_background(canvas, scene)
+    paint_bird(canvas, scene, foot)
+    haze = {"mist": 0.22, "cloud": 0.05}.get(scene.light, 0.0)
+    canvas.image += haze * (0.87 - canvas.image)
+    vignette = 1 - 0.35 * ((canvas.x - .5) ** 2 + (canvas.y - .5) ** 2)
+    return np.uint8(np.clip(canvas.image * vignette[..., None], 0, 1) * 255 + 0.5), canvas.segmentation
+
+
+def describe_scene(scene):
+    """Four captions of a scene in varied English; the words are those of DEMO_SPEECH."""
+    rng = np.random.default_rng((*scene.seed, 2))
+    kind, (lit, perch_word, behind_word) = SPECIES[scene.species], scene.words
+    perch, _, behind, _ = PLACES[scene.place]
+    size = ("tiny", "small", "plump", "large", "big")[min(4, int((kind.size * scene.scale - .25) / .07))]
+    build = "round" if kind.plump > 1.12 else "slender" if kind.plump < .95 else "fluffy"
+    beak = "long" if kind.beak_length > .3 else "short" if kind.beak_length < .16 else "sharp"
+    bill = "curved" if kind.hook > .03 else "thick" if kind.beak_depth > .07 else "broad" if kind.hook < 0 else "pointed"
+    tail = "long" if kind.tail_length > .5 else "short"
+    pattern = kind.pattern if kind.pattern != "plain" else "smooth" if rng.random() < .5 else "plain"
+    doing = {"perched": f"perched on a {perch_word} {perch}", "standing": f"standing on {perch_word} {perch}", "flying": f"flying with open wings over a {scene.place}",
+             "swimming": f"swimming on {perch_word} water"}[scene.pose]
+    mask = f" and a {kind.mask} mask" if kind.mask else ""
+    bar = f" with {kind.wing_bar} bars" if kind.wing_bar else ""
+    crest = f"its crest is {kind.crown}" if kind.crest else f"its crown is {kind.crown}"
+    feathers = "glossy" if kind.back in ("black", "teal", "green", "blue") else "soft"
+    first = (f"a {size} {kind.back} bird with a {kind.breast} breast and a {beak} {kind.beak} beak",
+             f"this {build} {kind.name} has a {kind.breast} breast, a {kind.belly} belly and {kind.leg} legs",
+             f"a {size} bird whose back is {kind.back} and whose belly is {kind.belly}")
+    second = (f"its wings are {kind.wing}{bar} and its tail is {tail} and {kind.tail}",
+              f"a {build} bird with {kind.wing} wings{bar}, a {tail} {kind.tail} tail and {kind.leg} feet",
+              f"the bird has {feathers} {kind.back} feathers, a {pattern} {kind.breast} breast and a {bill} {kind.beak} bill")
+    third = (f"a {kind.crown} head, a {kind.throat} throat{mask} and a small dark eye",
+             f"{crest} and its {bill} bill is {kind.beak}",
+             f"the {kind.name} has a {kind.crown} crown, a {kind.throat} throat{mask} and {pattern} plumage")
+    fourth = (f"a {kind.name} {doing} in {lit} light",
+              f"a {behind_word} {behind} behind a {size} {kind.name} on a {lit} {scene.light if scene.light in ('morning', 'evening') else 'day'}",
+              f"a {lit} scene with a {behind_word} {behind} and a {kind.back} {kind.name} {doing}")
+    return [str(rng.choice(group)) for group in (first, second, third, fourth)]
+
+
+# ---------------------------------------------------------------------------------------------
+# Data sets
+
+
+class Record(NamedTuple):
+    """An image on disk and what is known of it."""
+
+    path: Path
+    label: int = -1  # index into the data set's classes; −1: none
+    captions: tuple = ()  # text files, a caption a line
+    segmentation: Path | None = None  # label map, integers
+
+
+class ImageDataset(Dataset):
+    """Square uint8 images with labels.
+
+    Item (index) is the centre crop; item (index, draw), as the trainer asks for, is a random crop and
+    flip that depend on (seed, draw) alone, so the order and number of workers change nothing.
+
+    Args:
+        records: list of Record.
+        classes: names of the labels.
+        resolution: pixels a side; the shorter side is resized to it, antialiased.
+    """
+
+    def __init__(self, records, classes, resolution, seed=0):
+        self.records, self.classes, self.resolution, self.seed = records, classes, resolution, seed
+
+    def __len__(self):
+        return len(self.records)
+
+    def captions(self):
+        """Yield every caption of every image."""
+        for record in self.records:
+            for path in record.captions:
+                yield from filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
+
+    def label(self, index):
+        return self.records[index].label
+
+    def read(self, index):
+        """→ image (3, h, w) uint8 and segmentation (1, h, w) uint8 or None, shorter sides at least the resolution."""
+        record = self.records[index]
+        try:
+            with Image.open(record.path) as file:
+                file.draft("RGB", (2 * self.resolution,) * 2)  # JPEG decodes at a fraction of its size
+                image = TF.resize(ImageOps.exif_transpose(file).convert("RGB"), self.resolution, antialias=True)
+            segmentation = None
+            if record.segmentation:
+                with Image.open(record.segmentation) as file:
+                    segmentation = TF.resize(file.copy(), self.resolution, TF.InterpolationMode.NEAREST)
+        except OSError as error:
+            raise UserError(f"image '{record.path}' cannot be read: {error}") from None
+        return TF.pil_to_tensor(image), None if segmentation is None else TF.pil_to_tensor(segmentation)
+
+    def __getitem__(self, key):
+        """→ dict: image (3, R, R) uint8, label, index, and segmentation (R, R) int64 where there is one."""
+        index, draw = key if isinstance(key, tuple) else (key, None)
+        image, segmentation = self.read(index)
+        size, (height, width) = self.resolution, image.shape[1:]
+        top, left, flip = (height - size) // 2, (width - size) // 2, False
+        if draw is not None:
+            rng = np.random.default_rng((self.seed, draw))
+            top, left, flip = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1)), rng.random() < 0.5
+        item = {"label": self.label(index), "index": index}
+        for name, picture in (("image", image), ("segmentation", segmentation)):
+            if picture is not None:
+                picture = picture[:, top:top + size, left:left + size]
+                item[name] = picture.flip(-1) if flip else picture
+        if segmentation is not None:
+            item["segmentation"] = item["segmentation"][0].long()
+        return item
+
+
+class DemoDataset(ImageDataset):
+    """Birds drawn on first use and kept; memory shared between the loader's workers."""
+
+    SIZES = {"train": 2048, "val": 256}
+
+    def __init__(self, split, resolution, seed=0):
+        super().__init__(range(self.SIZES[split]), [species.name for species in SPECIES], resolution, seed)
+        self.split = split
+        self.drawn = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+        self.pictures = torch.zeros(len(self), 4, resolution, resolution, dtype=torch.uint8).share_memory_()
+
+    def scene(self, index):
+        return sample_scene(self.seed, self.split, index)
+
+    def captions(self):
+        for index in range(len(self)):
+            yield from describe_scene(self.scene(index))
+
+    def label(self, index):
+        return self.scene(index).species
+
+    def read(self, index):
+        if not self.drawn[index]:
+            image, segmentation = render_scene(self.scene(index), self.resolution)
+            self.pictures[index] = torch.from_numpy(np.dstack([image, segmentation])).permute(2, 0, 1)
+            self.drawn[index] = True
+        return self.pictures[index, :3], self.pictures[index, 3:]
+
+
+def cub_records(root, split):
+    """CUB-200-2011 in its published layout and split; captions of Reed et al. where `text/` is there.
+
+    Args:
+        root: folder that holds images.txt; split: "train" or "val" (the published test images).
+    Returns:
+        records, class names.
+    Raises:
+        UserError: naming the first file of the layout that is missing.
+    """
+    root = Path(root)
+    needed = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
+    missing = [name for name in (*needed, "images") if not (root / name).exists()]
+    if missing:
+        raise UserError(f"CUB-200-2011 is not at '{root}' (no {missing[0]}): unpack CUB_200_2011.tgz from "
+                        "https://data.caltech.edu/records/65de6-vp158 and point --data at its CUB_200_2011 folder")
+    table = {name: dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in needed}
+    classes = [table["classes.txt"][key].strip() for key in sorted(table["classes.txt"], key=int)]
+    records = []
+    for key, name in table["images.txt"].items():
+        if (table["train_test_split.txt"][key].strip() == "1") == (split == "train"):
+            text = (root / "text" / name.strip()).with_suffix(".txt")
+            records.append(Record(root / "images" / name.strip(), int(table["image_class_labels.txt"][key]) - 1, (text,) if text.exists() else ()))
+    return records, classes
+
+
+def folder_records(root, split, labels=""):
+    """Any tree of images. Top-level folders named train and val (or test) are the splits, otherwise every tenth image is held out.
+
+    Args:
+        root: the tree; sub-folders of a split are classes, `x.txt` beside `x.jpg` holds its captions.
+        labels: tree of label maps with the same relative names.
+    Returns:
+        records, class names.
+    Raises:
+        UserError: if there are no images, or a label map is missing.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"image folder '{root}' does not exist; point --data at a folder of images")
+    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
+    split_by_folder = held_out is not None and (root / "train").is_dir()
+    base = root / ("train" if split == "train" else held_out) if split_by_folder else root
+    paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS)
+    if not split_by_folder:
+        paths = [path for i, path in enumerate(paths) if (i % 10 == 9) == (split != "train")]
+    if not paths:
+        raise UserError(f"no images for the {split} split under '{base}' (a folder needs ten images to hold one out)")
+    classes = sorted({str(path.parent.relative_to(base)) for path in paths} - {"."})
+    records = []
+    for path in paths:
+        label = str(path.parent.relative_to(base))
+        text = path.with_suffix(".txt")
+        records.append(Record(path, classes.index(label) if label != "." else -1, (text,) if text.exists() else (),
+                              _label_map(labels, path.relative_to(root)) if labels else None))
+    return records, classes
+
+
+def _label_map(labels, name):
+    for suffix in (".png", name.suffix):
+        path = (Path(labels) / name).with_suffix(suffix)
+        if path.exists():
+            return path
+    raise UserError(f"label map '{(Path(labels) / name).with_suffix('.png')}' is missing; --labels needs one of the same name for every image")
+
+
+def make_dataset(config, split):
+    """The "train" or "val" split that a Config names."""
+    if config.dataset == "demo":
+        return DemoDataset(split, config.resolution, config.seed)
+    if config.dataset == "folder":
+        return ImageDataset(*folder_records(config.data, split, config.labels), config.resolution, config.seed)
+    return ImageDataset(*cub_records(config.data, split), config.resolution, config.seed)
+
+
+def make_prior(config, dataset):
+    """The prior that a Config names, or one from the data set's own captions; None where no word is needed."""
+    if not needs_prior(config):
+        return None
+    if config.prior:
+        return Prior.load(config.prior)
+    if config.dataset == "demo":
+        return build_from_corpora([("demo captions", dataset.captions())], "corpus", speech=DEMO_SPEECH)
+    if next(dataset.captions(), None) is None:
+        raise UserError(f"'{config.data}' has no captions to make a prior from; make one with: python prior.py CORPUS --out prior.npz, then --prior prior.npz")
+    print("prior: none given, made from the data set's captions with vectors of that corpus")
+    return build_from_corpora([(f"{config.dataset} captions", dataset.captions())], "corpus", min_count=10)
+
+
+class TrainBatches:
+    """Sampler of (index, draw) keys for steps `start` … `steps`: a new permutation each epoch, any step reachable at once."""
+
+    def __init__(self, length, batch_size, start, steps, seed):
+        self.length, self.batch_size, self.start, self.steps, self.seed = length, batch_size, start, steps, seed
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in range(self.start, self.steps):
+            batch = []
+            for draw in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if draw // self.length != epoch:
+                    epoch = draw // self.length
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                batch.append((int(order[draw % self.length]), draw))
+            yield batch
+
+
+def to_images(batch, device):
+    """(B, 3, R, R) uint8 → float32 in [-1, 1] on the device."""
+    return batch.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+
+
+def make_loader(dataset, device, workers, **options):
+    workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
+    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path, trainer):
+    """Everything that resuming and decoding need, as plain tensors, numbers and strings."""
+    state = {"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(trainer.config), "step": trainer.step, "best": trainer.best,
+             "prior": trainer.prior, "model": trainer.model.state_dict(), "last_used": trainer.last_used, "generator_optimizer": trainer.generator_optimizer.state_dict(),
+             "random": torch.get_rng_state()}
+    if trainer.device.type == "cuda":
+        state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
+    if trainer.discriminator is not None:
+        state.update(discriminator=trainer.discriminator.state_dict(), discriminator_optimizer=trainer.discriminator_optimizer.state_dict())
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A dict of `save_checkpoint`. Raises UserError for a file that is missing or something else."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint '{path}'; train one with train.py, or name its run folder")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or "version" not in state:
+            raise UserError(f"'{path}' is not a checkpoint of train.py")
+    except UserError:
+        raise
+    except Exception:  # torch raises half a dozen types for foreign, truncated and hostile files
+        raise UserError(f"'{path}' cannot be read as a checkpoint of train.py; it is damaged or another program's") from None
+    if state["version"] != CHECKPOINT_VERSION:
+        raise UserError(f"'{path}' is of checkpoint version {state['version']}, this code reads {CHECKPOINT_VERSION}")
+    return state
+
+
+def load_run(path, device, checkpoint="last"):
+    """A trained run → (model in evaluation mode, Config, prior or None, step).
+
+    Args:
+        path: a run folder.
+        checkpoint: "last" or "best".
+    """
+    state = load_checkpoint(Path(path) / f"{checkpoint}.pt")
+    config = Config(**state["config"])
+    model = VQModel(config, state["prior"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), config, state["prior"], state["step"]
+
+
+def portable(prior):
+    """A Prior as tensors and lists of strings, which a checkpoint may hold."""
+    if prior is None:
+        return None
+    return {name: prior[name].tolist() if name.endswith("words") else torch.from_numpy(prior[name])
+            for name in ("adjective_words", "adjective_vectors", "noun_words", "noun_vectors", "edges", "edge_counts")}
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{}.pth"
+TRUNKS = {"vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1, "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1}
+
+
+def load_lpips(config):
+    """LPIPS with published weights. Raises UserError naming each file and flag where one cannot be had."""
+    trunk = config.perceptual_trunk
+    trunk_state = load_weights(TRUNKS[trunk].url, config.trunk_weights, f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", "--trunk-weights")
+    head_state = load_weights(HEADS_URL.format(trunk), config.lpips_weights, f"LPIPS v0.1's linear heads for {trunk}", "--lpips-weights", f"lpips-v0.1-{trunk}.pth")
+    return LPIPS(trunk, trunk_state, head_state)
+
+
+def load_weights(url, local, what, flag, name=None):
+    """A published state dict: the local file, torch hub's cache, or a download.
+
+    Raises:
+        UserError: one line with the file, its use, its source and the flag for a local copy.
+    """
+    name = name or url.rsplit("/", 1)[-1]
+    try:
+        if local:
+            return torch.load(local, map_location="cpu", weights_only=True)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, check_hash="-" in name and "lpips" not in name, weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{local or name} ({what}) cannot be had: {reason}; get it from {url} and pass {flag} FILE") from None
+
+
+def psnr(x_hat, x):
+    """Peak signal-to-noise ratio of each image, dB: 10 log10(4 / MSE), both clamped to [-1, 1]. (B, 3, H, W) twice → (B,)."""
+    error = (x_hat.clamp(-1, 1) - x.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+class Trainer:
+    """The state of a run and its step.
+
+    Args:
+        config: Config.
+        prior: dict of `portable`, or None.
+        device: torch.device.
+    """
+
+    def __init__(self, config, prior, device):
+        torch.manual_seed(config.seed)
+        self.config, self.prior, self.device = config, prior, device
+        self.step, self.best = 0, -math.inf
+        self.model = VQModel(config, prior).to(device, memory_format=torch.channels_last)
+        self.generator_optimizer = self._adam(self.model)
+        self.discriminator = self.perceptual = None
+        if config.gan_weight > 0:
+            self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
+            self.discriminator_optimizer = self._adam(self.discriminator)
+        if config.perceptual_weight > 0:
+            self.perceptual = load_lpips(config).to(device, memory_format=torch.channels_last)
+        # the step at which each code was last chosen: a moving count over the latest epoch
+        self.last_used = [torch.full((size,), -1, dtype=torch.int64, device=device) for size in self.model.codebook.sizes]
+        compiled = torch.compile if config.compile else lambda network: network
+        self.forward, self.judge = compiled(self.model), compiled(self.discriminator)
+
+    def _adam(self, network):
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=self.device.type == "cuda")
+
+    def load(self, state):
+        """Go on from a checkpoint."""
+        self.step, self.best = state["step"], state["best"]
+        self.model.load_state_dict(state["model"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.last_used = [used.to(self.device) for used in state["last_used"]]
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+
+    def reconstruction_loss(self, x_hat, x):
+        """First term of Eq. 2, and LPIPS beside it → (total, {name: value})."""
+        terms = {"pixel": F.mse_loss(x_hat, x) if self.config.pixel_loss == "l2" else F.l1_loss(x_hat, x)}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x_hat, x).mean()
+        return terms["pixel"] + self.config.perceptual_weight * terms.get("perceptual", 0.0), terms
+
+    def train_step(self, batches):
+        """One step of generator and discriminator on a list of (B, 3, R, R) micro-batches → dict of () tensors."""
+        self.model.train()
+        adversarial = self.discriminator is not None and self.step >= self.config.gan_start
+        metrics, share = {}, 1.0 / len(batches)
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        if adversarial:
+            self.discriminator_optimizer.zero_grad(set_to_none=True)
+        for x in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
+                output = self.forward(x)
+                # Losses are differentiated down to the reconstruction only; both of the adaptive
+                # weight's norms and the generator's backward pass start from these gradients.
+                x_hat = output.x_hat.detach().requires_grad_()
+                loss, terms = self.reconstruction_loss(x_hat.float(), x)
+                (gradient,) = torch.autograd.grad(loss, x_hat)
+                if adversarial:
+                    gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
+                    terms.update(gan_terms)
+            torch.autograd.backward([output.x_hat, output.quantizer_loss], [gradient * share, torch.full_like(output.quantizer_loss, share)])
+            if adversarial:
+                terms.update(self.discriminate(x, x_hat.detach(), share))
+            terms.update(quantizer=output.quantizer_loss, loss=loss + output.quantizer_loss)
+            for name, value in terms.items():
+                metrics[name] = metrics.get(name, 0.0) + value.detach() * share
+            for used, indices in zip(self.last_used, output.indices.unbind(1)):
+                used[indices.flatten()] = self.step
+        self.generator_optimizer.step()
+        if adversarial:
+            self.discriminator_optimizer.step()
+        self.step += 1
+        return metrics
+
+    def add_adversary(self, attached, x_hat, gradient):
+        """Add −E[D(x̂)], adaptively weighted, to the gradient at the reconstruction → (gradient, {name: value})."""
+        generator_loss = -self.judge(x_hat).mean()
+        (gan_gradient,) = torch.autograd.grad(generator_loss, x_hat)
+        weight = adaptive_weight(attached, self.model.decoder.last_weight, gradient, gan_gradient) * self.config.gan_weight
+        return gradient + weight.to(gradient.dtype) * gan_gradient, {"generator": generator_loss, "adaptive_weight": weight}
+
+    def discriminate(self, x, x_hat, share):
+        """The discriminator's turn on the same images → {name: value}."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
+            real, fake = self.judge(x), self.judge(x_hat)
+            loss = hinge_loss(real.float(), fake.float())
+        (loss * share).backward()
+        return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+
+    @torch.no_grad()
+    def validate(self, loader, picture=None, columns=8):
+        """Mean PSNR over a loader, dB; the first images go to `picture`, originals above reconstructions."""
+        self.model.eval()
+        scores, shown = [], []
+        for batch in loader:
+            x = to_images(batch["image"], self.device)
+            x_hat = self.model(x).x_hat
+            scores.append(psnr(x_hat, x))
+            if len(shown) < 2 * columns:
+                shown += [image for pair in zip(x.cpu(), x_hat.float().cpu()) for image in pair]
+        if picture:
+            draw_pairs(shown[: 4 * columns], picture, columns)
+        return torch.cat(scores).mean().item()
+
+    def codes_used(self, epoch_steps):
+        """Codes of each codebook chosen in the latest `epoch_steps` steps."""
+        return [int((used > self.step - 1 - epoch_steps).sum()) if self.step else 0 for used in self.last_used]
+
+
+def draw_pairs(images, path, columns=8):
+    """Alternating originals and reconstructions in [-1, 1] → PNG, a row of each in turn."""
+    originals, reconstructions = images[0::2], images[1::2]
+    rows = []
+    for start in range(0, len(originals), columns):
+        rows += originals[start:start + columns] + reconstructions[start:start + columns]
+    save_grid(rows, path, min(columns, len(originals)))
+
+
+def save_grid(images, path, columns):
+    """List of (3, H, W) in [-1, 1] → PNG grid, rounded to 8 bits."""
+    grid = torchvision.utils.make_grid(torch.stack(list(images)).clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
+    with whole_file(path) as temporary:
+        TF.to_pil_image(grid.mul(255).round().to(torch.uint8)).save(temporary, "PNG")
+
+
+def codebook_names(sizes):
+    """("adjective", "noun") for two codebooks, ("code",) for one."""
+    return PARTS if len(sizes) == 2 else ("code",)
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+
+
+def prepare_folder(config, resume, overwrite):
+    """Make the run's folder, or refuse to touch one that is there."""
+    out = Path(config.out)
+    if resume:
+        return out
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(f"run '{out}' exists already; go on with --resume, replace it with --overwrite, or name another with --out")
+        if not (out / "config.json").exists():
+            raise UserError(f"'{out}' is not a run of train.py (no config.json), so --overwrite leaves it alone; name another with --out")
+        shutil.rmtree(out)
+    (out / "reconstructions").mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def start_run(config, out, trainer, prior):
+    """Write what a run holds from its first moment: configuration, prior, codebook at step 0."""
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+    with whole_file(out / "config.json") as temporary:
+        temporary.write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
+    if prior is not None:
+        prior.save(out / "prior.npz")
+    trainer.model.eval()
+    codebooks = {name: codes.cpu().numpy() for name, codes in zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())}
+    with whole_file(out / "codebook_start.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, **codebooks)
+
+
+def trim_metrics(path, step):
+    """Drop the lines that were written after the checkpoint, so that a resumed run's metrics equal an uninterrupted one's."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines))
+
+
+def announce(config, trainer, train_set, val_set, out):
+    count = lambda network: sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    sizes = trainer.model.codebook.sizes
+    print(f"{config.dataset}: {len(train_set):,} training and {len(val_set):,} validation images at {config.resolution}² → {out}")
+    codes = " + ".join(f"{size:,} {name}s" for name, size in zip(codebook_names(sizes), sizes))
+    print(f"{config.method} ({config.preset}): {count(trainer.model):.1f} M parameters on {trainer.device}, {trainer.model.grid[0]}×{trainer.model.grid[1]} positions of {codes}")
+    perceptual = f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}" if trainer.perceptual is not None else "no perceptual loss (weight 0)"
+    gan = f"adversary from step {config.gan_start:,}, {count(trainer.discriminator):.1f} M parameters" if trainer.discriminator is not None else "no adversary"
+    print(f"losses: {config.pixel_loss} + β {config.beta} commitment, {perceptual}, {gan}", flush=True)
+
+
+def train(config, resume=False, overwrite=False):
+    """Run a Config to its last step. Returns the run's folder."""
+    device, train_set, val_set = check_inputs(config)
+    out = prepare_folder(config, resume, overwrite)
+    state = load_checkpoint(out / "last.pt") if resume else None
+    prior = None if resume else make_prior(config, train_set)
+    trainer = Trainer(config, state["prior"] if resume else portable(prior), device)
+    if resume:
+        trainer.load(state)
+        trim_metrics(out / "metrics.jsonl", trainer.step)
+    else:
+        start_run(config, out, trainer, prior)
+    announce(config, trainer, train_set, val_set, out)
+    batches = TrainBatches(len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed)
+    loader = make_loader(train_set, device, config.workers, batch_sampler=batches)
+    validation = torch.utils.data.Subset(val_set, range(min(config.eval_images, len(val_set))))
+    validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
+    with open(out / "metrics.jsonl", "a", buffering=1) as log:
+        run_steps(trainer, loader, validation, out, log)
+    return out
+
+
+def run_steps(trainer, loader, validation, out, log):
+    """The loop: step, log, validate, save."""
+    config, progress = trainer.config, Progress()
+    epoch_steps = math.ceil(len(loader.dataset) / (config.batch_size * config.accumulate))
+    recent, waited, before = deque(maxlen=20), 0.0, time.monotonic()
+    images, first_step, start = iter(loader), trainer.step, before
+    while trainer.step < config.steps:
+        began = time.monotonic()
+        batches = [to_images(next(images)["image"], trainer.device) for _ in range(config.accumulate)]
+        waited += time.monotonic() - began
+        metrics = trainer.train_step(batches)
+        last = trainer.step == config.steps
+        if trainer.step % config.log_every == 0 or last:
+            metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
+            now = time.monotonic()
+            recent.append((trainer.step, now))
+            steps_done, seconds = trainer.step - (recent[0][0] if len(recent) > 1 else first_step), now - (recent[0][1] if len(recent) > 1 else start)
+            line = {"step": trainer.step, **metrics, "codes_used": trainer.codes_used(epoch_steps),
+                    "images_per_second": round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2), "data_wait": round(waited / max(now - before, 1e-9), 3)}
+            waited, before = 0.0, now
+            log.write(json.dumps(line) + "\n")
+            if not math.isfinite(line["loss"]):
+                raise UserError(f"the loss is {line['loss']} at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr")
+            progress(progress_line(trainer, line, seconds / max(steps_done, 1)), now=last)
+        if trainer.step % config.eval_every == 0 or last:
+            score = trainer.validate(validation, out / "reconstructions" / f"step_{trainer.step:07d}.png")
+            progress(f"step {trainer.step:,}: validation PSNR {score:.2f} dB over {len(validation.dataset)} images", now=True)
+            if score > trainer.best:
+                trainer.best = score
+                save_checkpoint(out / "best.pt", trainer)
+            save_checkpoint(out / "last.pt", trainer)
+
+
+def progress_line(trainer, line, seconds_a_step):
+    """One line for people: step, losses, codes used of each codebook, speed, time left."""
+    config, left = trainer.config, int((trainer.config.steps - trainer.step) * seconds_a_step)
+    losses = " ".join(f"{name} {line[name]:.4f}" for name in ("loss", "pixel", "perceptual", "quantizer") if name in line)
+    if "real_logits" in line:
+        losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f}) λ {line['adaptive_weight']:.3g}"
+    codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
+    return (f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "
+            f"data {100 * line['data_wait']:.0f} % left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+
+
+def check_inputs(config):
+    """Device and data sets, with every problem found named at once."""
+    found, problems = {}, []
+    for name, make in (("device", lambda: pick_device(config.device)), ("train", lambda: make_dataset(config, "train")), ("val", lambda: make_dataset(config, "val"))):
+        try:
+            found[name] = make()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    if config.batch_size > len(found["train"]):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(found['train'])} training images")
+    return found["device"], found["train"], found["val"]
+
+
+def main(argv=None):
+    config, given, resume, overwrite = parse(argv)
+    if resume:
+        stored = load_checkpoint(Path(config.out) / "last.pt")["config"]
+        config = Config(**{**stored, **given, "out": config.out})
+    out = train(config, resume, overwrite)
+    print(f"done: {out / 'last.pt'}; look at {sorted((out / 'reconstructions').glob('*.png'))[-1]}; measure with: python evaluate.py {out}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -77,8 +77,8 @@ class Config(ModelConfig):
 
 PRESETS = {
     "f16": {},
-    "tiny": dict(resolution=64, channels=32, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=64, transfer_width=128, batch_size=16,
-                 steps=700, lr=8e-4, perceptual_weight=0.0, gan_start=550, log_every=10, eval_every=100, eval_images=64),
+    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=64, transfer_width=128, batch_size=16,
+                 steps=600, lr=8e-4, perceptual_weight=0.0, gan_start=450, log_every=10, eval_every=100, eval_images=64),
 }
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none")
 METHODS = {
@@ -133,6 +133,8 @@ def resolve(given):
     config = Config(**{**PRESETS[preset], **METHODS[method], **given, "preset": preset})
     if config.transfer == "none" and config.code_dim % config.codebooks:
         raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
+    if config.gan_weight > 0 and config.resolution < 24:
+        raise UserError(f"--resolution {config.resolution} is too small for the patch discriminator, which needs 24; or train without: --gan-weight 0")
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
     config.out = config.out or f"runs/{config.dataset}-{config.method}"
     if config.dataset == "cub":

@@ -17,7 +17,6 @@ Each class can be lifted out with the imports below. To see the shapes of both p
     python vqct.py
 """
 
-import math
 import warnings
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -61,12 +60,11 @@ def nearest_code(z, codebook, row_chunk=None, code_chunk=None):
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with torch.autocast(z.device.type, enabled=False):
         codebook = codebook.to(dtype)
+        first = _first_of_equal(codebook)
         offset = _exact_offset(codebook)
         codebook = codebook - offset
         half_norms = codebook.square().sum(1).mul_(0.5)  # (K,)
-        # Tiles of equal width: a narrow last one would round differently and break ties at random.
-        tiles = math.ceil(len(codebook) / code_chunk)
-        tiles = list(zip(half_norms.tensor_split(tiles), codebook.tensor_split(tiles)))
+        tiles = list(zip(half_norms.split(code_chunk), codebook.split(code_chunk)))
         indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
         for rows, out in zip(z.split(row_chunk), indices.split(row_chunk)):
             rows = rows.to(dtype) - offset
@@ -81,7 +79,22 @@ def nearest_code(z, codebook, row_chunk=None, code_chunk=None):
                     best = torch.where(closer, score, best)
                     out.copy_(torch.where(closer, index + start, out))
                 start += len(tile)
-    return indices
+    return first[indices]
+
+
+def _first_of_equal(codebook):
+    """(K,) the lowest index of a code equal to each code, by sorting a 64-bit hash of their bits.
+
+    A product may round equal columns differently by where they stand in a tile, so it cannot tell ties.
+    """
+    bits = (codebook + 0.0).view(torch.int32 if codebook.dtype == torch.float32 else torch.int64).long()  # −0 becomes 0
+    odd = torch.randint(2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0)).to(bits.device) * 2 + 1
+    bits = bits ^ (bits >> 17)  # so that codes of few distinct bits, small integers say, spread
+    hashed, order = ((bits * odd) ^ ((bits * odd) >> 29)).sum(1).sort(stable=True)
+    new = torch.ones_like(order, dtype=torch.bool)
+    new[1:] = hashed[1:] != hashed[:-1]
+    start = torch.where(new, torch.arange(len(order), device=order.device), 0).cummax(0).values
+    return torch.empty_like(order).scatter_(0, order, order[start])
 
 
 def _exact_offset(codebook):
@@ -262,7 +275,7 @@ class Codebook(nn.Module):
             return self._generate()
         if self._cached is None:
             with torch.no_grad():
-                self._cached = self._generate()
+                self._cached = tuple(codes.detach() for codes in self._generate())
         return self._cached
 
     def _generate(self):
@@ -648,3 +661,35 @@ def make_codebook(config, prior=None):
             adjacency = NormalizedAdjacency(edges, sum(sizes))
         transfer = CodebookTransfer(widths, adjacency)
     return Codebook(vectors, sizes, config.trained, transfer)
+
+
+# ---------------------------------------------------------------------------------------------
+# Show the work: python vqct.py
+
+
+def main():
+    """Print the paper's network, and Eq. 3, 1 and 2 on a graph small enough to check by hand."""
+    x = torch.randn(1, 3, 64, 64)
+    encoder, decoder, discriminator = Encoder(), Decoder(), Discriminator()
+    z = encoder(x)
+    print("the f16 network on one 64×64 image, 16×16 positions at the paper's 256×256")
+    for network, before, after in ((encoder, x, z), (decoder, z, decoder(z)), (discriminator, x, discriminator(x))):
+        weights = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        print(f"  {type(network).__name__:14} {tuple(before.shape)!s:18} → {tuple(after.shape)!s:18} {weights:6.1f} M weights")
+    print("\nEq. 3 on adjectives {orange, sharp} and nouns {breast, beak}; orange breast, orange beak, sharp beak")
+    adjacency = NormalizedAdjacency([(0, 2), (0, 3), (1, 3)], 4)
+    layer, vectors = GraphConvolution(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
+    nn.init.eye_(layer.weight)
+    print(f"  degrees with self-loops 3, 2, 2, 3; Â =\n{adjacency(torch.eye(4))}")
+    codes = F.relu(layer(vectors, adjacency)).detach()
+    print(f"  one convolution with W = I of P = {vectors.tolist()}:\n{codes}")
+    feature = torch.tensor([[1.0, 0.5]])
+    distance = (feature - codes[:2]).square().sum(1)
+    index = nearest_code(feature, codes[:2])
+    print(f"Eq. 1: ẑ = {feature[0].tolist()} lies {distance.tolist()} from the adjective codes: s = {index.item()}")
+    _, _, loss = VectorQuantizer(beta=0.25)(feature.view(1, 2, 1, 1), codes[:2])
+    print(f"Eq. 2: codebook and commitment terms 1.25 × {distance.min().item():.4f} / 2 = {loss.item():.4f}")
+
+
+if __name__ == "__main__":
+    main()

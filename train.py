@@ -60,6 +60,7 @@ class Config(ModelConfig):
     batch_size: int = option(8, "images a device and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
+    schedule: str = option("constant", "of lr over the run: constant as in VQGAN, or cosine to zero, which short runs profit from", choices=("constant", "cosine"))
     pixel_loss: str = option("l2", "l2 as in Eq. 2, or l1 as in VQGAN's code", choices=("l1", "l2"))
     perceptual_weight: float = option(1.0, "of LPIPS beside the pixel loss (VQGAN)")
     perceptual_trunk: str = option("vgg", "LPIPS network: vgg (VGG-16, as in the paper) or squeeze (SqueezeNet 1.1, light)", choices=("vgg", "squeeze"))
@@ -913,7 +914,7 @@ class Trainer:
         self.step, self.best = 0, -math.inf
         self.model = VQModel(config, prior).to(device, memory_format=torch.channels_last)
         self.generator_optimizer = self._adam(self.model)
-        self.discriminator = self.perceptual = None
+        self.discriminator = self.discriminator_optimizer = self.perceptual = None
         if config.gan_weight > 0:
             self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
             self.discriminator_optimizer = self._adam(self.discriminator)
@@ -927,6 +928,13 @@ class Trainer:
     def _adam(self, network):
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=self.device.type == "cuda")
+
+    def set_lr(self):
+        config = self.config
+        lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / config.steps) if config.schedule == "cosine" else 1.0)
+        for optimizer in filter(None, (self.generator_optimizer, self.discriminator_optimizer)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
 
     def load(self, state):
         """Go on from a checkpoint."""
@@ -953,6 +961,7 @@ class Trainer:
         self.model.train()
         adversarial = self.discriminator is not None and self.step >= self.config.gan_start
         metrics, share = {}, 1.0 / len(batches)
+        self.set_lr()
         self.generator_optimizer.zero_grad(set_to_none=True)
         if adversarial:
             self.discriminator_optimizer.zero_grad(set_to_none=True)

@@ -646,7 +646,8 @@ def make_codebook(config, prior=None):
     dim = config.code_dim // len(sizes)
     input_dim = dim if config.transfer == "none" or words is None else words.shape[1]
     if config.codes == "words":
-        vectors = words
+        # Language models differ in scale a hundredfold; the layers' initialisation assumes entries of about one.
+        vectors = words if config.transfer == "none" else words / words.square().mean().sqrt().clamp_min(1e-12)
     elif config.codes == "random":
         vectors = torch.randn(sum(sizes), input_dim)
     else:  # van den Oord et al.'s common initialisation, ±1/K within each codebook

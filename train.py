@@ -78,8 +78,8 @@ class Config(ModelConfig):
 
 PRESETS = {
     "f16": {},
-    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=64, transfer_width=128, batch_size=16,
-                 steps=600, lr=8e-4, perceptual_weight=0.0, gan_start=450, log_every=10, eval_every=100, eval_images=64),
+    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=16, transfer_width=128, batch_size=4,
+                 steps=2400, lr=3e-4, schedule="cosine", perceptual_weight=0.0, gan_weight=0.2, gan_start=1900, eval_every=300, eval_images=64),
 }
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none")
 METHODS = {
@@ -399,7 +399,7 @@ def paint_perch(canvas, scene, fine):
 def paint_bird(canvas, scene, foot):
     """The bird, in its own coordinates: body at the origin, one unit long, facing +x."""
     kind = SPECIES[scene.species]
-    scale = kind.size * scene.scale
+    scale = 1.2 * kind.size * scene.scale
     depth = 0.25 * kind.plump
     rise = {"perched": depth + 0.55 * kind.legs, "standing": depth + kind.legs, "swimming": 0.4 * depth, "flying": 0.75}[scene.pose]
     cx, cy = scene.x, foot - rise * scale

@@ -1022,7 +1022,7 @@ class Trainer:
 
     def codes_used(self, epoch_steps):
         """Codes of each codebook chosen in the latest `epoch_steps` steps."""
-        return [int((used > self.step - 1 - epoch_steps).sum()) if self.step else 0 for used in self.last_used]
+        return [int((used >= max(0, self.step - epoch_steps)).sum()) for used in self.last_used]
 
 
 def draw_pairs(images, path, columns=8):

@@ -366,7 +366,8 @@ def test_codes_used_counts_the_latest_epoch(prior):
     assert trainer.codes_used(10) == [0, 0]
     trainer.step = 30
     trainer.last_used[0][:] = torch.tensor([-1, 5, 19, 20, 25, 29, 0])
-    assert trainer.codes_used(10) == [3, 0]
+    assert trainer.codes_used(10) == [3, 0]  # chosen in steps 20 … 29
+    assert trainer.codes_used(100) == [6, 0]
 
 
 def test_psnr_by_hand():

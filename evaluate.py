@@ -81,7 +81,9 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, state):
         super().__init__()
-        self.network = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False, transform_input=False)
+        self.network = torchvision.models.inception_v3(
+            weights=None, num_classes=1008, aux_logits=False, init_weights=False, transform_input=False
+        )
         self.network.load_state_dict(state)
         average = lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
         for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
@@ -96,7 +98,7 @@ class InceptionFeatures(nn.Module):
 
         def replaced(x):
             pooled = block.branch_pool(pool(x))  # always the last channels of a block
-            return torch.cat([forward(x)[:, :-pooled.shape[1]], pooled], dim=1)
+            return torch.cat([forward(x)[:, : -pooled.shape[1]], pooled], dim=1)
 
         block.forward = replaced
 
@@ -152,8 +154,13 @@ def reconstruct(model, dataset, device, batch_size, baseline, inception=None, sa
         x = to_images(batch["image"], device)
         output = model(x)
         x_hat = output.x_hat.float()
-        for name, value in (("psnr", psnr(x_hat, x)), ("l1", (x_hat - x).abs().mean(dim=(1, 2, 3))), ("l2", (x_hat - x).square().mean(dim=(1, 2, 3))),
-                            ("ssim", ssim(x_hat, x)), ("baseline_psnr", psnr(baseline.expand_as(x), x))):
+        for name, value in (
+            ("psnr", psnr(x_hat, x)),
+            ("l1", (x_hat - x).abs().mean(dim=(1, 2, 3))),
+            ("l2", (x_hat - x).square().mean(dim=(1, 2, 3))),
+            ("ssim", ssim(x_hat, x)),
+            ("baseline_psnr", psnr(baseline.expand_as(x), x)),
+        ):
             scores[name].append(value)
         for total, indices in zip(counts, output.indices.unbind(1)):
             total += torch.bincount(indices.flatten(), minlength=len(total))
@@ -219,10 +226,21 @@ def evaluate(path, data="", device="auto", inception=(None, ""), save=None, chec
     if network is not None:
         gaussians = [part for kept in features for part in (kept.mean(axis=0), np.cov(kept, rowvar=False))]
         fid = frechet_distance(*gaussians)
-    result = {"run": str(path), "method": config.method, "dataset": config.dataset, "split": "val", "checkpoint": checkpoint, "step": step, "seed": config.seed,
-              "resolution": config.resolution, "images": len(dataset), **{name: float(values.mean()) for name, values in scores.items()},
-              "fid": fid, "fid_note": reason or f"Inception-v3 pool3 (pt_inception-2015-12-05), {len(dataset):,} images at {config.resolution}²",
-              **code_statistics(counts, model.grid[0] * model.grid[1])}
+    result = {
+        "run": str(path),
+        "method": config.method,
+        "dataset": config.dataset,
+        "split": "val",
+        "checkpoint": checkpoint,
+        "step": step,
+        "seed": config.seed,
+        "resolution": config.resolution,
+        "images": len(dataset),
+        **{name: float(values.mean()) for name, values in scores.items()},
+        "fid": fid,
+        "fid_note": reason or f"Inception-v3 pool3 (pt_inception-2015-12-05), {len(dataset):,} images at {config.resolution}²",
+        **code_statistics(counts, model.grid[0] * model.grid[1]),
+    }
     with whole_file(Path(path) / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     draw_pairs(pairs, Path(path) / "reconstructions.png")
@@ -252,8 +270,12 @@ def draw_usage(counts, names, path, title, width=640, height=300):
             y = height + 30 - height * 0.82 * math.log10(10**exponent + 1) / top
             draw.text((left - 8, y), f"{10**exponent:,}", "black", font, anchor="rm")
         used = int((count > 0).sum())
-        draw.text((left, height + 40), f"{name}s by rank: {used:,} of {len(count):,} used ({100 * used / len(count):.1f} %) "
-                                       f"over {int(count.sum()):,} positions", "black", font)
+        draw.text(
+            (left, height + 40),
+            f"{name}s by rank: {used:,} of {len(count):,} used ({100 * used / len(count):.1f} %) over {int(count.sum()):,} positions",
+            "black",
+            font,
+        )
     with whole_file(path) as temporary:
         image.save(temporary, "PNG")
 
@@ -261,11 +283,42 @@ def draw_usage(counts, names, path, title, width=640, height=300):
 def markdown(results):
     """Results → a table, columns as the paper orders them."""
     both = lambda values, form: " + ".join(form.format(value) for value in values.values())
-    rows = [("run", "FID ↓", "PSNR ↑", "ℓ1 ↓", "ℓ2 ↓", "SSIM ↑", "codes used", "usage", "perplexity", "bits/image", "entropy bits", "mean image's PSNR", "images")]
+    rows = [
+        (
+            "run",
+            "FID ↓",
+            "PSNR ↑",
+            "ℓ1 ↓",
+            "ℓ2 ↓",
+            "SSIM ↑",
+            "codes used",
+            "usage",
+            "perplexity",
+            "bits/image",
+            "entropy bits",
+            "mean image's PSNR",
+            "images",
+        )
+    ]
     for r in results:
         used = " + ".join(f"{r['codes_used'][name]}/{r['codes'][name]} {name}s" for name in r["codes"])
-        rows.append((r["run"], "–" if r["fid"] is None else f"{r['fid']:.2f}", f"{r['psnr']:.2f}", f"{r['l1']:.4f}", f"{r['l2']:.4f}", f"{r['ssim']:.4f}", used,
-                     both(r["usage"], "{:.1%}"), both(r["perplexity"], "{:.1f}"), f"{r['bits']:.0f}", f"{r['bits_entropy']:.0f}", f"{r['baseline_psnr']:.2f}", f"{r['images']:,}"))
+        rows.append(
+            (
+                r["run"],
+                "–" if r["fid"] is None else f"{r['fid']:.2f}",
+                f"{r['psnr']:.2f}",
+                f"{r['l1']:.4f}",
+                f"{r['l2']:.4f}",
+                f"{r['ssim']:.4f}",
+                used,
+                both(r["usage"], "{:.1%}"),
+                both(r["perplexity"], "{:.1f}"),
+                f"{r['bits']:.0f}",
+                f"{r['bits_entropy']:.0f}",
+                f"{r['baseline_psnr']:.2f}",
+                f"{r['images']:,}",
+            )
+        )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
 
@@ -275,10 +328,22 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--data", default="", help="where the data set lies now (default: where the run found it)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument("--checkpoint", choices=("last", "best"), default="last", help="last step, or best validation PSNR (default: last, as the paper trains to the end)")
-    parser.add_argument("--inception", default="", metavar="FILE", help="local copy of FID's weights (default: torch hub's cache, or download; else FID is a dash)")
+    parser.add_argument(
+        "--checkpoint",
+        choices=("last", "best"),
+        default="last",
+        help="last step, or best validation PSNR (default: last, as the paper trains to the end)",
+    )
+    parser.add_argument(
+        "--inception",
+        default="",
+        metavar="FILE",
+        help="local copy of FID's weights (default: torch hub's cache, or download; else FID is a dash)",
+    )
     parser.add_argument("--figures", action="store_true", help="also draw Fig. 5, usage.png in each run")
-    parser.add_argument("--save", default=None, metavar="DIR", help="write DIR/originals/*.png and DIR/reconstructions/*.png (several runs: DIR/<run>/…)")
+    parser.add_argument(
+        "--save", default=None, metavar="DIR", help="write DIR/originals/*.png and DIR/reconstructions/*.png (several runs: DIR/<run>/…)"
+    )
     args = parser.parse_args(argv)
     for path in args.runs:
         if not (Path(path) / f"{args.checkpoint}.pt").is_file():

@@ -27,7 +27,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -90,9 +90,11 @@ def _umask():
 
 def checksum(path):
     """sha256 of a file, hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else \
-            hashlib.sha256(file.read()).hexdigest()
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class Progress:
@@ -157,7 +159,7 @@ def _json_captions(stream, name, block=1 << 20):
                     raise UserError(f"corpus '{name}' is JSON without an \"annotations\" list of captions")
                 buffer = buffer[-64:]  # the key may straddle two blocks
                 continue
-            buffer = buffer[start.end():]
+            buffer = buffer[start.end() :]
         while True:
             buffer = buffer.lstrip(", \t\r\n")
             if buffer.startswith("]"):
@@ -207,8 +209,11 @@ class WordNetSpeech:
         UserError: naming every missing NLTK resource and the command that gets them.
     """
 
-    RESOURCES = {"wordnet": "corpora/wordnet", "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
-                 "punkt_tab": "tokenizers/punkt_tab"}
+    RESOURCES = {
+        "wordnet": "corpora/wordnet",
+        "averaged_perceptron_tagger_eng": "taggers/averaged_perceptron_tagger_eng",
+        "punkt_tab": "tokenizers/punkt_tab",
+    }
     name = "NLTK tagger and WordNet"
 
     def __init__(self, download=False):
@@ -222,7 +227,8 @@ class WordNetSpeech:
         if missing:
             raise UserError(
                 f"NLTK data missing: {', '.join(missing)} (tagger, tokenizer and WordNet decide the parts of speech); "
-                f"get them with: python -m nltk.downloader {' '.join(missing)}   (or pass --download; a local copy: NLTK_DATA=DIR)")
+                f"get them with: python -m nltk.downloader {' '.join(missing)}   (or pass --download; a local copy: NLTK_DATA=DIR)"
+            )
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
@@ -279,8 +285,25 @@ class WordListSpeech:
     """
 
     name = "word list"
-    TAGS = {"and": "CC", "or": "CC", "but": "CC", ",": ",", ".": ".", "a": "DT", "an": "DT", "the": "DT", "this": "DT",
-            "its": "PRP$", "very": "RB", "of": "IN", "in": "IN", "on": "IN", "with": "IN", "is": "VBZ", "are": "VBP"}
+    TAGS = {
+        "and": "CC",
+        "or": "CC",
+        "but": "CC",
+        ",": ",",
+        ".": ".",
+        "a": "DT",
+        "an": "DT",
+        "the": "DT",
+        "this": "DT",
+        "its": "PRP$",
+        "very": "RB",
+        "of": "IN",
+        "in": "IN",
+        "on": "IN",
+        "with": "IN",
+        "is": "VBZ",
+        "are": "VBP",
+    }
 
     def __init__(self, adjectives, nouns, plurals=None):
         self.adjectives, self.nouns, self.plurals = frozenset(adjectives), frozenset(nouns), dict(plurals or {})
@@ -319,14 +342,33 @@ def resolve_parts(tagged, speech):
     for i in reversed(range(len(words))):
         word, tag, before = words[i], tags[i], tags[i - 1] if i else ""
         kind = tag[:2]
-        joined = tags[i + 1:i + 2] == ["CC"] and leads[i + 2] and parts[i + 2] == "adjective" and i and (words[i - 1] in ("a", "an") or before == "IN")
-        movable = kind == "NN" or tag in ("VBN", "VBD") and before[:2] not in ("NN", "VB", "PR", "MD", "TO") \
-            or tag == "VBG" and (before[:2] in ("DT", "JJ") or before == "PRP$")
+        joined = (
+            tags[i + 1 : i + 2] == ["CC"]
+            and leads[i + 2]
+            and parts[i + 2] == "adjective"
+            and i
+            and (words[i - 1] in ("a", "an") or before == "IN")
+        )
+        movable = (
+            kind == "NN"
+            or tag in ("VBN", "VBD")
+            and before[:2] not in ("NN", "VB", "PR", "MD", "TO")
+            or tag == "VBG"
+            and (before[:2] in ("DT", "JJ") or before == "PRP$")
+        )
         if speech.is_adjective(word) and (kind == "JJ" or movable and (leads[i + 1] or joined)):
             parts[i] = "adjective"
         elif (kind == "NN" or kind in ("JJ", "RB", "VB") and not speech.knows(word, tag)) and speech.noun(word):
             parts[i], lemmas[i] = "noun", speech.noun(word)
-        leads[i] = kind == "NN" and parts[i] == "" or parts[i] == "noun" or kind == "JJ" and leads[i + 1] or parts[i] == "adjective" and (leads[i + 1] or bool(joined))
+        leads[i] = (
+            kind == "NN"
+            and parts[i] == ""
+            or parts[i] == "noun"
+            or kind == "JJ"
+            and leads[i + 1]
+            or parts[i] == "adjective"
+            and (leads[i + 1] or bool(joined))
+        )
     tokens = [Token(*fields) for fields in zip(words, tags, parts, lemmas)]
     for i, token in enumerate(tokens):
         if _is_copula(token):
@@ -409,7 +451,7 @@ def modifying_pairs(tokens, speech):
     """
     pending = []
     for i, token in enumerate(tokens):
-        following = next((later for later in tokens[i + 1:] if not _is_adverb(later)), None)
+        following = next((later for later in tokens[i + 1 :] if not _is_adverb(later)), None)
         if token.part == "adjective":
             pending.append(token.lemma)
         elif _is_noun(token):
@@ -464,44 +506,38 @@ def count_captions(captions, speech, contexts=False):
             counts.pairs.update(modifying_pairs(tokens, speech))
             if contexts:
                 lemmas = [token.lemma for token in tokens if token.word[0].isalpha()]
-                counts.contexts.update(tuple(sorted((lemma, near))) for i, lemma in enumerate(lemmas) for near in lemmas[i + 1:i + 1 + WINDOW])
+                counts.contexts.update(
+                    tuple(sorted((lemma, near))) for i, lemma in enumerate(lemmas) for near in lemmas[i + 1 : i + 1 + WINDOW]
+                )
     return counts
 
 
 def _start_worker(speech, contexts):
-    _start_worker.job = speech, contexts
+    _count_chunk.job = speech, contexts
 
 
 def _count_chunk(captions):
-    return count_captions(captions, *_start_worker.job)
+    return count_captions(captions, *_count_chunk.job)
 
 
 def count_corpus(captions, speech, contexts=False, workers=1):
     """`count_captions` over all cores; the result does not depend on their number."""
-    chunks = iter(lambda iterator=iter(captions): list(itertools.islice(iterator, CHUNK)), [])
-    total, progress, start = Counts(), Progress(), time.monotonic()
-    with multiprocessing.Pool(workers, _start_worker, (speech, contexts)) if workers > 1 else _NoPool(speech, contexts) as pool:
-        for counts in pool.imap_unordered(_count_chunk, chunks):
+    captions, total = iter(captions), Counts()
+    chunks = iter(lambda: list(itertools.islice(captions, CHUNK)), [])
+    progress, start = Progress(), time.monotonic()
+    with ExitStack() as stack:
+        if workers > 1:
+            pool = stack.enter_context(multiprocessing.Pool(workers, _start_worker, (speech, contexts)))
+            parts = pool.imap_unordered(_count_chunk, chunks)
+        else:
+            parts = (count_captions(chunk, speech, contexts) for chunk in chunks)
+        for counts in parts:
             total.add(counts)
             seconds = time.monotonic() - start
-            progress(f"tagging: {total.captions:,} captions, {total.captions / seconds:,.0f}/s, {len(total.words):,} words, {len(total.pairs):,} pairs")
+            progress(
+                f"tagging: {total.captions:,} captions, {total.captions / seconds:,.0f}/s, {len(total.words):,} words, {len(total.pairs):,} pairs"
+            )
     return total
-
-
-class _NoPool:
-    """multiprocessing.Pool's interface in this process."""
-
-    def __init__(self, *job):
-        _start_worker(*job)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def imap_unordered(self, function, items):
-        return map(function, items)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -549,17 +585,25 @@ def _open_text(path):
     """The text inside a file, a .gz, or the one member of a .zip."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"word vectors '{path}' do not exist: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy")
+        raise UserError(
+            f"word vectors '{path}' do not exist: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy"
+        )
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 members = [name for name in archive.namelist() if name.endswith(".txt")]
                 if len(members) != 1:
-                    raise UserError(f"vectors '{path}': {len(members)} .txt files inside, expected one; unpack it and point --weights at one")
+                    raise UserError(
+                        f"vectors '{path}': {len(members)} .txt files inside, expected one; unpack it and point --weights at one"
+                    )
                 with archive.open(members[0]) as member, io.TextIOWrapper(member, encoding="utf-8", newline="\n") as stream:
                     yield stream
         else:
-            with gzip.open(path, "rt", encoding="utf-8", newline="\n") if path.suffix == ".gz" else open(path, encoding="utf-8", newline="\n") as stream:
+            with (
+                gzip.open(path, "rt", encoding="utf-8", newline="\n")
+                if path.suffix == ".gz"
+                else open(path, encoding="utf-8", newline="\n") as stream
+            ):
                 yield stream
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError):
         raise UserError(f"vectors '{path}' are not a whole archive") from None
@@ -605,9 +649,11 @@ def corpus_vectors(contexts, min_count=1, dim=100):
 
 def random_vectors(words, dim=100, seed=0):
     """Standard normal vectors that depend on the word and the seed alone (the paper's RI, Table 2)."""
+
     def draw(word):
         key = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
         return np.random.default_rng((seed, key)).standard_normal(dim, dtype=np.float32)
+
     return {word: draw(word) for word in words}
 
 
@@ -648,7 +694,9 @@ class Prior:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
         except (ValueError, KeyError, zipfile.BadZipFile, EOFError):
-            raise UserError(f"prior '{path}' is not a file of prior.py (or is damaged); make one with: python prior.py CORPUS --out {path}") from None
+            raise UserError(
+                f"prior '{path}' is not a file of prior.py (or is damaged); make one with: python prior.py CORPUS --out {path}"
+            ) from None
         return cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
 
 
@@ -683,15 +731,27 @@ def build_prior(counts, embeddings, weights=None, min_count=1, dim=100, seed=0, 
     words = {part: [word for word in seen[part] if word in vectors] for part in PARTS}
     for part in PARTS:
         if not words[part]:
-            raise UserError(f"no {part} is left of {counts.captions:,} captions: {len(seen[part])} seen at least {min_count} times, none of them "
-                            f"with a {embeddings} vector; give a larger English corpus or a lower --min-count")
+            raise UserError(
+                f"no {part} is left of {counts.captions:,} captions: {len(seen[part])} seen at least {min_count} times, none of them "
+                f"with a {embeddings} vector; give a larger English corpus or a lower --min-count"
+            )
     index = {part: {word: i for i, word in enumerate(words[part])} for part in PARTS}
-    edges = sorted((index["adjective"][a], index["noun"][n], count) for (a, n), count in counts.pairs.items()
-                   if a in index["adjective"] and n in index["noun"])
+    edges = sorted(
+        (index["adjective"][a], index["noun"][n], count)
+        for (a, n), count in counts.pairs.items()
+        if a in index["adjective"] and n in index["noun"]
+    )
     edges = np.array(edges, dtype=np.int64).reshape(-1, 3)
     stack = {part: np.stack([vectors[word] for word in words[part]]) for part in PARTS}
-    notes = {**(provenance or {}), "captions": counts.captions, "vectors": source, "dim": int(stack["noun"].shape[1]), "version": VERSION,
-             "min_count": min_count, "without_vector": {part: len(seen[part]) - len(words[part]) for part in PARTS}}
+    notes = {
+        **(provenance or {}),
+        "captions": counts.captions,
+        "vectors": source,
+        "dim": int(stack["noun"].shape[1]),
+        "version": VERSION,
+        "min_count": min_count,
+        "without_vector": {part: len(seen[part]) - len(words[part]) for part in PARTS},
+    }
     return Prior(np.array(words["adjective"]), stack["adjective"], np.array(words["noun"]), stack["noun"], edges[:, :2], edges[:, 2], notes)
 
 
@@ -704,7 +764,9 @@ def build_from_corpora(corpora, embeddings, weights=None, min_count=1, dim=100, 
         others: as `build_prior`.
     """
     if embeddings == "glove" and weights and not Path(weights).is_file():
-        raise UserError(f"word vectors '{weights}' do not exist: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy")
+        raise UserError(
+            f"word vectors '{weights}' do not exist: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy"
+        )
     speech = speech or WordNetSpeech(download)
     total, lines = Counts(), {}
     for name, captions in corpora:
@@ -750,7 +812,7 @@ def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
         points -= points.mean(axis=0)
         u, s, _ = np.linalg.svd(points, full_matrices=False)
         flat = np.zeros((len(shown), 2))
-        flat[:, :min(2, len(s))] = (u * s)[:, :2]
+        flat[:, : min(2, len(s))] = (u * s)[:, :2]
         span = np.ptp(flat, axis=0)
         flat = (flat - flat.min(axis=0)) / np.where(span > 1e-9, span, 1.0)
         place = {word: (panel * size + 50 + x * (size - 170), 60 + y * (size - 100)) for word, (x, y) in zip(shown, flat)}
@@ -759,10 +821,15 @@ def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
         for word, names in near.items():
             for name, _ in names:
                 draw.line((*place[word], *place[name]), "#b8cbe6", 2)
-        for word, (x, y) in place.items():
+        taken = []
+        for word, (x, y) in sorted(place.items(), key=lambda item: (item[0] not in near, item[1][1])):
             colour = "#c2410c" if word in near else "#475569"
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-            draw.text((x + 7, y - 9), word, colour, bold if word in near else font)
+            label = y - 9
+            while any(abs(label - other) < 18 and abs(x - left) < 90 for left, other in taken):
+                label += 6  # below the labels that stand there already
+            taken.append((x, label))
+            draw.text((x + 7, label), word, colour, bold if word in near else font)
         for row, (word, names) in enumerate(near.items()):
             text = f"{word}: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in names)
             draw.text((panel * size + 20, size + 12 + 24 * row), text, "black", font)
@@ -788,8 +855,10 @@ def show(prior, caption, pairs=20, download=False):
     """Print a prior's sizes, its most frequent pairs, and what one caption turns into."""
     adjectives, nouns = prior.adjective_words, prior.noun_words
     possible = len(adjectives) * len(nouns)
-    print(f"{len(adjectives):,} adjectives, {len(nouns):,} nouns, {prior.provenance['dim']} dimensions; "
-          f"{len(prior.edges):,} edges ({100 * len(prior.edges) / possible:.2f} % of all pairs)")
+    print(
+        f"{len(adjectives):,} adjectives, {len(nouns):,} nouns, {prior.provenance['dim']} dimensions; "
+        f"{len(prior.edges):,} edges ({100 * len(prior.edges) / possible:.2f} % of all pairs)"
+    )
     for key, value in prior.provenance.items():
         print(f"  {key}: {json.dumps(value)}")
     print("\nmost frequent pairs")
@@ -803,7 +872,9 @@ def show(prior, caption, pairs=20, download=False):
     for tokens in speech(caption):
         for token in tokens:
             node = nodes[token.part].get(token.lemma) if token.part else None
-            print(f"  {token.word:16} {token.tag:6} {token.part or '-':15} {'-' if node is None else f'{token.part} {node} ({token.lemma})'}")
+            print(
+                f"  {token.word:16} {token.tag:6} {token.part or '-':15} {'-' if node is None else f'{token.part} {node} ({token.lemma})'}"
+            )
         for a, n in modifying_pairs(tokens, speech):
             kept = a in nodes["adjective"] and n in nodes["noun"]
             print(f"  {a} → {n}" + ("" if kept else "   (not both are nodes)"))
@@ -814,17 +885,41 @@ def show(prior, caption, pairs=20, download=False):
 
 
 def parse_build(argv):
-    parser = argparse.ArgumentParser(prog="prior.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="python prior.py show PRIOR   looks at a finished file; see python prior.py show --help")
-    parser.add_argument("corpora", nargs="+", metavar="CORPUS", help="text, COCO JSON or Flickr file (.gz or not), or a folder of .txt files; several add up")
-    parser.add_argument("--embeddings", choices=("glove", "corpus", "random"), default="corpus",
-                        help="language model: GloVe's vectors, PPMI + SVD of the corpus itself, or random ones as a control (default: corpus, no download)")
+    parser = argparse.ArgumentParser(
+        prog="prior.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="python prior.py show PRIOR   looks at a finished file; see python prior.py show --help",
+    )
+    parser.add_argument(
+        "corpora",
+        nargs="+",
+        metavar="CORPUS",
+        help="text, COCO JSON or Flickr file (.gz or not), or a folder of .txt files; several add up",
+    )
+    parser.add_argument(
+        "--embeddings",
+        choices=("glove", "corpus", "random"),
+        default="corpus",
+        help="language model: GloVe's vectors, PPMI + SVD of the corpus itself, or random ones as a control (default: corpus, no download)",
+    )
     parser.add_argument("--weights", metavar="FILE", help="GloVe's text or zip file; a local copy")
-    parser.add_argument("--min-count", type=int, default=10, help="times a word must occur in its part of speech to become a code (default: 10, the authors' filter)")
-    parser.add_argument("--dim", type=int, default=100, help="dimensions of corpus and random vectors (default: 100, the smallest published GloVe but one)")
+    parser.add_argument(
+        "--min-count",
+        type=int,
+        default=10,
+        help="times a word must occur in its part of speech to become a code (default: 10, the authors' filter)",
+    )
+    parser.add_argument(
+        "--dim", type=int, default=100, help="dimensions of corpus and random vectors (default: 100, the smallest published GloVe but one)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of random vectors (default: 0)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-                        help="processes that tag (default: every core, as tagging is nearly all of the time)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        help="processes that tag (default: every core, as tagging is nearly all of the time)",
+    )
     parser.add_argument("--download", action="store_true", help="fetch missing NLTK data (tagger, tokenizer, WordNet: 17 MB)")
     parser.add_argument("--out", default="prior.npz", help="file to write (default: prior.npz)")
     return parser.parse_args(argv)
@@ -855,10 +950,14 @@ def main(argv=None):
     for path in args.corpora:
         next(read_captions(path), None)  # a wrong path is known before the tagging starts
     corpora = [(str(path), read_captions(path)) for path in args.corpora]
-    prior = build_from_corpora(corpora, args.embeddings, args.weights, args.min_count, args.dim, args.seed, args.workers, download=args.download)
+    prior = build_from_corpora(
+        corpora, args.embeddings, args.weights, args.min_count, args.dim, args.seed, args.workers, download=args.download
+    )
     prior.save(args.out)
-    print(f"{args.out}: {len(prior.adjective_words):,} adjectives, {len(prior.noun_words):,} nouns, {len(prior.edges):,} edges "
-          f"from {prior.provenance['captions']:,} captions in {time.monotonic() - start:.1f} s")
+    print(
+        f"{args.out}: {len(prior.adjective_words):,} adjectives, {len(prior.noun_words):,} nouns, {len(prior.edges):,} edges "
+        f"from {prior.provenance['captions']:,} captions in {time.monotonic() - start:.1f} s"
+    )
 
 
 if __name__ == "__main__":

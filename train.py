@@ -16,7 +16,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -47,12 +46,16 @@ CHECKPOINT_VERSION = 1
 class Config(ModelConfig):
     """A run. Defaults are the paper's f16 network with VQGAN's training; presets and methods change some."""
 
-    dataset: str = option("demo", "demo: birds drawn by code; folder: any tree of images; cub: CUB-200-2011", choices=("demo", "folder", "cub"))
+    dataset: str = option(
+        "demo", "demo: birds drawn by code; folder: any tree of images; cub: CUB-200-2011", choices=("demo", "folder", "cub")
+    )
     data: str = option("", "folder of the data set (cub: data/CUB_200_2011)")
     labels: str = option("", "folder of label maps with the images' relative names, for --dataset folder")
     prior: str = option("", "a prior.npz of prior.py; by default made from the data set's own captions")
     method: str = option("vqct", "a system of the paper, as a choice of codes, transfer and losses")
-    preset: str = option("", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network at 256² (every other)", choices=("", "tiny", "f16"))
+    preset: str = option(
+        "", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network at 256² (every other)", choices=("", "tiny", "f16")
+    )
     out: str = option("", "run folder (default: runs/<dataset>-<method>)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     seed: int = option(0, "of weights, data order and the demo's pictures")
@@ -60,10 +63,16 @@ class Config(ModelConfig):
     batch_size: int = option(8, "images a device and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
-    schedule: str = option("constant", "of lr over the run: constant as in VQGAN, or cosine to zero, which short runs profit from", choices=("constant", "cosine"))
+    schedule: str = option(
+        "constant",
+        "of lr over the run: constant as in VQGAN, or cosine to zero, which short runs profit from",
+        choices=("constant", "cosine"),
+    )
     pixel_loss: str = option("l2", "l2 as in Eq. 2, or l1 as in VQGAN's code", choices=("l1", "l2"))
     perceptual_weight: float = option(1.0, "of LPIPS beside the pixel loss (VQGAN)")
-    perceptual_trunk: str = option("vgg", "LPIPS network: vgg (VGG-16, as in the paper) or squeeze (SqueezeNet 1.1, light)", choices=("vgg", "squeeze"))
+    perceptual_trunk: str = option(
+        "vgg", "LPIPS network: vgg (VGG-16, as in the paper) or squeeze (SqueezeNet 1.1, light)", choices=("vgg", "squeeze")
+    )
     trunk_weights: str = option("", "local copy of the trunk's torchvision ImageNet weights (default: torch hub's cache, or download)")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads (default: torch hub's cache, or download)")
     gan_weight: float = option(0.8, "of the adversarial loss beside the adaptive weight (VQGAN); 0: no discriminator")
@@ -78,8 +87,24 @@ class Config(ModelConfig):
 
 PRESETS = {
     "f16": {},
-    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=16, transfer_width=128, batch_size=4,
-                 steps=2400, lr=3e-4, schedule="cosine", perceptual_weight=0.0, gan_weight=0.2, gan_start=1900, eval_every=300, eval_images=64),
+    "tiny": dict(
+        resolution=64,
+        channels=24,
+        multipliers=(1, 1, 2, 4),
+        blocks=1,
+        z_channels=64,
+        code_dim=16,
+        transfer_width=128,
+        batch_size=4,
+        steps=2400,
+        lr=3e-4,
+        schedule="cosine",
+        perceptual_weight=0.0,
+        gan_weight=0.2,
+        gan_start=1900,
+        eval_every=300,
+        eval_images=64,
+    ),
 }
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none")
 METHODS = {
@@ -114,9 +139,14 @@ def _integers(text):
 
 def parse(argv=None):
     """Command line → (Config, given flags, resume, overwrite); explicit flags win over method, method over preset."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="presets: " + "; ".join(f"{name}: {values}" for name, values in PRESETS.items() if values)
-                                     + "\nmethods: " + ", ".join(METHODS))
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="presets: "
+        + "; ".join(f"{name}: {values}" for name, values in PRESETS.items() if values)
+        + "\nmethods: "
+        + ", ".join(METHODS),
+    )
     add_flags(parser, Config())
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, with its configuration")
     parser.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
@@ -135,7 +165,9 @@ def resolve(given):
     if config.transfer == "none" and config.code_dim % config.codebooks:
         raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
     if config.gan_weight > 0 and config.resolution < 24:
-        raise UserError(f"--resolution {config.resolution} is too small for the patch discriminator, which needs 24; or train without: --gan-weight 0")
+        raise UserError(
+            f"--resolution {config.resolution} is too small for the patch discriminator, which needs 24; or train without: --gan-weight 0"
+        )
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
     config.out = config.out or f"runs/{config.dataset}-{config.method}"
     if config.dataset == "cub":
@@ -155,7 +187,9 @@ def pick_device(name):
     except RuntimeError:
         raise UserError(f"--device {name} is not a device of torch; give cpu, cuda, cuda:1 or mps") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices on this machine; use --device cpu, or install torch for CUDA")
+        raise UserError(
+            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices on this machine; use --device cpu, or install torch for CUDA"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Metal device on this machine; use --device cpu")
     return device
@@ -200,21 +234,34 @@ class Species(NamedTuple):
 
 SPECIES = (
     Species("robin", "dark", "orange", "brown", "orange", "white", "brown", "brown", "yellow", "brown", .40, 1.1),
-    Species("cardinal", "red", "black", "crimson", "red", "red", "crimson", "crimson", "orange", "brown", .42, 1.0, 0, .15, .09, .02, .62, .2, .24, mask="black"),
-    Species("jay", "blue", "white", "blue", "pale", "white", "blue", "blue", "black", "dark", .44, 1.0, 0, .2, .06, 0, .55, .22, .2, wing_bar="white"),
-    Species("goldfinch", "black", "yellow", "yellow", "yellow", "white", "black", "black", "orange", "pink", .34, 1.15, 0, .14, .075, 0, .34, wing_bar="white"),
-    Species("kingfisher", "teal", "white", "teal", "orange", "orange", "teal", "blue", "black", "red", .38, 1.1, 0, .44, .06, 0, .2, .1, .08),
-    Species("heron", "gray", "white", "gray", "pale", "white", "gray", "gray", "yellow", "olive", .46, .72, .5, .42, .05, 0, .24, .62, .16, "striped", mask="black"),
-    Species("sparrow", "chestnut", "gray", "brown", "beige", "pale", "chestnut", "brown", "dark", "pink", .33, 1.15, 0, .13, .075, 0, .36, .2, 0, "striped", "white"),
+    Species("cardinal", "red", "black", "crimson", "red", "red", "crimson", "crimson", "orange", "brown", .42,
+            1.0, 0, .15, .09, .02, .62, .2, .24, mask="black"),
+    Species("jay", "blue", "white", "blue", "pale", "white", "blue", "blue", "black", "dark", .44,
+            1.0, 0, .2, .06, 0, .55, .22, .2, wing_bar="white"),
+    Species("goldfinch", "black", "yellow", "yellow", "yellow", "white", "black", "black", "orange", "pink", .34,
+            1.15, 0, .14, .075, 0, .34, wing_bar="white"),
+    Species("kingfisher", "teal", "white", "teal", "orange", "orange", "teal", "blue", "black", "red", .38,
+            1.1, 0, .44, .06, 0, .2, .1, .08),
+    Species("heron", "gray", "white", "gray", "pale", "white", "gray", "gray", "yellow", "olive", .46,
+            .72, .5, .42, .05, 0, .24, .62, .16, "striped", mask="black"),
+    Species("sparrow", "chestnut", "gray", "brown", "beige", "pale", "chestnut", "brown", "dark", "pink", .33,
+            1.15, 0, .13, .075, 0, .36, .2, 0, "striped", "white"),
     Species("crow", "black", "black", "black", "black", "dark", "black", "black", "black", "black", .50, .92, .04, .26, .085, .03, .48),
-    Species("bullfinch", "black", "pink", "gray", "pink", "pink", "dark", "black", "black", "brown", .36, 1.3, 0, .11, .09, .02, .36, .18, wing_bar="white"),
-    Species("magpie", "black", "black", "black", "black", "white", "blue", "teal", "black", "black", .42, .9, 0, .21, .065, .01, .88, .26, wing_bar="white"),
-    Species("oriole", "black", "black", "orange", "golden", "yellow", "black", "orange", "gray", "gray", .38, .95, 0, .2, .05, 0, .46, wing_bar="white"),
+    Species("bullfinch", "black", "pink", "gray", "pink", "pink", "dark", "black", "black", "brown", .36,
+            1.3, 0, .11, .09, .02, .36, .18, wing_bar="white"),
+    Species("magpie", "black", "black", "black", "black", "white", "blue", "teal", "black", "black", .42,
+            .9, 0, .21, .065, .01, .88, .26, wing_bar="white"),
+    Species("oriole", "black", "black", "orange", "golden", "yellow", "black", "orange", "gray", "gray", .38,
+            .95, 0, .2, .05, 0, .46, wing_bar="white"),
     Species("gull", "white", "white", "gray", "white", "white", "gray", "white", "yellow", "pink", .47, .92, .06, .25, .065, .05, .36, .28),
-    Species("parrot", "red", "yellow", "green", "green", "olive", "green", "blue", "beige", "gray", .44, 1.0, 0, .14, .11, .12, .7, .14, wing_bar="yellow"),
-    Species("duck", "green", "white", "brown", "chestnut", "pale", "gray", "white", "yellow", "orange", .48, 1.1, .14, .24, .065, -.03, .2, .14, mask="green"),
-    Species("wren", "brown", "beige", "rusty", "beige", "beige", "rusty", "rusty", "dark", "pink", .30, 1.35, 0, .19, .04, .04, .22, .18, 0, "striped"),
-    Species("thrush", "brown", "white", "olive", "pale", "white", "brown", "olive", "brown", "pink", .38, 1.12, 0, .19, .05, 0, .4, .24, 0, "spotted"),
+    Species("parrot", "red", "yellow", "green", "green", "olive", "green", "blue", "beige", "gray", .44,
+            1.0, 0, .14, .11, .12, .7, .14, wing_bar="yellow"),
+    Species("duck", "green", "white", "brown", "chestnut", "pale", "gray", "white", "yellow", "orange", .48,
+            1.1, .14, .24, .065, -.03, .2, .14, mask="green"),
+    Species("wren", "brown", "beige", "rusty", "beige", "beige", "rusty", "rusty", "dark", "pink", .30,
+            1.35, 0, .19, .04, .04, .22, .18, 0, "striped"),
+    Species("thrush", "brown", "white", "olive", "pale", "white", "brown", "olive", "brown", "pink", .38,
+            1.12, 0, .19, .05, 0, .4, .24, 0, "spotted"),
 )
 LIGHTS = {  # words for it, its colour, the sky's colours above and at the horizon
     "morning": (("warm", "golden"), (1.08, 1.0, .88), (.55, .68, .86), (.98, .84, .66)),
@@ -268,8 +315,19 @@ def sample_scene(seed, split, index):
         pose = "flying"
     perch_words, behind_words = PLACES[place][1], PLACES[place][3]
     words = tuple(str(rng.choice(choices)) for choices in (LIGHTS[light][0], perch_words, behind_words))
-    return Scene(species, place, light, rng.uniform(.82, 1.18), pose, rng.uniform(.42, .58), rng.uniform(-.04, .04),
-                 int(rng.choice((-1, 1))), rng.uniform(-.18, .12), words, (*key, 1))
+    return Scene(
+        species,
+        place,
+        light,
+        rng.uniform(0.82, 1.18),
+        pose,
+        rng.uniform(0.42, 0.58),
+        rng.uniform(-0.04, 0.04),
+        int(rng.choice((-1, 1))),
+        rng.uniform(-0.18, 0.12),
+        words,
+        (*key, 1),
+    )
 
 
 class Canvas:
@@ -332,7 +390,7 @@ def paint_background(canvas, scene):
     x, y, level = canvas.x, canvas.y, 0.62
     canvas.paint(np.array(above) + np.clip(y / level, 0, 1)[..., None] * (np.array(horizon) - above), np.ones_like(x), "sky")
     clouds = np.clip(canvas.noise(3, 6, 3) * 2.2 - 1.1, 0, 1) * np.clip(1.2 - y / level, 0, 1)
-    canvas.paint((.97, .96, .95), 0.55 * clouds)
+    canvas.paint((0.97, 0.96, 0.95), 0.55 * clouds)
     fbm, fine = canvas.noise(5, 5, 3), canvas.noise(24, 24, 2)
     if scene.place in ("forest", "garden"):
         green = rgb("green") * (0.35 + 0.9 * fbm[..., None]) + 0.10 * fine[..., None] * rgb("yellow")
@@ -347,13 +405,17 @@ def paint_background(canvas, scene):
                 canvas.paint(np.array(horizon), 0.35 * glow * blob)
     else:
         ridge = level - 0.05 - 0.16 * canvas.noise(4, 2, 3, x=x, y=np.full_like(x, 0.3))
-        far = {"field": rgb("pale") * .82, "cliff": rgb("blue") * .55 + .3, "beach": rgb("teal") * .6 + .3}.get(scene.place, rgb("green") * .7 + .12)
-        canvas.paint(far * (0.8 + 0.35 * fbm[..., None]), canvas.inside(ridge - y, 2), "tree" if scene.place in ("meadow", "lake") else None)
+        far = {"field": rgb("pale") * 0.82, "cliff": rgb("blue") * 0.55 + 0.3, "beach": rgb("teal") * 0.6 + 0.3}.get(
+            scene.place, rgb("green") * 0.7 + 0.12
+        )
+        canvas.paint(
+            far * (0.8 + 0.35 * fbm[..., None]), canvas.inside(ridge - y, 2), "tree" if scene.place in ("meadow", "lake") else None
+        )
         depth = np.clip((y - level) / (1 - level), 0, 1)
         ground = canvas.inside(level - y, 2)
         if scene.place in ("lake", "beach"):
             waves = canvas.noise(5, 40, 2)
-            water = (rgb("teal") * .45 + np.array(horizon, np.float32) * .4) * (0.75 + 0.5 * waves[..., None] * (0.4 + depth[..., None]))
+            water = (rgb("teal") * 0.45 + np.array(horizon, np.float32) * 0.4) * (0.75 + 0.5 * waves[..., None] * (0.4 + depth[..., None]))
             canvas.paint(water, ground, "water")
         if scene.place == "beach":
             shore = level + 0.10 + 0.03 * canvas.noise(6, 2, 1, y=np.full_like(x, 0.5))
@@ -361,8 +423,11 @@ def paint_background(canvas, scene):
             canvas.paint(rgb("beige") * (0.85 + 0.2 * fine[..., None] + 0.1 * depth[..., None]), canvas.inside(shore - y, 2), "ground")
         if scene.place in ("meadow", "field", "cliff"):
             blades = canvas.noise(70, 7, 2)
-            surface = {"meadow": rgb("green") * (0.5 + 0.9 * blades[..., None]), "field": rgb("white") * (0.86 + 0.16 * fbm[..., None]),
-                       "cliff": rgb("gray") * (0.45 + 0.8 * canvas.noise(9, 14, 4)[..., None])}[scene.place]
+            surface = {
+                "meadow": rgb("green") * (0.5 + 0.9 * blades[..., None]),
+                "field": rgb("white") * (0.86 + 0.16 * fbm[..., None]),
+                "cliff": rgb("gray") * (0.45 + 0.8 * canvas.noise(9, 14, 4)[..., None]),
+            }[scene.place]
             canvas.paint(surface * (0.8 + 0.25 * depth[..., None]), ground, "ground")
     return paint_perch(canvas, scene, fine)
 
@@ -371,26 +436,29 @@ def paint_perch(canvas, scene, fine):
     """Branch, twig, post or rock under the bird; returns the height of its top."""
     x, y, foot = canvas.x, canvas.y, 0.74 + scene.y
     bark = rgb("brown") * (0.55 + 0.75 * canvas.noise(14, 60, 2)[..., None])
-    slope = canvas.rng.uniform(-.06, .06)
+    slope = canvas.rng.uniform(-0.06, 0.06)
     if scene.place in ("forest", "garden"):
         radius = 0.035 if scene.place == "forest" else 0.016
         top = foot + radius
-        distance, _ = stroke(x, y, ((-.1, top - slope), (scene.x, top), (1.1, top + 1.5 * slope)), (1.3 * radius, radius, .7 * radius))
-        shade = np.clip(1.15 + (top - y) / radius * 0.35, .4, 1.4)
+        distance, _ = stroke(x, y, ((-0.1, top - slope), (scene.x, top), (1.1, top + 1.5 * slope)), (1.3 * radius, radius, 0.7 * radius))
+        shade = np.clip(1.15 + (top - y) / radius * 0.35, 0.4, 1.4)
         mossy = scene.words[1] == "mossy"
-        colour = bark * (1 - 0.75 * mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None]) + mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None] * rgb("green") * .7
+        colour = (
+            bark * (1 - 0.75 * mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None])
+            + mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None] * rgb("green") * 0.7
+        )
         canvas.paint(colour * shade[..., None], canvas.inside(distance), "perch")
         for _ in range(5 if scene.words[1] != "bare" else 0):
-            lx, angle = canvas.rng.uniform(0, 1), canvas.rng.uniform(.5, 2.6)
-            tip = (lx + .09 * math.cos(angle), top + .09 * math.sin(angle))
-            leaf, along = stroke(x, y, ((lx, top), ((lx + tip[0]) / 2, (top + tip[1]) / 2), tip), (.006, .024, .002))
+            lx, angle = canvas.rng.uniform(0, 1), canvas.rng.uniform(0.5, 2.6)
+            tip = (lx + 0.09 * math.cos(angle), top + 0.09 * math.sin(angle))
+            leaf, along = stroke(x, y, ((lx, top), ((lx + tip[0]) / 2, (top + tip[1]) / 2), tip), (0.006, 0.024, 0.002))
             canvas.paint(rgb("green") * (0.65 + 0.5 * along[..., None]), canvas.inside(leaf), "tree")
     elif scene.place == "meadow":
-        post = np.maximum(np.abs(x - scene.x) - .055, foot - y)
-        round_shade = 0.55 + 0.6 * np.sqrt(np.clip(1 - ((x - scene.x + .015) / .07) ** 2, 0, 1))
+        post = np.maximum(np.abs(x - scene.x) - 0.055, foot - y)
+        round_shade = 0.55 + 0.6 * np.sqrt(np.clip(1 - ((x - scene.x + 0.015) / 0.07) ** 2, 0, 1))
         canvas.paint(bark * 1.15 * round_shade[..., None], canvas.inside(post), "perch")
     elif scene.place == "cliff":
-        stone, dome = ellipse(x, y, scene.x + .03, foot + .22, .36, .24)
+        stone, dome = ellipse(x, y, scene.x + 0.03, foot + 0.22, 0.36, 0.24)
         crag = stone + 0.04 * (canvas.noise(7, 7, 3) - 0.5)
         canvas.paint(rgb("gray") * (0.35 + 0.35 * dome[..., None] + 0.5 * canvas.noise(12, 12, 3)[..., None]), canvas.inside(crag), "perch")
     return foot
@@ -430,10 +498,10 @@ class BirdPainter:
     def __init__(self, canvas, kind, scene, x, y, dx, dy, scale, depth):
         self.canvas, self.kind, self.x, self.y, self.dx, self.dy, self.scale, self.depth = canvas, kind, x, y, dx, dy, scale, depth
         self.glow = np.array(LIGHTS[scene.light][1], np.float32)
-        self.down = canvas.noise(40, 40, 2, x=x * .5 + .5, y=y * .5 + .5)  # fine feathers
+        self.down = canvas.noise(40, 40, 2, x=x * 0.5 + 0.5, y=y * 0.5 + 0.5)  # fine feathers
         lift, reach = kind.neck, 0.55 * kind.neck
         self.skull = (0.40 + 0.3 * reach, -0.24 - 0.9 * lift)
-        self.skull_radius = 0.165 if kind.neck < .3 else 0.125
+        self.skull_radius = 0.165 if kind.neck < 0.3 else 0.125
         self.light = (-0.35, -0.75, 0.75)
 
     def paint(self, colour, distance, segment, shade=1.0, softness=1.0):
@@ -454,43 +522,52 @@ class BirdPainter:
         for offset in (0.02, 0.11):
             knee = (offset - 0.03, self.depth * 0.8 + 0.4 * (ground / self.scale - self.depth))
             foot = (offset + 0.02, ground / self.scale)
-            distance, _ = stroke(self.dx, self.dy, ((offset, self.depth * 0.5), knee, foot, (foot[0] + 0.09, foot[1] + 0.01)), (.028, .017, .015, .012))
+            distance, _ = stroke(
+                self.dx, self.dy, ((offset, self.depth * 0.5), knee, foot, (foot[0] + 0.09, foot[1] + 0.01)), (0.028, 0.017, 0.015, 0.012)
+            )
             self.paint(rgb(self.kind.leg), distance, "leg", 0.9 + 0 * self.x)
 
     def tail(self):
         length = self.kind.tail_length
-        distance, along = stroke(self.x, self.y, ((-.28, .0), (-.42, .05), (-.40 - length, .10 + .12 * length)), (.12, .085, .055))
-        barbs = 0.82 + 0.22 * np.sin((self.y - .2 * self.x) * 75) * along + 0.15 * self.down
+        distance, along = stroke(
+            self.x, self.y, ((-0.28, 0.0), (-0.42, 0.05), (-0.40 - length, 0.10 + 0.12 * length)), (0.12, 0.085, 0.055)
+        )
+        barbs = 0.82 + 0.22 * np.sin((self.y - 0.2 * self.x) * 75) * along + 0.15 * self.down
         self.paint(rgb(self.kind.tail), distance, "tail", barbs)
 
     def body(self):
         """Torso and neck as one relief, coloured by soft regions of plumage."""
         kind, x, y = self.kind, self.x, self.y
-        torso, dome = ellipse(x, y, 0, 0, .43, self.depth)
-        chest, chest_dome = ellipse(x, y, .16, .02, .27, self.depth * .98)
+        torso, dome = ellipse(x, y, 0, 0, 0.43, self.depth)
+        chest, chest_dome = ellipse(x, y, 0.16, 0.02, 0.27, self.depth * 0.98)
         hx, hy = self.skull
-        neck, _ = stroke(x, y, ((.22, -.06), ((.30 + hx) / 2, (hy - .05) / 2), (hx, hy)), (self.depth * .72, self.skull_radius * .85, self.skull_radius * .85))
+        neck, _ = stroke(
+            x,
+            y,
+            ((0.22, -0.06), ((0.30 + hx) / 2, (hy - 0.05) / 2), (hx, hy)),
+            (self.depth * 0.72, self.skull_radius * 0.85, self.skull_radius * 0.85),
+        )
         distance = np.minimum(np.minimum(torso, chest), neck)
         blend = np.clip(0.5 + 6 * (torso - neck), 0, 1)
-        distance = distance - 0.02 * np.exp(-((torso - neck) / .05) ** 2) * (neck < .08)
-        height = np.maximum(np.maximum(dome * self.depth, chest_dome * self.depth), np.sqrt(np.clip(-neck, 0, None) * .12) * blend)
+        distance = distance - 0.02 * np.exp(-(((torso - neck) / 0.05) ** 2)) * (neck < 0.08)
+        height = np.maximum(np.maximum(dome * self.depth, chest_dome * self.depth), np.sqrt(np.clip(-neck, 0, None) * 0.12) * blend)
         relief = self.shade(scipy.ndimage.gaussian_filter(height, 0.012 * self.scale / self.canvas.pixel) + 0.012 * self.down)
         soft = lambda value, width: 1 / (1 + np.exp(-np.clip(value / width, -30, 30)))
-        under = soft(y - 0.02 + 0.25 * (x - .1) * (x < .1), .025)
-        front = soft(x + 0.9 * y - 0.16 + 0.04 * self.down, .03) * soft(y + .16 - .1 * x, .04)
+        under = soft(y - 0.02 + 0.25 * (x - 0.1) * (x < 0.1), 0.025)
+        front = soft(x + 0.9 * y - 0.16 + 0.04 * self.down, 0.03) * soft(y + 0.16 - 0.1 * x, 0.04)
         colour = rgb(kind.back) + under[..., None] * (rgb(kind.belly) - rgb(kind.back))
         breast = rgb(kind.breast)
         if kind.pattern == "spotted":
             spots = np.clip(np.sin(x * 46 + 3 * np.sin(y * 20)) * np.sin(y * 46) * 3 - 1, 0, 1)
             breast = breast * (1 - 0.75 * spots[..., None])
         elif kind.pattern == "striped":
-            streaks = np.clip(np.sin((x - .35 * y) * 62) * 2.2 - 0.7 + self.down, 0, 1)
+            streaks = np.clip(np.sin((x - 0.35 * y) * 62) * 2.2 - 0.7 + self.down, 0, 1)
             breast = breast * (1 - 0.5 * streaks[..., None])
         colour = colour + front[..., None] * (breast - colour)
-        throat = soft(.15 - np.hypot(x - hx + .02, y - hy - .17), .03)
+        throat = soft(0.15 - np.hypot(x - hx + 0.02, y - hy - 0.17), 0.03)
         colour = colour + throat[..., None] * (rgb(kind.throat) - colour)
         outline = distance + 0.012 * (self.down - 0.5)
-        segments = np.where(front > .5, "breast", np.where(under > .5, "belly", "back"))
+        segments = np.where(front > 0.5, "breast", np.where(under > 0.5, "belly", "back"))
         self.paint(colour * (0.86 + 0.28 * self.down[..., None]), outline, "back", relief)
         covered = self.canvas.inside(outline * self.scale) > 0.5
         for name in ("breast", "belly"):
@@ -500,41 +577,50 @@ class BirdPainter:
         kind, x, y = self.kind, self.x, self.y
         (hx, hy), radius = self.skull, self.skull_radius
         if kind.crest:
-            crest, along = stroke(x, y, ((hx + .03, hy - .6 * radius), (hx - .09, hy - radius - .3 * kind.crest), (hx - .17 - .3 * kind.crest, hy - radius - .55 * kind.crest)), (.09, .055, .008))
+            crest, along = stroke(
+                x,
+                y,
+                (
+                    (hx + 0.03, hy - 0.6 * radius),
+                    (hx - 0.09, hy - radius - 0.3 * kind.crest),
+                    (hx - 0.17 - 0.3 * kind.crest, hy - radius - 0.55 * kind.crest),
+                ),
+                (0.09, 0.055, 0.008),
+            )
             self.paint(rgb(kind.crown), crest, "head", 0.75 + 0.35 * self.down)
         length, bend = kind.beak_length, kind.hook
-        root, tip = (hx + .75 * radius, hy + .03), (hx + radius + length, hy + .05 + bend)
-        middle = ((root[0] + tip[0]) / 2 + .35 * abs(bend), (root[1] + tip[1]) / 2 - .5 * bend)
-        beak, along = stroke(x, y, (root, middle, tip), (kind.beak_depth, kind.beak_depth * .72, .008 if bend >= 0 else .035))
-        self.paint(rgb(kind.beak), beak, "beak", np.where(y - hy - .035 - .5 * bend * along < 0, 1.08, .72))
+        root, tip = (hx + 0.75 * radius, hy + 0.03), (hx + radius + length, hy + 0.05 + bend)
+        middle = ((root[0] + tip[0]) / 2 + 0.35 * abs(bend), (root[1] + tip[1]) / 2 - 0.5 * bend)
+        beak, along = stroke(x, y, (root, middle, tip), (kind.beak_depth, kind.beak_depth * 0.72, 0.008 if bend >= 0 else 0.035))
+        self.paint(rgb(kind.beak), beak, "beak", np.where(y - hy - 0.035 - 0.5 * bend * along < 0, 1.08, 0.72))
         skull, dome = ellipse(x, y, hx, hy, radius * 1.08, radius)
-        lower = 1 / (1 + np.exp(-np.clip((y - hy - .03 + .35 * (x - hx)) / .02, -30, 30)))
+        lower = 1 / (1 + np.exp(-np.clip((y - hy - 0.03 + 0.35 * (x - hx)) / 0.02, -30, 30)))
         colour = rgb(kind.crown) + lower[..., None] * (rgb(kind.throat) - rgb(kind.crown))
         if kind.mask:
-            band = np.exp(-(((x - hx - .07) / .12) ** 2 + ((y - hy - .01) / .045) ** 2) ** 2)
+            band = np.exp(-((((x - hx - 0.07) / 0.12) ** 2 + ((y - hy - 0.01) / 0.045) ** 2) ** 2))
             colour = colour + band[..., None] * (rgb(kind.mask) - colour)
-        self.paint(colour * (0.88 + 0.24 * self.down[..., None]), skull + .008 * (self.down - .5), "head", self.shade(dome * radius))
-        ex, ey = hx + .35 * radius, hy - .12 * radius
+        self.paint(colour * (0.88 + 0.24 * self.down[..., None]), skull + 0.008 * (self.down - 0.5), "head", self.shade(dome * radius))
+        ex, ey = hx + 0.35 * radius, hy - 0.12 * radius
         eye = np.hypot(x - ex, y - ey)
-        self.paint(rgb("pale") * .9, eye - .043, "eye", 1.0 + 0 * x)
-        self.paint((.05, .04, .04), eye - .033, "eye", 1.0 + 0 * x)
-        self.paint((1, 1, 1), np.hypot(x - ex - .010, y - ey + .012) - .010, None, 1.0 + 0 * x)
+        self.paint(rgb("pale") * 0.9, eye - 0.043, "eye", 1.0 + 0 * x)
+        self.paint((0.05, 0.04, 0.04), eye - 0.033, "eye", 1.0 + 0 * x)
+        self.paint((1, 1, 1), np.hypot(x - ex - 0.010, y - ey + 0.012) - 0.010, None, 1.0 + 0 * x)
 
     def folded_wing(self):
-        lift = -.04 - .02 * self.kind.plump
-        self._wing(((.15, lift), (-.10, lift + .05), (-.46, .09)), (.10, .145 * min(self.kind.plump, 1.15), .02), 1.0)
+        lift = -0.04 - 0.02 * self.kind.plump
+        self._wing(((0.15, lift), (-0.10, lift + 0.05), (-0.46, 0.09)), (0.10, 0.145 * min(self.kind.plump, 1.15), 0.02), 1.0)
 
     def raised_wing(self, shift, shade):
-        self._wing(((.06 + shift, -.05), (-.10 + shift, -.42), (-.42 + .6 * shift, -.72)), (.13, .15, .015), shade)
+        self._wing(((0.06 + shift, -0.05), (-0.10 + shift, -0.42), (-0.42 + 0.6 * shift, -0.72)), (0.13, 0.15, 0.015), shade)
 
     def _wing(self, points, radii, shade):
         distance, along = stroke(self.x, self.y, points, radii)
-        across = distance + np.interp(along, (0, .5, 1), radii)
-        feathers = 0.80 + 0.16 * np.sin(across * 95 + along * 6) * np.clip(along * 1.6 - .2, 0, 1) + 0.24 * self.down
-        rim = 0.72 + 0.38 * np.clip(-distance / .05, 0, 1)
+        across = distance + np.interp(along, (0, 0.5, 1), radii)
+        feathers = 0.80 + 0.16 * np.sin(across * 95 + along * 6) * np.clip(along * 1.6 - 0.2, 0, 1) + 0.24 * self.down
+        rim = 0.72 + 0.38 * np.clip(-distance / 0.05, 0, 1)
         colour = rgb(self.kind.wing) * (1 - 0.35 * np.clip(along * 2 - 1.1, 0, 1)[..., None])
         if self.kind.wing_bar:
-            bars = np.clip(np.exp(-((along - .36) / .035) ** 2) + np.exp(-((along - .52) / .03) ** 2), 0, 1)
+            bars = np.clip(np.exp(-(((along - 0.36) / 0.035) ** 2)) + np.exp(-(((along - 0.52) / 0.03) ** 2)), 0, 1)
             colour = colour + (0.85 * bars)[..., None] * (rgb(self.kind.wing_bar) - colour)
         self.paint(colour, distance, "wing", feathers * rim * shade)
 
@@ -546,7 +632,7 @@ def render_scene(scene, resolution):
     paint_bird(canvas, scene, foot)
     haze = {"mist": 0.22, "cloud": 0.05}.get(scene.light, 0.0)
     canvas.image += haze * (0.87 - canvas.image)
-    vignette = 1 - 0.35 * ((canvas.x - .5) ** 2 + (canvas.y - .5) ** 2)
+    vignette = 1 - 0.35 * ((canvas.x - 0.5) ** 2 + (canvas.y - 0.5) ** 2)
     return np.uint8(np.clip(canvas.image * vignette[..., None], 0, 1) * 255 + 0.5), canvas.segmentation
 
 
@@ -555,30 +641,42 @@ def describe_scene(scene):
     rng = np.random.default_rng((*scene.seed, 2))
     kind, (lit, perch_word, behind_word) = SPECIES[scene.species], scene.words
     perch, _, behind, _ = PLACES[scene.place]
-    size = ("tiny", "small", "plump", "large", "big")[min(4, int((kind.size * scene.scale - .25) / .07))]
-    build = "round" if kind.plump > 1.12 else "slender" if kind.plump < .95 else "fluffy"
-    beak = "long" if kind.beak_length > .3 else "short" if kind.beak_length < .16 else "sharp"
-    bill = "curved" if kind.hook > .03 else "thick" if kind.beak_depth > .07 else "broad" if kind.hook < 0 else "pointed"
-    tail = "long" if kind.tail_length > .5 else "short"
-    pattern = kind.pattern if kind.pattern != "plain" else "smooth" if rng.random() < .5 else "plain"
-    doing = {"perched": f"perched on a {perch_word} {perch}", "standing": f"standing on {perch_word} {perch}", "flying": f"flying with open wings over a {scene.place}",
-             "swimming": f"swimming on {perch_word} water"}[scene.pose]
+    size = ("tiny", "small", "plump", "large", "big")[min(4, int((kind.size * scene.scale - 0.25) / 0.07))]
+    build = "round" if kind.plump > 1.12 else "slender" if kind.plump < 0.95 else "fluffy"
+    beak = "long" if kind.beak_length > 0.3 else "short" if kind.beak_length < 0.16 else "sharp"
+    bill = "curved" if kind.hook > 0.03 else "thick" if kind.beak_depth > 0.07 else "broad" if kind.hook < 0 else "pointed"
+    tail = "long" if kind.tail_length > 0.5 else "short"
+    pattern = kind.pattern if kind.pattern != "plain" else "smooth" if rng.random() < 0.5 else "plain"
+    doing = {
+        "perched": f"perched on a {perch_word} {perch}",
+        "standing": f"standing on {perch_word} {perch}",
+        "flying": f"flying with open wings over a {scene.place}",
+        "swimming": f"swimming on {perch_word} water",
+    }[scene.pose]
     mask = f" and a {kind.mask} mask" if kind.mask else ""
     bar = f" with {kind.wing_bar} bars" if kind.wing_bar else ""
     crest = f"its crest is {kind.crown}" if kind.crest else f"its crown is {kind.crown}"
     feathers = "glossy" if kind.back in ("black", "teal", "green", "blue") else "soft"
-    first = (f"a {size} {kind.back} bird with a {kind.breast} breast and a {beak} {kind.beak} beak",
-             f"this {build} {kind.name} has a {kind.breast} breast, a {kind.belly} belly and {kind.leg} legs",
-             f"a {size} bird whose back is {kind.back} and whose belly is {kind.belly}")
-    second = (f"its wings are {kind.wing}{bar} and its tail is {tail} and {kind.tail}",
-              f"a {build} bird with {kind.wing} wings{bar}, a {tail} {kind.tail} tail and {kind.leg} feet",
-              f"the bird has {feathers} {kind.back} feathers, a {pattern} {kind.breast} breast and a {bill} {kind.beak} bill")
-    third = (f"a {kind.crown} head, a {kind.throat} throat{mask} and a small dark eye",
-             f"{crest} and its {bill} bill is {kind.beak}",
-             f"the {kind.name} has a {kind.crown} crown, a {kind.throat} throat{mask} and {pattern} plumage")
-    fourth = (f"a {kind.name} {doing} in {lit} light",
-              f"a {behind_word} {behind} behind a {size} {kind.name} on a {lit} {scene.light if scene.light in ('morning', 'evening') else 'day'}",
-              f"a {lit} scene with a {behind_word} {behind} and a {kind.back} {kind.name} {doing}")
+    first = (
+        f"a {size} {kind.back} bird with a {kind.breast} breast and a {beak} {kind.beak} beak",
+        f"this {build} {kind.name} has a {kind.breast} breast, a {kind.belly} belly and {kind.leg} legs",
+        f"a {size} bird whose back is {kind.back} and whose belly is {kind.belly}",
+    )
+    second = (
+        f"its wings are {kind.wing}{bar} and its tail is {tail} and {kind.tail}",
+        f"a {build} bird with {kind.wing} wings{bar}, a {tail} {kind.tail} tail and {kind.leg} feet",
+        f"the bird has {feathers} {kind.back} feathers, a {pattern} {kind.breast} breast and a {bill} {kind.beak} bill",
+    )
+    third = (
+        f"a {kind.crown} head, a {kind.throat} throat{mask} and a small dark eye",
+        f"{crest} and its {bill} bill is {kind.beak}",
+        f"the {kind.name} has a {kind.crown} crown, a {kind.throat} throat{mask} and {pattern} plumage",
+    )
+    fourth = (
+        f"a {kind.name} {doing} in {lit} light",
+        f"a {behind_word} {behind} behind a {size} {kind.name} on a {lit} {scene.light if scene.light in ('morning', 'evening') else 'day'}",
+        f"a {lit} scene with a {behind_word} {behind} and a {kind.back} {kind.name} {doing}",
+    )
     return [str(rng.choice(group)) for group in (first, second, third, fourth)]
 
 
@@ -649,7 +747,7 @@ class ImageDataset(Dataset):
         item = {"label": self.label(index), "index": index}
         for name, picture in (("image", image), ("segmentation", segmentation)):
             if picture is not None:
-                picture = picture[:, top:top + size, left:left + size]
+                picture = picture[:, top : top + size, left : left + size]
                 item[name] = picture.flip(-1) if flip else picture
         if segmentation is not None:
             item["segmentation"] = item["segmentation"][0].long()
@@ -699,15 +797,19 @@ def cub_records(root, split):
     needed = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
     missing = [name for name in (*needed, "images") if not (root / name).exists()]
     if missing:
-        raise UserError(f"CUB-200-2011 is not at '{root}' (no {missing[0]}): unpack CUB_200_2011.tgz from "
-                        "https://data.caltech.edu/records/65de6-vp158 and point --data at its CUB_200_2011 folder")
+        raise UserError(
+            f"CUB-200-2011 is not at '{root}' (no {missing[0]}): unpack CUB_200_2011.tgz from "
+            "https://data.caltech.edu/records/65de6-vp158 and point --data at its CUB_200_2011 folder"
+        )
     table = {name: dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in needed}
     classes = [table["classes.txt"][key].strip() for key in sorted(table["classes.txt"], key=int)]
     records = []
     for key, name in table["images.txt"].items():
         if (table["train_test_split.txt"][key].strip() == "1") == (split == "train"):
             text = (root / "text" / name.strip()).with_suffix(".txt")
-            records.append(Record(root / "images" / name.strip(), int(table["image_class_labels.txt"][key]) - 1, (text,) if text.exists() else ()))
+            records.append(
+                Record(root / "images" / name.strip(), int(table["image_class_labels.txt"][key]) - 1, (text,) if text.exists() else ())
+            )
     return records, classes
 
 
@@ -738,8 +840,14 @@ def folder_records(root, split, labels=""):
     for path in paths:
         label = str(path.parent.relative_to(base))
         text = path.with_suffix(".txt")
-        records.append(Record(path, classes.index(label) if label != "." else -1, (text,) if text.exists() else (),
-                              _label_map(labels, path.relative_to(root)) if labels else None))
+        records.append(
+            Record(
+                path,
+                classes.index(label) if label != "." else -1,
+                (text,) if text.exists() else (),
+                _label_map(labels, path.relative_to(root)) if labels else None,
+            )
+        )
     return records, classes
 
 
@@ -748,7 +856,9 @@ def _label_map(labels, name):
         path = (Path(labels) / name).with_suffix(suffix)
         if path.exists():
             return path
-    raise UserError(f"label map '{(Path(labels) / name).with_suffix('.png')}' is missing; --labels needs one of the same name for every image")
+    raise UserError(
+        f"label map '{(Path(labels) / name).with_suffix('.png')}' is missing; --labels needs one of the same name for every image"
+    )
 
 
 def make_dataset(config, split):
@@ -769,7 +879,9 @@ def make_prior(config, dataset):
     if config.dataset == "demo":
         return build_from_corpora([("demo captions", dataset.captions())], "corpus", speech=DEMO_SPEECH)
     if next(dataset.captions(), None) is None:
-        raise UserError(f"'{config.data}' has no captions to make a prior from; make one with: python prior.py CORPUS --out prior.npz, then --prior prior.npz")
+        raise UserError(
+            f"'{config.data}' has no captions to make a prior from; make one with: python prior.py CORPUS --out prior.npz, then --prior prior.npz"
+        )
     print("prior: none given, made from the data set's captions with vectors of that corpus")
     return build_from_corpora([(f"{config.dataset} captions", dataset.captions())], "corpus", min_count=10)
 
@@ -811,9 +923,17 @@ def make_loader(dataset, device, workers, **options):
 
 def save_checkpoint(path, trainer):
     """Everything that resuming and decoding need, as plain tensors, numbers and strings."""
-    state = {"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(trainer.config), "step": trainer.step, "best": trainer.best,
-             "prior": trainer.prior, "model": trainer.model.state_dict(), "last_used": trainer.last_used, "generator_optimizer": trainer.generator_optimizer.state_dict(),
-             "random": torch.get_rng_state()}
+    state = {
+        "version": CHECKPOINT_VERSION,
+        "config": dataclasses.asdict(trainer.config),
+        "step": trainer.step,
+        "best": trainer.best,
+        "prior": trainer.prior,
+        "model": trainer.model.state_dict(),
+        "last_used": trainer.last_used,
+        "generator_optimizer": trainer.generator_optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
     if trainer.discriminator is not None:
@@ -857,8 +977,10 @@ def portable(prior):
     """A Prior as tensors and lists of strings, which a checkpoint may hold."""
     if prior is None:
         return None
-    return {name: prior[name].tolist() if name.endswith("words") else torch.from_numpy(prior[name])
-            for name in ("adjective_words", "adjective_vectors", "noun_words", "noun_vectors", "edges", "edge_counts")}
+    return {
+        name: prior[name].tolist() if name.endswith("words") else torch.from_numpy(prior[name])
+        for name in ("adjective_words", "adjective_vectors", "noun_words", "noun_vectors", "edges", "edge_counts")
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -872,13 +994,27 @@ TRUNKS = {"vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1, "squeeze": torc
 def load_lpips(config):
     """LPIPS with published weights. Raises UserError naming each file and flag where one cannot be had."""
     trunk = config.perceptual_trunk
-    trunk_state = load_weights(TRUNKS[trunk].url, config.trunk_weights, f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", "--trunk-weights")
-    head_state = load_weights(HEADS_URL.format(trunk), config.lpips_weights, f"LPIPS v0.1's linear heads for {trunk}", "--lpips-weights", f"lpips-v0.1-{trunk}.pth")
+    trunk_state = load_weights(
+        TRUNKS[trunk].url, config.trunk_weights, f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", "--trunk-weights"
+    )
+    head_state = load_weights(
+        HEADS_URL.format(trunk),
+        config.lpips_weights,
+        f"LPIPS v0.1's linear heads for {trunk}",
+        "--lpips-weights",
+        f"lpips_{trunk}_v0.1.pth",
+        hashed=False,
+    )
     return LPIPS(trunk, trunk_state, head_state)
 
 
-def load_weights(url, local, what, flag, name=None):
+def load_weights(url, local, what, flag, name=None, hashed=True):
     """A published state dict: the local file, torch hub's cache, or a download.
+
+    Args:
+        what: its use, for the error; flag: the flag that names a local copy.
+        name: of the cached file, by default the last part of the URL.
+        hashed: whether that name ends in the start of the file's sha256, which is then checked.
 
     Raises:
         UserError: one line with the file, its use, its source and the flag for a local copy.
@@ -887,7 +1023,7 @@ def load_weights(url, local, what, flag, name=None):
     try:
         if local:
             return torch.load(local, map_location="cpu", weights_only=True)
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, check_hash="-" in name and "lpips" not in name, weights_only=True)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, check_hash=hashed, weights_only=True)
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise UserError(f"{local or name} ({what}) cannot be had: {reason}; get it from {url} and pass {flag} FILE") from None
@@ -922,8 +1058,9 @@ class Trainer:
             self.perceptual = load_lpips(config).to(device, memory_format=torch.channels_last)
         # the step at which each code was last chosen: a moving count over the latest epoch
         self.last_used = [torch.full((size,), -1, dtype=torch.int64, device=device) for size in self.model.codebook.sizes]
-        compiled = torch.compile if config.compile else lambda network: network
-        self.forward, self.judge = compiled(self.model), compiled(self.discriminator)
+        if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
+            for network in filter(None, (self.model.encoder, self.model.decoder.layers, self.discriminator, self.perceptual)):
+                network.compile()
 
     def _adam(self, network):
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
@@ -967,7 +1104,7 @@ class Trainer:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
         for x in batches:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-                output = self.forward(x)
+                output = self.model(x)
                 # Losses are differentiated down to the reconstruction only; both of the adaptive
                 # weight's norms and the generator's backward pass start from these gradients.
                 x_hat = output.x_hat.detach().requires_grad_()
@@ -976,7 +1113,9 @@ class Trainer:
                 if adversarial:
                     gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
                     terms.update(gan_terms)
-            torch.autograd.backward([output.x_hat, output.quantizer_loss], [gradient * share, torch.full_like(output.quantizer_loss, share)])
+            torch.autograd.backward(
+                [output.x_hat, output.quantizer_loss], [gradient * share, torch.full_like(output.quantizer_loss, share)]
+            )
             if adversarial:
                 terms.update(self.discriminate(x, x_hat.detach(), share))
             terms.update(quantizer=output.quantizer_loss, loss=loss + output.quantizer_loss)
@@ -992,15 +1131,17 @@ class Trainer:
 
     def add_adversary(self, attached, x_hat, gradient):
         """Add −E[D(x̂)], adaptively weighted, to the gradient at the reconstruction → (gradient, {name: value})."""
-        generator_loss = -self.judge(x_hat).mean()
+        self.discriminator.requires_grad_(False)
+        generator_loss = -self.discriminator(x_hat).mean()
         (gan_gradient,) = torch.autograd.grad(generator_loss, x_hat)
-        weight = adaptive_weight(attached, self.model.decoder.last_weight, gradient, gan_gradient) * self.config.gan_weight
+        self.discriminator.requires_grad_(True)
+        weight = adaptive_weight(attached, self.model.decoder.to_image.weight, gradient, gan_gradient) * self.config.gan_weight
         return gradient + weight.to(gradient.dtype) * gan_gradient, {"generator": generator_loss, "adaptive_weight": weight}
 
     def discriminate(self, x, x_hat, share):
         """The discriminator's turn on the same images → {name: value}."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-            real, fake = self.judge(x), self.judge(x_hat)
+            real, fake = self.discriminator(x), self.discriminator(x_hat)
             loss = hinge_loss(real.float(), fake.float())
         (loss * share).backward()
         return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
@@ -1030,7 +1171,7 @@ def draw_pairs(images, path, columns=8):
     originals, reconstructions = images[0::2], images[1::2]
     rows = []
     for start in range(0, len(originals), columns):
-        rows += originals[start:start + columns] + reconstructions[start:start + columns]
+        rows += originals[start : start + columns] + reconstructions[start : start + columns]
     save_grid(rows, path, min(columns, len(originals)))
 
 
@@ -1091,9 +1232,19 @@ def announce(config, trainer, train_set, val_set, out):
     sizes = trainer.model.codebook.sizes
     print(f"{config.dataset}: {len(train_set):,} training and {len(val_set):,} validation images at {config.resolution}² → {out}")
     codes = " + ".join(f"{size:,} {name}s" for name, size in zip(codebook_names(sizes), sizes))
-    print(f"{config.method} ({config.preset}): {count(trainer.model):.1f} M parameters on {trainer.device}, {trainer.model.grid[0]}×{trainer.model.grid[1]} positions of {codes}")
-    perceptual = f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}" if trainer.perceptual is not None else "no perceptual loss (weight 0)"
-    gan = f"adversary from step {config.gan_start:,}, {count(trainer.discriminator):.1f} M parameters" if trainer.discriminator is not None else "no adversary"
+    print(
+        f"{config.method} ({config.preset}): {count(trainer.model):.1f} M parameters on {trainer.device}, {trainer.model.grid[0]}×{trainer.model.grid[1]} positions of {codes}"
+    )
+    perceptual = (
+        f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}"
+        if trainer.perceptual is not None
+        else "no perceptual loss (weight 0)"
+    )
+    gan = (
+        f"adversary from step {config.gan_start:,}, {count(trainer.discriminator):.1f} M parameters"
+        if trainer.discriminator is not None
+        else "no adversary"
+    )
     print(f"losses: {config.pixel_loss} + β {config.beta} commitment, {perceptual}, {gan}", flush=True)
 
 
@@ -1110,7 +1261,9 @@ def train(config, resume=False, overwrite=False):
     else:
         start_run(config, out, trainer, prior)
     announce(config, trainer, train_set, val_set, out)
-    batches = TrainBatches(len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed)
+    batches = TrainBatches(
+        len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
+    )
     loader = make_loader(train_set, device, config.workers, batch_sampler=batches)
     validation = torch.utils.data.Subset(val_set, range(min(config.eval_images, len(val_set))))
     validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
@@ -1135,13 +1288,23 @@ def run_steps(trainer, loader, validation, out, log):
             metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
             now = time.monotonic()
             recent.append((trainer.step, now))
-            steps_done, seconds = trainer.step - (recent[0][0] if len(recent) > 1 else first_step), now - (recent[0][1] if len(recent) > 1 else start)
-            line = {"step": trainer.step, **metrics, "codes_used": trainer.codes_used(epoch_steps),
-                    "images_per_second": round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2), "data_wait": round(waited / max(now - before, 1e-9), 3)}
+            steps_done, seconds = (
+                trainer.step - (recent[0][0] if len(recent) > 1 else first_step),
+                now - (recent[0][1] if len(recent) > 1 else start),
+            )
+            line = {
+                "step": trainer.step,
+                **metrics,
+                "codes_used": trainer.codes_used(epoch_steps),
+                "images_per_second": round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2),
+                "data_wait": round(waited / max(now - before, 1e-9), 3),
+            }
             waited, before = 0.0, now
             log.write(json.dumps(line) + "\n")
             if not math.isfinite(line["loss"]):
-                raise UserError(f"the loss is {line['loss']} at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr")
+                raise UserError(
+                    f"the loss is {line['loss']} at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr"
+                )
             progress(progress_line(trainer, line, seconds / max(steps_done, 1)), now=last)
         if trainer.step % config.eval_every == 0 or last:
             score = trainer.validate(validation, out / "reconstructions" / f"step_{trainer.step:07d}.png")
@@ -1159,14 +1322,20 @@ def progress_line(trainer, line, seconds_a_step):
     if "real_logits" in line:
         losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f}) λ {line['adaptive_weight']:.3g}"
     codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
-    return (f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "
-            f"data {100 * line['data_wait']:.0f} % left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+    return (
+        f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "
+        f"data {100 * line['data_wait']:.0f} % left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    )
 
 
 def check_inputs(config):
     """Device and data sets, with every problem found named at once."""
     found, problems = {}, []
-    for name, make in (("device", lambda: pick_device(config.device)), ("train", lambda: make_dataset(config, "train")), ("val", lambda: make_dataset(config, "val"))):
+    for name, make in (
+        ("device", lambda: pick_device(config.device)),
+        ("train", lambda: make_dataset(config, "train")),
+        ("val", lambda: make_dataset(config, "val")),
+    ):
         try:
             found[name] = make()
         except UserError as error:

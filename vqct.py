@@ -193,8 +193,7 @@ class NormalizedAdjacency(nn.Module):
         if not self.has_sparse_product(nodes.device):
             messages = value[:, None] * nodes[self.column]
             return torch.zeros_like(nodes).index_add(0, self.row, messages)
-        adjacency = torch.sparse_csr_tensor(
-            self.row_start, self.column, value, (self.nodes, self.nodes), check_invariants=False)
+        adjacency = torch.sparse_csr_tensor(self.row_start, self.column, value, (self.nodes, self.nodes), check_invariants=False)
         return _SymmetricProduct.apply(adjacency, nodes)
 
     @staticmethod
@@ -430,18 +429,13 @@ class Decoder(nn.Module):
                     layers.append(AttentionBlock(width))
             if level > 0:
                 layers.append(Upsample(width))
-        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, 3, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(*layers, group_norm(width), nn.SiLU())
+        self.to_image = nn.Conv2d(width, 3, 3, padding=1)  # apart: the adaptive weight compares gradients at its weight
         keep_variance(self)
-
-    @property
-    def last_weight(self):
-        """Weight of the last convolution, where the adaptive weight compares gradients."""
-        return self.layers[-1].weight
 
     def forward(self, z_q):
         """(B, z_channels, h, w) → (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.layers(z_q)
+        return self.to_image(self.layers(z_q))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -572,13 +566,17 @@ class ModelConfig:
     blocks: int = option(2, "residual blocks a level (VQGAN)")
     z_channels: int = option(256, "channels between network and codes (VQGAN)")
     code_dim: int = option(256, "channels of all codes of a position together; the paper splits them between its codebooks")
-    codes: str = option("words", "where codes start: the prior's word vectors, random vectors, or VQ-VAE's small uniform ones",
-                        choices=("words", "random", "uniform"))
+    codes: str = option(
+        "words",
+        "where codes start: the prior's word vectors, random vectors, or VQ-VAE's small uniform ones",
+        choices=("words", "random", "uniform"),
+    )
     codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: together (SCB), or no prior at all", choices=(1, 2))
     codebook_size: int = option(0, "codes when there is no prior; 0 takes the prior's adjectives and nouns")
     trained: bool = option(False, "train the starting vectors themselves")
-    transfer: str = option("gcn", "how vectors become codes: graph convolutions, the same layers without graph, or not at all",
-                           choices=("gcn", "mlp", "none"))
+    transfer: str = option(
+        "gcn", "how vectors become codes: graph convolutions, the same layers without graph, or not at all", choices=("gcn", "mlp", "none")
+    )
     transfer_layers: int = option(3, "layers of the transfer network (paper: three)")
     transfer_width: int = option(512, "features of its hidden layers; the width of CLIP's token vectors")
     beta: float = option(0.25, "weight of the commitment term of Eq. 2")

@@ -15,6 +15,10 @@ SHARED = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
@@ -49,8 +53,15 @@ def prior():
 
     rng = np.random.default_rng(0)
     edges = np.array([(0, 0), (0, 1), (1, 1), (2, 3), (3, 3), (4, 5), (5, 6), (6, 7)])
-    return Prior(np.array(list("abcdefg")), rng.standard_normal((7, 12), dtype=np.float32), np.array(list("ABCDEFGHI")),
-                 rng.standard_normal((9, 12), dtype=np.float32), edges, np.ones(len(edges), np.int64), {"dim": 12})
+    return Prior(
+        np.array(list("abcdefg")),
+        rng.standard_normal((7, 12), dtype=np.float32),
+        np.array(list("ABCDEFGHI")),
+        rng.standard_normal((9, 12), dtype=np.float32),
+        edges,
+        np.ones(len(edges), np.int64),
+        {"dim": 12},
+    )
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def test_frechet_distance_of_diagonal_gaussians():
 @pytest.mark.parametrize("images", [400, 40])  # more, and fewer, than the 60 dimensions
 def test_frechet_distance_against_the_general_matrix_root(images):
     rng = np.random.default_rng(0)
-    x, y = rng.standard_normal((images, 60)), rng.standard_normal((images, 60)) @ np.diag(rng.uniform(.5, 2, 60)) + 0.3
+    x, y = rng.standard_normal((images, 60)), rng.standard_normal((images, 60)) @ np.diag(rng.uniform(0.5, 2, 60)) + 0.3
     gaussians = [part for f in (x, y) for part in (f.mean(0), np.cov(f, rowvar=False))]
     root = scipy.linalg.sqrtm(gaussians[1] @ gaussians[3])
     expected = np.square(gaussians[0] - gaussians[2]).sum() + np.trace(gaussians[1]) + np.trace(gaussians[3]) - 2 * np.trace(root).real
@@ -74,7 +74,9 @@ def test_code_statistics_by_hand():
 
 def test_bytes_are_rounded():
     levels = torch.arange(256).float() / 127.5 - 1
-    assert to_bytes(levels).tolist() == list(range(256)) and to_bytes(torch.tensor([-3.0, 3.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1])).tolist() == [0, 255, 0, 1]
+    assert to_bytes(levels).tolist() == list(range(256)) and to_bytes(
+        torch.tensor([-3.0, 3.0, 0.49 / 127.5 - 1, 0.51 / 127.5 - 1])
+    ).tolist() == [0, 255, 0, 1]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,11 +95,16 @@ def test_inception_pools_as_fids_network_does(inception_state):
     inception = InceptionFeatures(inception_state)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     assert inception(images).shape == (2, 2048)
-    for name, channels, pool in (("Mixed_5b", 192, "average"), ("Mixed_6c", 768, "average"), ("Mixed_7b", 1280, "average"), ("Mixed_7c", 2048, "max")):
+    for name, channels, pool in (
+        ("Mixed_5b", 192, "average"),
+        ("Mixed_6c", 768, "average"),
+        ("Mixed_7b", 1280, "average"),
+        ("Mixed_7c", 2048, "max"),
+    ):
         block, x = getattr(inception.network, name), torch.randn(1, channels, 9, 9)
         pooled = F.max_pool2d(x, 3, 1, 1) if pool == "max" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
         expected = block.branch_pool(pooled)
-        torch.testing.assert_close(block(x)[:, -expected.shape[1]:], expected)
+        torch.testing.assert_close(block(x)[:, -expected.shape[1] :], expected)
 
 
 def test_missing_inception_is_a_reason_and_a_wrong_file_an_error(tmp_path, monkeypatch, inception_state):
@@ -117,7 +124,9 @@ def server(tmp_path):
     """A local web server on a folder → (folder, address)."""
     folder = tmp_path / "served"
     folder.mkdir()
-    handler = lambda *args: type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})(*args, directory=str(folder))
+    handler = lambda *args: type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None})(
+        *args, directory=str(folder)
+    )
     instance = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=instance.serve_forever, daemon=True).start()
     yield folder, f"http://127.0.0.1:{instance.server_port}"
@@ -167,13 +176,21 @@ def test_evaluation_of_a_run(run, tmp_path, capsys, monkeypatch):
     main([str(run), "--save", str(tmp_path / "saved"), "--figures"])
     result = json.loads((run / "evaluation.json").read_text())
     assert {"psnr", "l1", "l2", "ssim", "fid", "bits", "usage", "perplexity", "baseline_psnr", "images"} <= set(result)
-    assert result["images"] == 11 and result["fid"] is None and "--inception" in result["fid_note"] and (run / "last.pt").read_bytes() == before
+    assert (
+        result["images"] == 11
+        and result["fid"] is None
+        and "--inception" in result["fid_note"]
+        and (run / "last.pt").read_bytes() == before
+    )
     assert result["bits"] == pytest.approx(16 * 16 * sum(math.log2(k) for k in result["codes"].values()))
     printed = capsys.readouterr().out
     assert f"| {run} | – | {result['psnr']:.2f} |" in printed and "FID: – (pt_inception" in printed
     names = sorted(p.name for p in (tmp_path / "saved" / "originals").iterdir())
     assert len(names) == 11 and names == sorted(p.name for p in (tmp_path / "saved" / "reconstructions").iterdir())
-    pixels = [np.stack([np.asarray(Image.open(tmp_path / "saved" / kind / name), np.float64) / 127.5 - 1 for name in names]) for kind in ("originals", "reconstructions")]
+    pixels = [
+        np.stack([np.asarray(Image.open(tmp_path / "saved" / kind / name), np.float64) / 127.5 - 1 for name in names])
+        for kind in ("originals", "reconstructions")
+    ]
     psnr = (10 * np.log10(4 / ((pixels[0] - pixels[1]) ** 2).mean(axis=(1, 2, 3)))).mean()
     assert psnr == pytest.approx(result["psnr"], abs=0.02)
     originals = np.stack([DemoDataset("val", 32)[i]["image"].permute(1, 2, 0).numpy() for i in range(11)])
@@ -197,8 +214,14 @@ def test_fid_of_saved_images_is_the_reported_one(run, tmp_path, inception_state)
     """Another reading of the saved files gives the same Fréchet distance."""
     inception = InceptionFeatures(inception_state)
     result = evaluate(run, inception=(inception, ""), save=tmp_path)
-    features = [torch.cat([inception(torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1)[None]) for p in sorted((tmp_path / kind).iterdir())]).double().numpy()
-                for kind in ("originals", "reconstructions")]
+    features = [
+        torch.cat(
+            [inception(torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1)[None]) for p in sorted((tmp_path / kind).iterdir())]
+        )
+        .double()
+        .numpy()
+        for kind in ("originals", "reconstructions")
+    ]
     expected = frechet_distance(*[part for f in features for part in (f.mean(0), np.cov(f, rowvar=False))])
     assert result["fid"] == pytest.approx(expected, rel=1e-3) and "11 images" in result["fid_note"]
 

@@ -13,8 +13,25 @@ import pytest
 
 import prior as prior_module
 from conftest import ROOT, SHARED
-from prior import (Counts, Prior, UserError, WordListSpeech, build_from_corpora, build_prior, corpus_vectors, count_captions, count_corpus, draw_codebook_space,
-                   glove_vectors, modifying_pairs, nearest_words, random_vectors, read_captions, resolve_parts, whole_file)
+from prior import (
+    Counts,
+    Prior,
+    UserError,
+    WordListSpeech,
+    build_from_corpora,
+    build_prior,
+    corpus_vectors,
+    count_captions,
+    count_corpus,
+    draw_codebook_space,
+    glove_vectors,
+    modifying_pairs,
+    nearest_words,
+    random_vectors,
+    read_captions,
+    resolve_parts,
+    whole_file,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Corpora
@@ -22,13 +39,22 @@ from prior import (Counts, Prior, UserError, WordListSpeech, build_from_corpora,
 CAPTIONS = ["a small brown bird", "its belly is white"]
 
 
-@pytest.mark.parametrize("name, text", [
-    ("plain.txt", "a small brown bird\n\n its belly is white \n"),
-    ("plain.txt.gz", "a small brown bird\nits belly is white"),
-    ("flickr.token", "1000.jpg#0\ta small brown bird\n1000.jpg#1\tits belly is white\n"),
-    ("coco.json", json.dumps({"info": {}, "images": [{"id": 1}] * 50, "annotations": [{"id": i, "caption": c} for i, c in enumerate(CAPTIONS)]})),
-    ("coco.json.gz", json.dumps({"annotations": [{"caption": "a small  brown\nbird"}, {"caption": CAPTIONS[1]}], "licenses": []}, indent=1)),
-])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("plain.txt", "a small brown bird\n\n its belly is white \n"),
+        ("plain.txt.gz", "a small brown bird\nits belly is white"),
+        ("flickr.token", "1000.jpg#0\ta small brown bird\n1000.jpg#1\tits belly is white\n"),
+        (
+            "coco.json",
+            json.dumps({"info": {}, "images": [{"id": 1}] * 50, "annotations": [{"id": i, "caption": c} for i, c in enumerate(CAPTIONS)]}),
+        ),
+        (
+            "coco.json.gz",
+            json.dumps({"annotations": [{"caption": "a small  brown\nbird"}, {"caption": CAPTIONS[1]}], "licenses": []}, indent=1),
+        ),
+    ],
+)
 def test_corpus_formats(tmp_path, name, text):
     path = tmp_path / name
     with gzip.open(path, "wt") if name.endswith(".gz") else open(path, "w") as file:
@@ -52,9 +78,17 @@ def test_folder_of_captions(tmp_path):
     assert list(read_captions(tmp_path)) == CAPTIONS
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("missing.txt", None, "does not exist"), ("latin.txt", "é".encode("latin-1") * 9, "not UTF-8"), ("broken.txt.gz", b"\x1f\x8bnothing", "not a whole gzip"),
-    ("x.json", b"{}", "annotations"), ("x.json", b'{"annotations": [{"bbox": 1}]}', "no \"caption\""), ("x.json", b'{"annotations": [{"caption": "a', "ends in the middle")])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("missing.txt", None, "does not exist"),
+        ("latin.txt", "é".encode("latin-1") * 9, "not UTF-8"),
+        ("broken.txt.gz", b"\x1f\x8bnothing", "not a whole gzip"),
+        ("x.json", b"{}", "annotations"),
+        ("x.json", b'{"annotations": [{"bbox": 1}]}', 'no "caption"'),
+        ("x.json", b'{"annotations": [{"caption": "a', "ends in the middle"),
+    ],
+)
 def test_bad_corpora_are_named(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -71,7 +105,9 @@ class Excerpt:
     """The entries of WordNet that the sentences below need."""
 
     name = "excerpt"
-    adjectives = set("bright orange small brown white striped spotted short sharp standing stone back yellow blue black round ripe long".split())
+    adjectives = set(
+        "bright orange small brown white striped spotted short sharp standing stone back yellow blue black round ripe long".split()
+    )
     nouns = set("orange breast bird beak belly wing stone wall back table yellow blue black white brown round crown man hat".split())
 
     def is_adjective(self, word):
@@ -89,30 +125,33 @@ def pairs_of(text):
     return list(modifying_pairs(resolve_parts(tagged, Excerpt()), Excerpt()))
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("a/DT small/JJ brown/JJ bird/NN", [("small", "bird"), ("brown", "bird")]),
-    ("a/DT bright/JJ orange/NN breast/NN", [("bright", "breast"), ("orange", "breast")]),  # the tagger's slip
-    ("a/DT ripe/JJ orange/NN on/IN a/DT table/NN", [("ripe", "orange")]),  # the fruit
-    ("an/DT orange/NN and/CC black/JJ bird/NN", [("orange", "bird"), ("black", "bird")]),
-    ("its/PRP$ back/NN and/CC white/JJ belly/NN", [("white", "belly")]),
-    ("striped/VBD wings/NNS and/CC a/DT spotted/VBN breast/NN", [("striped", "wing"), ("spotted", "breast")]),
-    ("a/DT bird/NN standing/VBG on/IN a/DT stone/NN wall/NN", [("stone", "wall")]),
-    ("a/DT man/NN standing/VBG bird/NN", []),
-    ("a/DT bright/JJ yellow/NN belly/RB", [("bright", "belly"), ("yellow", "belly")]),
-    ("a/DT small/JJ ,/, round/JJ and/CC brown/JJ bird/NN", [("small", "bird"), ("round", "bird"), ("brown", "bird")]),
-    ("white/JJ belly/NN ,/, black/JJ crown/NN", [("white", "belly"), ("black", "crown")]),
-    ("its/PRP$ belly/NN is/VBZ white/JJ", [("white", "belly")]),
-    ("its/PRP$ belly/NN is/VBZ mostly/RB white/JJ and/CC brown/NN ./.", [("white", "belly"), ("brown", "belly")]),
-    ("its/PRP$ belly/NN and/CC breast/NN are/VBP white/JJ", [("white", "breast"), ("white", "belly")]),
-    ("this/DT bird/NN has/VBZ a/DT white/JJ belly/NN and/CC is/VBZ brown/JJ", [("white", "belly"), ("brown", "bird")]),
-    ("the/DT belly/NN of/IN the/DT bird/NN is/VBZ white/JJ", [("white", "belly")]),
-    ("a/DT bird/NN with/IN wings/NNS that/WDT are/VBP brown/JJ", [("brown", "wing")]),
-    ("this/DT is/VBZ a/DT small/JJ bird/NN", [("small", "bird")]),
-    ("the/DT small/JJ bird/NN 's/POS belly/NN", [("small", "bird")]),
-    ("a/DT small/JJ eyering/NN", []),  # a head without a node
-    ("a/DT long-billed/JJ brown/JJ bird/NN", [("brown", "bird")]),
-    ("the/DT man/NN is/VBZ standing/VBG", []),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a/DT small/JJ brown/JJ bird/NN", [("small", "bird"), ("brown", "bird")]),
+        ("a/DT bright/JJ orange/NN breast/NN", [("bright", "breast"), ("orange", "breast")]),  # the tagger's slip
+        ("a/DT ripe/JJ orange/NN on/IN a/DT table/NN", [("ripe", "orange")]),  # the fruit
+        ("an/DT orange/NN and/CC black/JJ bird/NN", [("orange", "bird"), ("black", "bird")]),
+        ("its/PRP$ back/NN and/CC white/JJ belly/NN", [("white", "belly")]),
+        ("striped/VBD wings/NNS and/CC a/DT spotted/VBN breast/NN", [("striped", "wing"), ("spotted", "breast")]),
+        ("a/DT bird/NN standing/VBG on/IN a/DT stone/NN wall/NN", [("stone", "wall")]),
+        ("a/DT man/NN standing/VBG bird/NN", []),
+        ("a/DT bright/JJ yellow/NN belly/RB", [("bright", "belly"), ("yellow", "belly")]),
+        ("a/DT small/JJ ,/, round/JJ and/CC brown/JJ bird/NN", [("small", "bird"), ("round", "bird"), ("brown", "bird")]),
+        ("white/JJ belly/NN ,/, black/JJ crown/NN", [("white", "belly"), ("black", "crown")]),
+        ("its/PRP$ belly/NN is/VBZ white/JJ", [("white", "belly")]),
+        ("its/PRP$ belly/NN is/VBZ mostly/RB white/JJ and/CC brown/NN ./.", [("white", "belly"), ("brown", "belly")]),
+        ("its/PRP$ belly/NN and/CC breast/NN are/VBP white/JJ", [("white", "breast"), ("white", "belly")]),
+        ("this/DT bird/NN has/VBZ a/DT white/JJ belly/NN and/CC is/VBZ brown/JJ", [("white", "belly"), ("brown", "bird")]),
+        ("the/DT belly/NN of/IN the/DT bird/NN is/VBZ white/JJ", [("white", "belly")]),
+        ("a/DT bird/NN with/IN wings/NNS that/WDT are/VBP brown/JJ", [("brown", "wing")]),
+        ("this/DT is/VBZ a/DT small/JJ bird/NN", [("small", "bird")]),
+        ("the/DT small/JJ bird/NN 's/POS belly/NN", [("small", "bird")]),
+        ("a/DT small/JJ eyering/NN", []),  # a head without a node
+        ("a/DT long-billed/JJ brown/JJ bird/NN", [("brown", "bird")]),
+        ("the/DT man/NN is/VBZ standing/VBG", []),
+    ],
+)
 def test_modifying_pairs_of_tagged_text(text, expected):
     assert pairs_of(text) == expected
 
@@ -121,16 +160,21 @@ def pairs_in(speech, caption):
     return {pair for tokens in speech(caption) for pair in modifying_pairs(tokens, speech)}
 
 
-@pytest.mark.parametrize("caption, expected", [
-    ("This small brown bird has a bright orange breast and a short sharp beak.",
-     {("small", "bird"), ("brown", "bird"), ("bright", "breast"), ("orange", "breast"), ("short", "beak"), ("sharp", "beak")}),
-    ("a bright yellow belly and a blue crown", {("bright", "belly"), ("yellow", "belly"), ("blue", "crown")}),
-    ("its belly is white", {("white", "belly")}),
-    ("The beak is sharp. Its wings are brown and white.", {("sharp", "beak"), ("brown", "wing"), ("white", "wing")}),
-    ("a ripe orange on a wooden table", {("ripe", "orange"), ("wooden", "table")}),
-    ("an orange and black bird", {("orange", "bird"), ("black", "bird")}),
-    ("the bird is small, round and brown", {("small", "bird"), ("round", "bird"), ("brown", "bird")}),
-])
+@pytest.mark.parametrize(
+    "caption, expected",
+    [
+        (
+            "This small brown bird has a bright orange breast and a short sharp beak.",
+            {("small", "bird"), ("brown", "bird"), ("bright", "breast"), ("orange", "breast"), ("short", "beak"), ("sharp", "beak")},
+        ),
+        ("a bright yellow belly and a blue crown", {("bright", "belly"), ("yellow", "belly"), ("blue", "crown")}),
+        ("its belly is white", {("white", "belly")}),
+        ("The beak is sharp. Its wings are brown and white.", {("sharp", "beak"), ("brown", "wing"), ("white", "wing")}),
+        ("a ripe orange on a wooden table", {("ripe", "orange"), ("wooden", "table")}),
+        ("an orange and black bird", {("orange", "bird"), ("black", "bird")}),
+        ("the bird is small, round and brown", {("small", "bird"), ("round", "bird"), ("brown", "bird")}),
+    ],
+)
 def test_wordnet_speech_on_the_papers_words(speech, caption, expected):
     assert pairs_in(speech, caption) == expected
 
@@ -161,7 +205,11 @@ def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
 
 def test_word_list_speech_knows_plurals():
     speech = WordListSpeech(["white", "small"], ["wing", "foot", "bird"], {"feet": "foot"})
-    assert pairs_in(speech, "a small bird whose wings are white, with small feet") == {("small", "bird"), ("white", "wing"), ("small", "foot")}
+    assert pairs_in(speech, "a small bird whose wings are white, with small feet") == {
+        ("small", "bird"),
+        ("white", "wing"),
+        ("small", "foot"),
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -198,9 +246,15 @@ def test_glove_formats(tmp_path, name):
     assert {word: vector.tolist() for word, vector in vectors.items()} == {"bird": [1, 2, 3], "new york": [4, 5, 6]}
 
 
-@pytest.mark.parametrize("content, message", [
-    (b"bird 1 2 3\nwing 1 2\n", "line 2 has 2 numbers"), (b"bird 1 2 nan\n", "line 1 .*not finite"), (b"bird 1 x 3\n", "line 1 is not a word"),
-    (b"bird 1 2\nb\xff 1 2\n", "not UTF-8")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"bird 1 2 3\nwing 1 2\n", "line 2 has 2 numbers"),
+        (b"bird 1 2 nan\n", "line 1 .*not finite"),
+        (b"bird 1 x 3\n", "line 1 is not a word"),
+        (b"bird 1 2\nb\xff 1 2\n", "not UTF-8"),
+    ],
+)
 def test_bad_vectors_are_named(tmp_path, content, message):
     path = tmp_path / "v.txt"
     path.write_bytes(content)
@@ -260,8 +314,14 @@ def test_random_vectors_depend_on_word_and_seed_alone():
 
 
 def counts():
-    return Counts(6, Counter({("white", "adjective"): 5, ("rare", "adjective"): 1, ("orange", "adjective"): 3, ("orange", "noun"): 2, ("wing", "noun"): 4}),
-                  Counter({("white", "wing"): 3, ("orange", "wing"): 1, ("white", "orange"): 1, ("rare", "wing"): 1}), Counter())
+    return Counts(
+        6,
+        Counter(
+            {("white", "adjective"): 5, ("rare", "adjective"): 1, ("orange", "adjective"): 3, ("orange", "noun"): 2, ("wing", "noun"): 4}
+        ),
+        Counter({("white", "wing"): 3, ("orange", "wing"): 1, ("white", "orange"): 1, ("rare", "wing"): 1}),
+        Counter(),
+    )
 
 
 def test_prior_keeps_frequent_words_with_vectors():
@@ -323,7 +383,10 @@ def test_command_builds_and_shows(tmp_path, speech):
     assert shown.returncode == 0 and "orange           NN     adjective" in shown.stdout and (tmp_path / "f.png").exists()
 
 
-@pytest.mark.parametrize("args, message", [(("absent.txt",), "corpus 'absent.txt' does not exist"), (("show", "absent.npz"), "prior 'absent.npz' does not exist")])
+@pytest.mark.parametrize(
+    "args, message",
+    [(("absent.txt",), "corpus 'absent.txt' does not exist"), (("show", "absent.npz"), "prior 'absent.npz' does not exist")],
+)
 def test_command_errors_are_one_line(args, message):
     result = command(*args)
     assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1 and "Traceback" not in result.stderr

@@ -14,8 +14,33 @@ from scipy.linalg import norm
 import train as train_module
 from conftest import ROOT, SHARED
 from prior import UserError, count_captions
-from train import (DEMO_ADJECTIVES, DEMO_NOUNS, DEMO_SPEECH, METHODS, SEGMENTS, SPECIES, Config, DemoDataset, ImageDataset, TrainBatches, Trainer, check_inputs,
-                   cub_records, describe_scene, folder_records, load_checkpoint, load_run, make_loader, parse, portable, psnr, render_scene, resolve, sample_scene, train)
+from train import (
+    DEMO_ADJECTIVES,
+    DEMO_NOUNS,
+    DEMO_SPEECH,
+    METHODS,
+    SEGMENTS,
+    SPECIES,
+    Config,
+    DemoDataset,
+    ImageDataset,
+    TrainBatches,
+    Trainer,
+    check_inputs,
+    cub_records,
+    describe_scene,
+    folder_records,
+    load_checkpoint,
+    load_run,
+    make_loader,
+    parse,
+    portable,
+    psnr,
+    render_scene,
+    resolve,
+    sample_scene,
+    train,
+)
 
 # ---------------------------------------------------------------------------------------------
 # The demo
@@ -55,7 +80,10 @@ def test_demo_is_varied_and_smooth():
 
 
 def test_demo_captions_use_the_word_list():
-    words, function = set(), "a an the and or but with of in on over behind is are has its this it whose to standing perched flying swimming".split()
+    words, function = (
+        set(),
+        "a an the and or but with of in on over behind is are has its this it whose to standing perched flying swimming".split(),
+    )
     for index in range(400):
         captions = describe_scene(sample_scene(0, "train", index))
         assert len(captions) >= 3 and len(set(captions)) == len(captions)
@@ -135,7 +163,12 @@ def test_folder_of_images_with_classes_captions_and_label_maps(tmp_path):
     (tmp_path / "data" / "red" / "3.txt").write_text("a red thing\n")
     records, classes = folder_records(tmp_path / "data", "train", tmp_path / "maps")
     held_out, _ = folder_records(tmp_path / "data", "val", tmp_path / "maps")
-    assert classes == ["blue", "red"] and len(records) == 9 and len(held_out) == 1 and not {r.path for r in records} & {r.path for r in held_out}
+    assert (
+        classes == ["blue", "red"]
+        and len(records) == 9
+        and len(held_out) == 1
+        and not {r.path for r in records} & {r.path for r in held_out}
+    )
     dataset = ImageDataset(records, classes, 16)
     assert list(dataset.captions()) == ["a red thing"]
     for index in range(9):
@@ -181,7 +214,7 @@ def test_every_epoch_sees_every_image_once_from_any_step():
     whole = list(TrainBatches(10, 4, 0, 10, seed=3))
     indices = [index for batch in whole for index, _ in batch]
     assert [draw for batch in whole for _, draw in batch] == list(range(40))
-    assert all(sorted(indices[e:e + 10]) == list(range(10)) for e in (0, 10, 20, 30)) and indices[:10] != indices[10:20]
+    assert all(sorted(indices[e : e + 10]) == list(range(10)) for e in (0, 10, 20, 30)) and indices[:10] != indices[10:20]
     assert list(TrainBatches(10, 4, 6, 10, seed=3)) == whole[6:]
 
 
@@ -217,12 +250,24 @@ def test_help_names_every_flag_with_its_default():
 def test_missing_data_and_missing_cuda_are_a_line_each(tmp_path):
     result = command("--dataset", "cub", "--device", "cuda", cwd=tmp_path)
     lines = result.stderr.splitlines()
-    assert result.returncode == 2 and len(lines) == 2 and "--device cuda" in lines[0] and "CUB-200-2011 is not at 'data/CUB_200_2011'" in lines[1]
+    assert (
+        result.returncode == 2
+        and len(lines) == 2
+        and "--device cuda" in lines[0]
+        and "CUB-200-2011 is not at 'data/CUB_200_2011'" in lines[1]
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("given, message", [
-    (dict(resolution=16), "too small for the patch discriminator"), (dict(method="vqcat"), "unknown method 'vqcat'; methods are vqct"), (dict(steps=0), "--steps 0 must be at least 1"), (dict(code_dim=9, transfer="none"), "does not divide")])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (dict(resolution=16), "too small for the patch discriminator"),
+        (dict(method="vqcat"), "unknown method 'vqcat'; methods are vqct"),
+        (dict(steps=0), "--steps 0 must be at least 1"),
+        (dict(code_dim=9, transfer="none"), "does not divide"),
+    ],
+)
 def test_bad_choices_are_named(given, message):
     with pytest.raises(UserError, match=message):
         resolve(given)
@@ -238,14 +283,29 @@ def test_bad_device_and_batch_are_named():
 # ---------------------------------------------------------------------------------------------
 # Training
 
+
 @pytest.fixture
 def few_birds(monkeypatch):
     monkeypatch.setattr(DemoDataset, "SIZES", {"train": 96, "val": 8})
 
 
 pytestmark = pytest.mark.usefixtures("few_birds")
-TINY = dict(resolution=32, channels=8, multipliers=(1, 2), blocks=1, z_channels=8, code_dim=8, transfer_width=16, batch_size=4, log_every=1, eval_every=4, eval_images=4,
-            gan_start=3, lr=2e-3)
+TINY = dict(
+    resolution=32,
+    channels=8,
+    multipliers=(1, 2),
+    blocks=1,
+    z_channels=8,
+    code_dim=8,
+    transfer_width=16,
+    batch_size=4,
+    log_every=1,
+    eval_every=4,
+    eval_images=4,
+    gan_start=3,
+    lr=2e-3,
+    schedule="constant",
+)
 
 
 def run_tiny(out, **choices):
@@ -264,7 +324,15 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run(tmp_path):
     assert len(lines) == 60 and np.mean(pixel[-10:]) < 0.5 * np.mean(pixel[:5])
     assert all({"step", "loss", "codes_used", "images_per_second"} <= set(line) for line in lines)
     assert "adaptive_weight" not in lines[39] and {"adaptive_weight", "real_logits", "fake_logits", "discriminator"} <= set(lines[40])
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt", "prior.npz", "codebook_start.npz", "reconstructions"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "last.pt",
+        "best.pt",
+        "prior.npz",
+        "codebook_start.npz",
+        "reconstructions",
+    }
     assert [p.name for p in sorted((out / "reconstructions").iterdir())] == ["step_0000030.png", "step_0000060.png"]
     with np.load(out / "codebook_start.npz") as start:
         assert start["adjective"].shape[1] == start["noun"].shape[1] == 4 and len(start["adjective"]) >= 40
@@ -298,7 +366,11 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path):
 
 
 def test_seed_repeats_a_run_whatever_the_workers(tmp_path):
-    assert lines_of(run_tiny(tmp_path / "a", steps=5)) == lines_of(run_tiny(tmp_path / "b", steps=5, workers=2)) != lines_of(run_tiny(tmp_path / "c", steps=5, seed=1))
+    assert (
+        lines_of(run_tiny(tmp_path / "a", steps=5))
+        == lines_of(run_tiny(tmp_path / "b", steps=5, workers=2))
+        != lines_of(run_tiny(tmp_path / "c", steps=5, seed=1))
+    )
 
 
 def test_accumulating_equals_one_large_batch(tmp_path):
@@ -322,7 +394,11 @@ def test_shared_forward_gives_the_gradients_of_the_written_loss(prior):
     judged = {name: p.grad.clone() for name, p in trainer.discriminator.named_parameters()}
     trainer.model.zero_grad(), trainer.discriminator.zero_grad()
     output = trainer.model(x)
-    total = torch.nn.functional.mse_loss(output.x_hat, x) + output.quantizer_loss - metrics["adaptive_weight"] * trainer.discriminator(output.x_hat).mean()
+    total = (
+        torch.nn.functional.mse_loss(output.x_hat, x)
+        + output.quantizer_loss
+        - metrics["adaptive_weight"] * trainer.discriminator(output.x_hat).mean()
+    )
     total.backward()
     for name, p in trainer.model.named_parameters():
         torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6)

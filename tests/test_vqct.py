@@ -9,8 +9,26 @@ import torch.nn.functional as F
 
 import vqct
 from train import METHODS
-from vqct import (LPIPS, AttentionBlock, Codebook, CodebookTransfer, Decoder, Discriminator, Downsample, Encoder, GraphConvolution, ModelConfig,
-                  NormalizedAdjacency, ResidualBlock, Upsample, VectorQuantizer, VQModel, adaptive_weight, hinge_loss, nearest_code)
+from vqct import (
+    LPIPS,
+    AttentionBlock,
+    Codebook,
+    CodebookTransfer,
+    Decoder,
+    Discriminator,
+    Downsample,
+    Encoder,
+    GraphConvolution,
+    ModelConfig,
+    NormalizedAdjacency,
+    ResidualBlock,
+    Upsample,
+    VectorQuantizer,
+    VQModel,
+    adaptive_weight,
+    hinge_loss,
+    nearest_code,
+)
 
 # ---------------------------------------------------------------------------------------------
 # Eq. 1
@@ -62,7 +80,11 @@ def test_nearest_code_in_low_and_high_precision():
 
 def test_nearest_code_takes_no_rows_and_refuses_no_codes():
     assert nearest_code(torch.randn(0, 4), torch.randn(3, 4)).shape == (0,)
-    for z, codebook in ((torch.randn(2, 4), torch.randn(0, 4)), (torch.randn(2, 4), torch.randn(3, 5)), (torch.randn(2, 2, 4), torch.randn(3, 4))):
+    for z, codebook in (
+        (torch.randn(2, 4), torch.randn(0, 4)),
+        (torch.randn(2, 4), torch.randn(3, 5)),
+        (torch.randn(2, 2, 4), torch.randn(3, 4)),
+    ):
         with pytest.raises(ValueError, match=r"\(N, D\) and \(K, D\)"):
             nearest_code(z, codebook)
 
@@ -175,6 +197,7 @@ def test_transfer_network_is_three_convolutions_each_with_relu():
 
 def test_one_selected_code_moves_the_others_through_the_transfer_network():
     """§3.4: with generated codes every code moves; with learned codes only the selected one."""
+
     def moves(codebook):
         before = [codes.detach().clone() for codes in codebook()]
         optimizer = torch.optim.SGD([p for p in codebook.parameters()], lr=0.1)
@@ -186,7 +209,9 @@ def test_one_selected_code_moves_the_others_through_the_transfer_network():
         return [(after - old).norm(dim=1) for after, old in zip(codebook(), before)], codebook
 
     vectors = torch.randn(8, 5)
-    adjective_moves, noun_moves = moves(Codebook(vectors, (4, 4), transfer=CodebookTransfer((5, 32, 32, 6), NormalizedAdjacency(EDGES, 8))))[0]
+    adjective_moves, noun_moves = moves(
+        Codebook(vectors, (4, 4), transfer=CodebookTransfer((5, 32, 32, 6), NormalizedAdjacency(EDGES, 8)))
+    )[0]
     assert (adjective_moves > 0).all() and (noun_moves > 0).all()  # nodes 3 and 7 too, by the shared weights
     adjective_moves, noun_moves = moves(Codebook(vectors, (4, 4), trained=True))[0]
     assert adjective_moves[0] > 0 and (adjective_moves[1:] == 0).all() and (noun_moves == 0).all()
@@ -250,8 +275,11 @@ def test_encoder_and_decoder_at_f16():
     encoder, decoder = Encoder(8, (1, 1, 2, 2, 4), 2, 6), Decoder(8, (1, 1, 2, 2, 4), 2, 6)
     z = encoder(torch.randn(2, 3, 64, 64))
     assert z.shape == (2, 6, 4, 4) and decoder(z).shape == (2, 3, 64, 64)
-    assert sum(isinstance(m, AttentionBlock) for m in encoder.modules()) == 3 and sum(isinstance(m, AttentionBlock) for m in decoder.modules()) == 4
-    assert decoder.last_weight.shape == (3, 8, 3, 3)
+    assert (
+        sum(isinstance(m, AttentionBlock) for m in encoder.modules()) == 3
+        and sum(isinstance(m, AttentionBlock) for m in decoder.modules()) == 4
+    )
+    assert decoder.to_image.weight.shape == (3, 8, 3, 3)
 
 
 def test_the_paper_network_has_vqgans_size():
@@ -336,6 +364,7 @@ def test_codebook_shapes_tell_methods_apart(method, shapes, prior, small):
 
 def test_orthogonal_choices(prior, small):
     """Each row of Table 3 is one choice away from the next."""
+
     def codebook(**choices):
         return VQModel(ModelConfig(**{**small, **choices}), prior).codebook
 
@@ -351,7 +380,10 @@ def test_losses_reach_the_weights_they_should(prior, small):
     model, x = build("vqct", prior, small), torch.randn(2, 3, 16, 16)
     output = model(x)
     F.mse_loss(output.x_hat, x).backward(retain_graph=True)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in (model.encoder.layers[0].weight, model.decoder.last_weight, model.to_codes.weight))
+    assert all(
+        p.grad is not None and p.grad.abs().sum() > 0
+        for p in (model.encoder.layers[0].weight, model.decoder.to_image.weight, model.to_codes.weight)
+    )
     assert all(p.grad is None for p in model.codebook.parameters())  # reconstruction passes straight through
     model.zero_grad(set_to_none=True)
     output.quantizer_loss.backward()

@@ -88,14 +88,20 @@ def _first_of_equal(codebook):
 
     A product may round equal columns differently by where they stand in a tile, so it cannot tell ties.
     """
-    bits = (codebook + 0.0).view(torch.int32 if codebook.dtype == torch.float32 else torch.int64).long()  # −0 becomes 0
-    odd = torch.randint(2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0)).to(bits.device) * 2 + 1
-    bits = bits ^ (bits >> 17)  # so that codes of few distinct bits, small integers say, spread
-    hashed, order = ((bits * odd) ^ ((bits * odd) >> 29)).sum(1).sort(stable=True)
+    hashed, order = torch.cat([_hash_rows(codes) for codes in codebook.split(1024)]).sort(stable=True)
     new = torch.ones_like(order, dtype=torch.bool)
     new[1:] = hashed[1:] != hashed[:-1]
     start = torch.where(new, torch.arange(len(order), device=order.device), 0).cummax(0).values
     return torch.empty_like(order).scatter_(0, order, order[start])
+
+
+def _hash_rows(codes):
+    """(K, D) float32 or float64 → (K,) int64: splitmix64 (Steele et al. 2014) of each entry and its place, summed."""
+    bits = (codes + 0.0).view(torch.int32 if codes.dtype == torch.float32 else torch.int64).long()  # −0 becomes 0
+    mixed = bits + torch.arange(1, bits.shape[1] + 1, device=bits.device) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
+    return (mixed ^ (mixed >> 31)).sum(1)
 
 
 def _exact_offset(codebook):
@@ -434,8 +440,10 @@ class Decoder(nn.Module):
         keep_variance(self)
 
     def forward(self, z_q):
-        """(B, z_channels, h, w) → (B, 3, H, W), about [-1, 1] but not clamped."""
-        return self.to_image(self.layers(z_q))
+        """(B, z_channels, h, w) → (B, 3, H, W), about [-1, 1] but not clamped; float32 under autocast."""
+        hidden = self.layers(z_q)  # (B, channels, H, W)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.to_image(hidden.to(self.to_image.weight.dtype))
 
 
 # ---------------------------------------------------------------------------------------------

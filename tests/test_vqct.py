@@ -59,6 +59,17 @@ def test_equal_codes_give_the_lowest_index(copies, code_chunk):
     assert torch.equal(nearest_code(z[:1], codebook.repeat(copies, 1), code_chunk=code_chunk), first[:1])
 
 
+def test_equal_codes_are_told_from_all_others():
+    """The hash behind ties: no two different codes meet, also where codes differ in few bits."""
+    for codebook in (torch.randn(5000, 3), torch.randint(-4, 5, (5000, 4)).float(), torch.randint(0, 2, (4096, 12)).double()):
+        rows = [tuple(row) for row in codebook.tolist()]
+        lowest = {}
+        for index, row in enumerate(rows):
+            lowest.setdefault(row, index)
+        assert vqct._first_of_equal(codebook).tolist() == [lowest[row] for row in rows]
+    assert vqct._first_of_equal(torch.tensor([[0.0], [-0.0], [1.0]])).tolist() == [0, 0, 2]
+
+
 def test_equally_near_codes_give_the_lowest_index():
     codebook = torch.tensor([[3.0], [1.0], [-1.0], [1.0], [-3.0]])
     assert nearest_code(torch.tensor([[0.0], [2.0], [-2.0], [1.0]]), codebook).tolist() == [1, 0, 2, 1]
@@ -399,6 +410,16 @@ def test_commitment_reaches_only_the_encoder(prior, small):
     loss.backward()
     reached = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None}
     assert reached == {"encoder", "to_codes"}
+
+
+def test_reconstruction_and_losses_are_float32_under_autocast(prior, small):
+    model, x = build("vqct", prior, small), torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.encoder(x).dtype == torch.bfloat16
+        output = model(x)
+    assert output.x_hat.dtype == output.quantizer_loss.dtype == torch.float32
+    gradient = torch.randn_like(output.x_hat)
+    assert adaptive_weight(output.x_hat, model.decoder.to_image.weight, gradient, gradient).dtype == torch.float32
 
 
 def test_model_refuses_what_cannot_be(prior, small):

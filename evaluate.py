@@ -24,7 +24,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont
 
 from prior import Progress, UserError, run, whole_file
-from train import codebook_names, draw_pairs, load_run, load_weights, make_dataset, make_loader, pick_device, psnr, to_images
+from train import codebook_names, draw_pairs, evenly, load_run, load_weights, make_dataset, make_loader, pick_device, psnr, to_images
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
@@ -131,7 +131,7 @@ def to_bytes(x):
 @torch.no_grad()
 def mean_image(dataset, device, limit=2048):
     """(3, R, R) mean of at most `limit` evenly spaced images: the best constant prediction of PSNR's baseline."""
-    chosen = torch.utils.data.Subset(dataset, np.unique(np.linspace(0, len(dataset) - 1, min(limit, len(dataset))).astype(int)).tolist())
+    chosen = torch.utils.data.Subset(dataset, evenly(len(dataset), limit))
     total = 0.0
     for batch in make_loader(chosen, device, -1, batch_size=64):
         total = total + to_images(batch["image"], device).double().sum(dim=0)
@@ -145,11 +145,12 @@ def reconstruct(model, dataset, device, batch_size, baseline, inception=None, sa
     Returns:
         scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr; counts: (K,) arrays, how often
         each code of each codebook was chosen; features: originals' and reconstructions', (N, 2048)
-        or empty lists; pairs: the first sixteen originals and reconstructions in turn.
+        or empty lists; pairs: sixteen originals and reconstructions in turn.
     """
     scores = {name: [] for name in ("psnr", "l1", "l2", "ssim", "baseline_psnr")}
     counts = [torch.zeros(size, dtype=torch.int64, device=device) for size in model.codebook.sizes]
     features, pairs, done, progress = ([], []), [], 0, Progress()
+    shown = set(evenly(len(dataset), 16))
     for batch in make_loader(dataset, device, -1, batch_size=batch_size):
         x = to_images(batch["image"], device)
         output = model(x)
@@ -170,12 +171,12 @@ def reconstruct(model, dataset, device, batch_size, baseline, inception=None, sa
                 kept.append(inception(images).double().cpu())
         if save is not None:
             save_images(save, batch["index"].tolist(), eight_bits)
-        if len(pairs) < 32:
-            pairs += [image for pair in zip(x.cpu(), x_hat.cpu()) for image in pair]
+        for row in (row for row, index in enumerate(batch["index"].tolist()) if index in shown):
+            pairs += [x[row].cpu(), x_hat[row].cpu()]
         done += len(x)
         progress(f"reconstructing: {done:,}/{len(dataset):,} images")
     scores = {name: torch.cat(values).double().cpu().numpy() for name, values in scores.items()}
-    return scores, [total.cpu().numpy() for total in counts], [torch.cat(kept).numpy() if kept else kept for kept in features], pairs[:32]
+    return scores, [total.cpu().numpy() for total in counts], [torch.cat(kept).numpy() if kept else kept for kept in features], pairs
 
 
 def save_images(folder, indices, images):

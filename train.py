@@ -907,6 +907,11 @@ class TrainBatches:
             yield batch
 
 
+def evenly(length, count):
+    """At most `count` indices spread over 0 … length − 1, as data sets are sorted by class."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).astype(int)).tolist()
+
+
 def to_images(batch, device):
     """(B, 3, R, R) uint8 → float32 in [-1, 1] on the device."""
     return batch.to(device, non_blocking=True).float().div_(127.5).sub_(1)
@@ -1147,19 +1152,19 @@ class Trainer:
         return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
 
     @torch.no_grad()
-    def validate(self, loader, picture=None, columns=8):
-        """Mean PSNR over a loader, dB; the first images go to `picture`, originals above reconstructions."""
+    def validate(self, loader, picture, pairs=16):
+        """Mean PSNR over a loader, dB; some of its images go to `picture`, originals above reconstructions."""
         self.model.eval()
-        scores, shown = [], []
+        scores, shown, wanted = [], [], set(evenly(len(loader.dataset), pairs))
         for batch in loader:
             x = to_images(batch["image"], self.device)
             x_hat = self.model(x).x_hat
-            scores.append(psnr(x_hat, x))
-            if len(shown) < 2 * columns:
-                shown += [image for pair in zip(x.cpu(), x_hat.float().cpu()) for image in pair]
-        if picture:
-            draw_pairs(shown[: 4 * columns], picture, columns)
-        return torch.cat(scores).mean().item()
+            for row in range(len(x)):
+                if len(scores) + row in wanted:
+                    shown += [x[row].cpu(), x_hat[row].cpu()]
+            scores.extend(psnr(x_hat, x))
+        draw_pairs(shown, picture)
+        return torch.stack(scores).mean().item()
 
     def codes_used(self, epoch_steps):
         """Codes of each codebook chosen in the latest `epoch_steps` steps."""
@@ -1265,7 +1270,7 @@ def train(config, resume=False, overwrite=False):
         len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
     )
     loader = make_loader(train_set, device, config.workers, batch_sampler=batches)
-    validation = torch.utils.data.Subset(val_set, range(min(config.eval_images, len(val_set))))
+    validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
     validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
     with open(out / "metrics.jsonl", "a", buffering=1) as log:
         run_steps(trainer, loader, validation, out, log)

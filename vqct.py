@@ -51,7 +51,8 @@ def nearest_code(z, codebook, row_chunk=None, code_chunk=None):
     Raises:
         ValueError: if the shapes do not match or the codebook is empty.
 
-    Exact to the rounding of the product: on CUDA leave float32 products at their default precision.
+    Exact to the rounding of the product, which is relative to the codes' distance from their middle:
+    tight clusters far apart want float64. On CUDA leave float32 products at their default precision.
     """
     if z.dim() != 2 or codebook.dim() != 2 or z.shape[1] != codebook.shape[1] or len(codebook) == 0:
         raise ValueError(f"nearest_code takes (N, D) and (K, D) with K ≥ 1, got {tuple(z.shape)} and {tuple(codebook.shape)}")
@@ -105,16 +106,18 @@ def _hash_rows(codes):
 
 
 def _exact_offset(codebook):
-    """(D,) mean of the codes, rounded to a power of two of their spread.
+    """(D,) the middle of the codes, rounded to a power of two of their spread.
 
     Distances do not depend on the origin, but the rounding of a product does: codes far from zero
-    and close together would be confused. The coarse grid keeps the subtraction itself exact.
+    and close together would be confused. Medians of a sample, so that no outlier moves the middle;
+    a coarse grid, so that the subtraction itself is exact.
     """
-    mean = codebook.mean(0)
+    sample = codebook[:: max(1, len(codebook) // 64)]
+    middle = sample.median(0).values
     limits = torch.finfo(codebook.dtype)
-    spread = (codebook - mean).abs().amax() + mean.abs().amax() * limits.eps + limits.tiny
+    spread = (sample - middle).abs().median() + middle.abs().amax() * limits.eps + limits.tiny
     grid = torch.exp2(spread.log2().ceil())
-    return (mean / grid).round() * grid
+    return (middle / grid).round() * grid
 
 
 class VectorQuantizer(nn.Module):
@@ -131,6 +134,11 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.beta = beta
 
+    def indices(self, z, codebook):
+        """z: (B, D, H, W), codebook: (K, D) → (B, H, W) int64, Eq. 1."""
+        features = z.movedim(1, -1)  # (B, H, W, D)
+        return nearest_code(features.reshape(-1, features.shape[-1]), codebook).view(features.shape[:-1])
+
     def forward(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, H, W), loss ().
 
@@ -140,9 +148,7 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
             z = z.to(codebook.dtype)
-            features = z.movedim(1, -1)  # (B, H, W, D)
-            indices = nearest_code(features.reshape(-1, features.shape[-1]), codebook)
-            indices = indices.view(features.shape[:-1])  # (B, H, W)
+            indices = self.indices(z, codebook)  # (B, H, W)
             z_q = F.embedding(indices, codebook).movedim(-1, 1)  # (B, D, H, W)
             loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
             if self.training:
@@ -213,9 +219,8 @@ class GraphConvolution(nn.Module):
 
     def __init__(self, in_features, out_features):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(in_features, out_features))
         # Scaled for the ReLU that follows: three layers keep the scale of their input.
-        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+        self.weight = nn.Parameter(torch.randn(in_features, out_features) * math.sqrt(2 / in_features))
 
     def forward(self, nodes, adjacency):
         """nodes: (N, in_features); adjacency: a module or function (N, D) → (N, D)."""
@@ -273,7 +278,6 @@ class Codebook(nn.Module):
             self.register_buffer("vectors", vectors.clone())
         self.transfer = transfer
         self._cached = None
-        self.register_load_state_dict_post_hook(lambda module, keys: module._forget())
 
     def forward(self):
         """→ a tuple of (K_i, D) codebooks."""
@@ -296,6 +300,10 @@ class Codebook(nn.Module):
         self._forget()
         return super().train(mode)
 
+    def _load_from_state_dict(self, *args):
+        self._forget()
+        super()._load_from_state_dict(*args)
+
     def _apply(self, fn, recurse=True):
         self._forget()
         return super()._apply(fn, recurse)
@@ -307,7 +315,7 @@ class Codebook(nn.Module):
 
 def group_norm(channels):
     """32 groups as in VQGAN; networks narrower than 128 keep at least four channels to a group."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // 4)), channels, eps=1e-6)
+    return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
@@ -542,6 +550,13 @@ class LPIPS(nn.Module):
         """Frozen: always in evaluation mode."""
         return super().train(False)
 
+    @staticmethod
+    def _difference(x, y, head):
+        """Two (B, C, H, W) features → (B,); in float32, as nearly equal directions are subtracted."""
+        with torch.autocast(x.device.type, enabled=False):
+            difference = F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)
+            return head(difference.square()).mean(dim=(1, 2, 3))
+
     def forward(self, x, y):
         """Two (B, 3, H, W) images in [-1, 1] → (B,) distances ≥ 0, differentiable in both."""
         x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
@@ -549,8 +564,7 @@ class LPIPS(nn.Module):
         for i, layer in enumerate(self.features):
             x, y = layer(x), layer(y)
             if i in self.taps:
-                difference = F.normalize(x, dim=1, eps=1e-10) - F.normalize(y, dim=1, eps=1e-10)
-                distance = distance + self.heads[tap](difference.square()).mean(dim=(1, 2, 3))  # (B,)
+                distance = distance + self._difference(x, y, self.heads[tap])
                 tap += 1
         return distance
 
@@ -651,9 +665,9 @@ class VQModel(nn.Module):
         return Output(self.decode_features(z_q), torch.stack(indices, dim=1), sum(losses))
 
     def encode(self, x):
-        """(B, 3, H, W) in [-1, 1] → (B, M, h, w) int64 indices."""
-        quantized = [quantizer(z, codebook) for quantizer, z, codebook in zip(self.quantizers, self.features(x), self.codebook())]
-        return torch.stack([indices for _, indices, _ in quantized], dim=1)
+        """(B, 3, H, W) in [-1, 1] → (B, M, h, w) int64 indices, those of `forward`."""
+        quantized = zip(self.quantizers, self.features(x), self.codebook())
+        return torch.stack([quantizer.indices(z, codebook) for quantizer, z, codebook in quantized], dim=1)
 
     def decode(self, indices):
         """(B, M, h, w) int64 → (B, 3, H, W); in evaluation mode what `forward` gives for these codes."""

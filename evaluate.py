@@ -23,7 +23,7 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont
 
-from prior import Progress, UserError, run, whole_file
+from prior import Progress, UserError, command, whole_file
 from train import codebook_names, draw_pairs, evenly, load_run, load_weights, make_dataset, make_loader, pick_device, psnr, to_images
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -362,4 +362,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -51,8 +51,8 @@ class UserError(ValueError):
     """Something wrong with what the user gave; the message says what, and what to do."""
 
 
-def run(main):
-    """Call `main`; a UserError or a failed file operation becomes a line on stderr and status 2."""
+def command(main):
+    """Run a script's `main`; a UserError or a failed file operation becomes a line on stderr and status 2."""
     try:
         main()
     except (UserError, OSError) as error:
@@ -62,7 +62,10 @@ def run(main):
 
 
 def _complain(error):
-    for line in str(error).split("\n"):
+    text = str(error)
+    if "Original Traceback" in text:  # of a loader's worker: its last lines are the message
+        text = text.rsplit("Error: ", 1)[-1].strip()
+    for line in text.split("\n"):
         print(f"error: {line}", file=sys.stderr)
     return 2
 
@@ -127,9 +130,9 @@ def read_captions(path):
     path = Path(path)
     if not path.exists():
         raise UserError(f"corpus '{path}' does not exist: give text, COCO captions JSON, a Flickr token file or a folder of .txt files")
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = sorted([*path.rglob("*.txt"), *path.rglob("*.txt.gz")]) if path.is_dir() else [path]
     if not files:
-        raise UserError(f"corpus folder '{path}' holds no .txt file")
+        raise UserError(f"corpus folder '{path}' holds no .txt or .txt.gz file")
     for file in files:
         try:
             with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as stream:
@@ -148,32 +151,36 @@ def read_captions(path):
 
 def _json_captions(stream, name, block=1 << 20):
     """Captions of COCO's `annotations` array, one object at a time, without loading the file."""
-    buffer, decoder, start = "", json.JSONDecoder(), None
+    buffer, decoder, found = "", json.JSONDecoder(), False
     while True:
         text = stream.read(block)
         buffer += text
-        if start is None:
-            start = re.search(r'"annotations"\s*:\s*\[', buffer)
-            if start is None:
+        position = 0
+        if not found:
+            key = re.search(r'"annotations"\s*:\s*\[', buffer)
+            if key is None:
                 if not text:
                     raise UserError(f"corpus '{name}' is JSON without an \"annotations\" list of captions")
                 buffer = buffer[-64:]  # the key may straddle two blocks
                 continue
-            buffer = buffer[start.end() :]
+            found, position = True, key.end()
         while True:
-            buffer = buffer.lstrip(", \t\r\n")
-            if buffer.startswith("]"):
+            position = _SEPARATORS.match(buffer, position).end()
+            if buffer.startswith("]", position):
                 return
             try:
-                annotation, end = decoder.raw_decode(buffer)
+                annotation, position = decoder.raw_decode(buffer, position)
             except json.JSONDecodeError:
                 break
             if not isinstance(annotation, dict) or "caption" not in annotation:
                 raise UserError(f"corpus '{name}': an annotation has no \"caption\"; is it COCO's captions file?")
             yield " ".join(annotation["caption"].split())
-            buffer = buffer[end:]
         if not text:
             raise UserError(f"corpus '{name}' ends in the middle of its annotations")
+        buffer = buffer[position:]
+
+
+_SEPARATORS = re.compile(r"[,\s]*")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -192,18 +199,20 @@ class Token(NamedTuple):
 class WordNetSpeech:
     """NLTK's tokenizer and tagger for words in context, WordNet for what a word may be.
 
-    The tagger's reading holds wherever WordNet knows the word in that part of speech. Otherwise:
+    The tagger's reading holds but for these rules, which `resolve_parts` applies:
 
     1. A noun or participle that WordNet lists as an adjective is read as one where a modifier
        stands: directly before a noun, or before an adjective that leads to one ("a bright orange
-       breast", "striped wings"); or, after "a", "an" or a preposition, joined to such an adjective
-       ("an orange and black bird", but not "its back and white belly"). An -ing form must also
-       follow a determiner or an adjective, and no participle may follow a noun or verb (it is the
-       verb there).
+       breast", "striped wings"), or joined to such an adjective ("an orange and black bird", but
+       not "its back and white belly"). An -ing form must also follow a determiner; a participle
+       must not follow a noun, pronoun or verb other than "has" (it is the verb there).
     2. The same word is an adjective in a bare predicate ("the bird is small, round and brown"),
-       unless it is an -ing form ("is flying").
+       unless it is an -ing form ("is flying") or a passive ("is covered with").
     3. An adjective, adverb or verb unknown to WordNet as such but known as a noun is a noun
-       ("a bright yellow belly", which the tagger calls an adverb).
+       ("a bright yellow belly", which the tagger calls an adverb), and so is an adverb where only a
+       noun can stand ("a black back").
+    4. An adverb that is oftener an adjective is one where nothing follows that it could modify ("its
+       beak is very long"), and so is a verb form that is no inflection ("it has brown wings").
 
     Raises:
         UserError: naming every missing NLTK resource and the command that gets them.
@@ -227,15 +236,18 @@ class WordNetSpeech:
         if missing:
             raise UserError(
                 f"NLTK data missing: {', '.join(missing)} (tagger, tokenizer and WordNet decide the parts of speech); "
-                f"get them with: python -m nltk.downloader {' '.join(missing)}   (or pass --download; a local copy: NLTK_DATA=DIR)"
+                f"get them with: python -m nltk.downloader {' '.join(missing)}   (or let prior.py --download do it; a local copy: NLTK_DATA=DIR)"
             )
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
         self.tagger, self.tokenizer, self.split_sentences = PerceptronTagger(), nltk.NLTKWordTokenizer(), nltk.sent_tokenize
         self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
-        self.morphy, self.lemmatize = wordnet.morphy, nltk.WordNetLemmatizer().lemmatize
-        self.lemmas, self.verbs = {}, {}
+        self.wordnet, self.lemmatize = wordnet, nltk.WordNetLemmatizer().lemmatize
+        self.nouns, self.bases, self.leanings = {}, {}, {}
+
+    def __reduce__(self):
+        return WordNetSpeech, ()  # workers that are not forked load their own
 
     @staticmethod
     def _missing(nltk):
@@ -253,27 +265,42 @@ class WordNetSpeech:
     def __call__(self, caption):
         """Caption → list of sentences, each a list of Token."""
         sentences = self.split_sentences(caption) if re.search(r"[.!?]\s+\S", caption) else [caption]
-        return [resolve_parts(self.tagger.tag(self.tokenizer.tokenize(sentence)), self) for sentence in sentences]
+        return [resolve_parts(self.tagger.tag(self._words(sentence)), self) for sentence in sentences]
+
+    def _words(self, sentence):
+        """Tokens; those of a title, whose capitals the tagger takes for names, in lower case."""
+        words = self.tokenizer.tokenize(sentence)
+        capitals = sum(word[0].isupper() for word in words)
+        return [word.lower() for word in words] if capitals > 1 and 2 * capitals > len(words) else words
 
     def is_adjective(self, word):
-        return word in self.known["a"]
+        return len(word) > 2 and word in self.known["a"]  # WordNet lists "in" and "on"
 
     def noun(self, word):
         """Singular of a noun WordNet knows, or None."""
-        if word not in self.lemmas:
-            lemma = self.lemmatize(word, "n") if word.isalpha() and len(word) > 1 else None
-            self.lemmas[word] = lemma if lemma in self.known["n"] else None
-        return self.lemmas[word]
+        if word not in self.nouns:
+            # WordNet knows "men", the workforce, as a word of its own
+            lemma = "man" if word == "men" else self.lemmatize(word, "n") if word.isalpha() and len(word) > 1 else None
+            self.nouns[word] = lemma if lemma in self.known["n"] else None
+        return self.nouns[word]
 
-    def knows(self, word, tag):
-        """Whether WordNet lists the word in the part of speech of an open-class tag."""
-        if tag.startswith("JJ"):
-            return self.is_adjective(word)
-        if tag.startswith("RB"):
-            return word in self.known["r"]
-        if word not in self.verbs:
-            self.verbs[word] = self.morphy(word, "v") is not None
-        return self.verbs[word]
+    def verb(self, word):
+        """Base form of a verb WordNet knows, or None."""
+        if word not in self.bases:
+            self.bases[word] = self.wordnet.morphy(word, "v")
+        return self.bases[word]
+
+    def lists(self, word, tag):
+        """Whether WordNet lists the word in the part of speech of an adjective's, adverb's or verb's tag."""
+        kind = tag[:2]
+        return self.is_adjective(word) if kind == "JJ" else word in self.known["r"] if kind == "RB" else self.verb(word) is not None
+
+    def mostly_adjective(self, word):
+        """Whether WordNet's sense counts of the word as an adjective exceed those as an adverb."""
+        if word not in self.leanings:
+            count = lambda pos: sum(lemma.count() for lemma in self.wordnet.lemmas(word, pos))
+            self.leanings[word] = self.is_adjective(word) and count("a") > count("r")
+        return self.leanings[word]
 
 
 class WordListSpeech:
@@ -323,58 +350,77 @@ class WordListSpeech:
                 return singular
         return None
 
-    def knows(self, word, tag):
+    def verb(self, word):
+        return None
+
+    def lists(self, word, tag):
         return True
+
+    def mostly_adjective(self, word):
+        return False
 
 
 def resolve_parts(tagged, speech):
-    """Part of speech of each word by the three rules of WordNetSpeech.
+    """Part of speech of each word by the four rules of WordNetSpeech.
 
     Args:
         tagged: list of (word, Penn tag).
-        speech: has `is_adjective(word)`, `noun(word)` and `knows(word, tag)`.
+        speech: an object with the methods of WordNetSpeech.
     Returns:
         list of Token.
     """
-    words, tags = [word.lower() for word, _ in tagged], [tag for _, tag in tagged]
+    words = [word.lower() for word, _ in tagged]
+    tags = _correct_tags(words, [tag for _, tag in tagged], speech)
     parts, lemmas = [""] * len(words), list(words)
     leads = [False] * (len(words) + 2)  # whether a noun phrase goes on from this position to its noun
     for i in reversed(range(len(words))):
-        word, tag, before = words[i], tags[i], tags[i - 1] if i else ""
-        kind = tag[:2]
-        joined = (
-            tags[i + 1 : i + 2] == ["CC"]
-            and leads[i + 2]
-            and parts[i + 2] == "adjective"
-            and i
-            and (words[i - 1] in ("a", "an") or before == "IN")
-        )
-        movable = (
-            kind == "NN"
-            or tag in ("VBN", "VBD")
-            and before[:2] not in ("NN", "VB", "PR", "MD", "TO")
-            or tag == "VBG"
-            and (before[:2] in ("DT", "JJ") or before == "PRP$")
-        )
-        if speech.is_adjective(word) and (kind == "JJ" or movable and (leads[i + 1] or joined)):
+        word, kind = words[i], tags[i][:2]
+        goes_on = leads[i + 1] or leads[i + 2] and parts[i + 2] == "adjective" and _may_join(words, tags, i)
+        if speech.is_adjective(word) and (kind == "JJ" or goes_on and _may_modify(words, tags, i)):
             parts[i] = "adjective"
-        elif (kind == "NN" or kind in ("JJ", "RB", "VB") and not speech.knows(word, tag)) and speech.noun(word):
+        elif speech.noun(word) and (kind == "NN" or kind in ("JJ", "RB", "VB") and not speech.lists(word, tags[i])):  # rule 3
             parts[i], lemmas[i] = "noun", speech.noun(word)
-        leads[i] = (
-            kind == "NN"
-            and parts[i] == ""
-            or parts[i] == "noun"
-            or kind == "JJ"
-            and leads[i + 1]
-            or parts[i] == "adjective"
-            and (leads[i + 1] or bool(joined))
-        )
+        if parts[i] == "adjective" or kind == "JJ":
+            leads[i] = goes_on
+        else:
+            leads[i] = parts[i] == "noun" or kind == "NN"
     tokens = [Token(*fields) for fields in zip(words, tags, parts, lemmas)]
     for i, token in enumerate(tokens):
         if _is_copula(token):
             for j in _predicate(tokens, i, speech):
                 tokens[j] = tokens[j]._replace(part="adjective", lemma=tokens[j].word)
     return tokens
+
+
+def _correct_tags(words, tags, speech):
+    """Rules 3 and 4 where the tag itself is at fault."""
+    corrected = list(tags)
+    for i, (word, tag) in enumerate(zip(words, tags)):
+        before, after = corrected[i - 1] if i else "", tags[i + 1][:2] if i + 1 < len(tags) else ""
+        if tag == "RB" and speech.mostly_adjective(word) and after not in ("JJ", "RB", "VB"):
+            corrected[i] = "JJ"
+        elif tag == "RB" and before in ("DT", "PRP$", "JJ") and after not in ("JJ", "RB", "VB", "NN") and speech.noun(word):
+            corrected[i] = "NN"
+        elif tag in ("VBN", "VBD") and after in ("NN", "JJ", "CC", ",") and speech.is_adjective(word) and speech.verb(word) in (None, word):
+            corrected[i] = "JJ"
+    return corrected
+
+
+def _may_modify(words, tags, i):
+    """Rule 1: whether a word that is not tagged as an adjective can be one before a noun."""
+    tag, before = tags[i], tags[i - 1] if i else ""
+    if tag == "VBG" or tag == "NN" and words[i].endswith("ing"):
+        return before in ("DT", "PRP$") or before == "JJ" and tags[i - 2 : i - 1] == ["DT"]
+    if tag in ("VBN", "VBD"):
+        return before[:2] not in ("NN", "VB", "MD", "TO") and before != "PRP" or words[i - 1] in ("has", "have")
+    return tag.startswith("NN")
+
+
+def _may_join(words, tags, i):
+    """Rule 1: whether a word before a comma or "and" belongs to the adjective after it, and is not a noun of its own."""
+    if tags[i].startswith("NN"):
+        return tags[i + 1] == "CC" and (i == 0 or words[i - 1] in ("a", "an") or tags[i - 1] == "IN")
+    return tags[i + 1] in LINKS
 
 
 # ---------------------------------------------------------------------------------------------
@@ -402,7 +448,8 @@ def _predicate(tokens, copula, speech):
     found, i = [], copula + 1
     while i < len(tokens):
         token = tokens[i]
-        if token.part == "adjective" or token.tag in ("NN", "VBN", "VBD") and speech.is_adjective(token.word):
+        passive = token.tag in ("VBN", "VBD") and i + 1 < len(tokens) and tokens[i + 1].tag in ("IN", "RP", "TO")
+        if token.part == "adjective" or token.tag in ("NN", "VBN", "VBD") and not passive and speech.is_adjective(token.word):
             found.append(i)
         elif not (_is_adverb(token) or found and token.tag in LINKS):
             break
@@ -435,9 +482,12 @@ def _subjects(tokens, copula):
     while start > 1 and tokens[start - 1].tag == "IN" and tokens[start - 2].part == "noun":  # "the belly of the bird is"
         heads = [start - 2]
         start = _phrase_start(tokens, heads[0])
-    bare = tokens[start].tag not in ("DT", "PRP$")
-    if bare and start > 1 and tokens[start - 1].tag == "CC" and tokens[start - 2].part == "noun" and tokens[copula].word in ("are", "were"):
-        heads.append(start - 2)  # "its belly and breast are white"
+    link = ("CC",)  # "its belly and breast are white": bare nouns before "and", then before commas
+    while tokens[copula].word in ("are", "were") and start > 1 and tokens[start].tag not in ("DT", "PRP$") and tokens[start - 1].tag in link:
+        if tokens[start - 2].part != "noun":
+            break
+        heads.append(start - 2)
+        start, link = _phrase_start(tokens, start - 2), (",",)
     return heads
 
 
@@ -544,19 +594,20 @@ def count_corpus(captions, speech, contexts=False, workers=1):
 # Word vectors
 
 
-def glove_vectors(path, wanted):
+def glove_vectors(path, wanted, dim=100):
     """Vectors of GloVe's text format, `word v1 … vd` a line, as it is or inside a .zip or .gz.
 
     Args:
         path: the file; a word2vec header line is skipped.
         wanted: words to keep, so that memory is that of the vocabulary.
+        dim: which file of a .zip of several, `*.{dim}d.txt`.
     Returns:
         dict word → (d,) float32.
     Raises:
         UserError: missing file, not UTF-8, a row of another length or not of finite numbers.
     """
     vectors, width = {}, None
-    with _open_text(path) as stream:
+    with _open_text(path, dim) as stream:
         try:
             for number, line in enumerate(stream, 1):
                 line = line.rstrip()
@@ -581,8 +632,10 @@ def glove_vectors(path, wanted):
 
 
 @contextmanager
-def _open_text(path):
-    """The text inside a file, a .gz, or the one member of a .zip."""
+def _open_text(path, dim):
+    """The text inside a file, a .gz, or a .zip: its one member, or of several the one of `dim` dimensions."""
+    if not path:
+        raise UserError("--embeddings glove needs --weights FILE, GloVe's text or zip file (nlp.stanford.edu/projects/glove)")
     path = Path(path)
     if not path.is_file():
         raise UserError(
@@ -592,9 +645,10 @@ def _open_text(path):
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
                 members = [name for name in archive.namelist() if name.endswith(".txt")]
+                members = members if len(members) == 1 else [name for name in members if name.endswith(f".{dim}d.txt")]
                 if len(members) != 1:
                     raise UserError(
-                        f"vectors '{path}': {len(members)} .txt files inside, expected one; unpack it and point --weights at one"
+                        f"vectors '{path}': {len(members)} files inside of {dim} dimensions, expected one; choose with --dim"
                     )
                 with archive.open(members[0]) as member, io.TextIOWrapper(member, encoding="utf-8", newline="\n") as stream:
                     yield stream
@@ -720,9 +774,7 @@ def build_prior(counts, embeddings, weights=None, min_count=1, dim=100, seed=0, 
     wanted = set(seen["adjective"]) | set(seen["noun"])
     source = {"name": embeddings}
     if embeddings == "glove":
-        if not weights:
-            raise UserError("--embeddings glove needs --weights FILE, GloVe's text or zip file (nlp.stanford.edu/projects/glove)")
-        vectors = glove_vectors(weights, wanted)
+        vectors = glove_vectors(weights, wanted, dim)
         source.update(file=Path(weights).name, sha256=checksum(weights))
     elif embeddings == "corpus":
         vectors = corpus_vectors(counts.contexts, min_count, dim)
@@ -743,6 +795,8 @@ def build_prior(counts, embeddings, weights=None, min_count=1, dim=100, seed=0, 
     )
     edges = np.array(edges, dtype=np.int64).reshape(-1, 3)
     stack = {part: np.stack([vectors[word] for word in words[part]]) for part in PARTS}
+    if embeddings != "glove":  # no file to name, so the vectors' own checksum
+        source["sha256"] = hashlib.sha256(b"".join(stack[part].tobytes() for part in PARTS)).hexdigest()
     notes = {
         **(provenance or {}),
         "captions": counts.captions,
@@ -763,17 +817,18 @@ def build_from_corpora(corpora, embeddings, weights=None, min_count=1, dim=100, 
         speech: parts of speech; by default WordNetSpeech, which needs NLTK's data.
         others: as `build_prior`.
     """
-    if embeddings == "glove" and weights and not Path(weights).is_file():
-        raise UserError(
-            f"word vectors '{weights}' do not exist: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy"
-        )
+    if min_count < 1 or dim < 1 or workers < 1:
+        raise UserError(f"--min-count {min_count}, --dim {dim} and --workers {workers} must be at least 1")
+    if embeddings == "glove":
+        with _open_text(weights, dim):  # a wrong path is known before the tagging starts
+            pass
     speech = speech or WordNetSpeech(download)
     total, lines = Counts(), {}
     for name, captions in corpora:
         counts = count_corpus(captions, speech, embeddings == "corpus", workers)
         lines[name] = counts.captions
         total.add(counts)
-    notes = {"corpora": lines, "part_of_speech": speech.name, "seed": seed}
+    notes = {"corpora": lines, "part_of_speech": speech.name, "plurals": getattr(speech, "plurals", {}), "seed": seed}
     return build_prior(total, embeddings, weights, min_count, dim, seed, notes)
 
 
@@ -805,7 +860,11 @@ def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
     draw = ImageDraw.Draw(image)
     for panel, part in enumerate(PARTS):
         words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"]
+        draw.rectangle((panel * size + 8, 8, (panel + 1) * size - 8, size), outline="#bbbbbb")
+        draw.text((panel * size + 20, 16), f"{part} codebook space ({len(words):,} words)", "black", bold)
         near = {word: nearest_words(words, vectors, word, neighbours) for word in chosen[part]}
+        if not near:  # words of one part of speech alone were asked for
+            continue
         shown = sorted({*near, *(name for names in near.values() for name, _ in names)})
         points = vectors[[list(words).index(word) for word in shown]].astype(np.float64)
         points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
@@ -816,8 +875,6 @@ def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
         span = np.ptp(flat, axis=0)
         flat = (flat - flat.min(axis=0)) / np.where(span > 1e-9, span, 1.0)
         place = {word: (panel * size + 50 + x * (size - 170), 60 + y * (size - 100)) for word, (x, y) in zip(shown, flat)}
-        draw.rectangle((panel * size + 8, 8, (panel + 1) * size - 8, size), outline="#bbbbbb")
-        draw.text((panel * size + 20, 16), f"{part} codebook space ({len(words):,} words)", "black", bold)
         for word, names in near.items():
             for name, _ in names:
                 draw.line((*place[word], *place[name]), "#b8cbe6", 2)
@@ -866,7 +923,7 @@ def show(prior, caption, pairs=20, download=False):
         a, n = prior.edges[i]
         print(f"  {prior.edge_counts[i]:8,}  {adjectives[a]} {nouns[n]}")
     of_list = prior.provenance.get("part_of_speech") == WordListSpeech.name
-    speech = WordListSpeech(map(str, adjectives), map(str, nouns)) if of_list else WordNetSpeech(download)
+    speech = WordListSpeech(map(str, adjectives), map(str, nouns), prior.provenance["plurals"]) if of_list else WordNetSpeech(download)
     nodes = {part: {str(word): i for i, word in enumerate(prior[f"{part}_words"])} for part in PARTS}
     print(f"\n{caption}\n  {'word':16} {'tag':6} {'part of speech':15} node")
     for tokens in speech(caption):
@@ -908,10 +965,10 @@ def parse_build(argv):
         "--min-count",
         type=int,
         default=10,
-        help="times a word must occur in its part of speech to become a code (default: 10, the authors' filter)",
+        help="times a word must occur in its part of speech to become a code (default: 10; the authors keep words seen more than 10 times)",
     )
     parser.add_argument(
-        "--dim", type=int, default=100, help="dimensions of corpus and random vectors (default: 100, the smallest published GloVe but one)"
+        "--dim", type=int, default=100, help="dimensions of corpus and random vectors, and which of GloVe's to take from its zip (default: 100)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of random vectors (default: 0)")
     parser.add_argument(
@@ -961,4 +1018,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

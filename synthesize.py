@@ -18,7 +18,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 
 from evaluate import to_bytes
-from prior import PARTS, Progress, UserError, checksum, run, whole_file
+from prior import PARTS, Progress, UserError, checksum, command, whole_file
 from train import codebook_names, load_run, make_dataset, make_loader, pick_device, to_images
 
 # ---------------------------------------------------------------------------------------------
@@ -111,19 +111,19 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run folder of train.py")
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("tokens", help="images to tokens, and back", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument("--split", choices=("train", "val"), default="val", help="images to encode")
-    command.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
-    command.add_argument(
+    sub = commands.add_parser("tokens", help="images to tokens, and back", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    sub.add_argument("--split", choices=("train", "val"), default="val", help="images to encode")
+    sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
+    sub.add_argument(
         "--output", default="", help="token file, or with --decode folder of images; by default tokens.npz or decoded/ in the run"
     )
-    command.add_argument("--decode", default="", metavar="FILE", help="a token file to turn back into images")
-    command.add_argument("--words", type=int, nargs="*", default=[], metavar="INDEX", help="images to print as words")
-    command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
-    command.set_defaults(call=tokens)
+    sub.add_argument("--decode", default="", metavar="FILE", help="a token file to turn back into images")
+    sub.add_argument("--words", type=int, nargs="*", default=[], metavar="INDEX", help="images to print as words")
+    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps")
+    sub.set_defaults(call=tokens)
     args = parser.parse_args(argv)
     args.call(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

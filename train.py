@@ -33,7 +33,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, run, whole_file
+from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, command, whole_file
 from vqct import LPIPS, Discriminator, ModelConfig, VQModel, adaptive_weight, hinge_loss, needs_prior, option
 
 CHECKPOINT_VERSION = 1
@@ -1362,4 +1362,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    run(main)
+    command(main)

@@ -37,6 +37,9 @@ def speech(tmp_path_factory):
         pytest.skip("no NLTK data on this machine")
     copy = tmp_path_factory.mktemp("nltk") / "nltk_data"
     shutil.copytree(source, copy)
+    (copy / "taggers").chmod(0o755)
+    for archive in copy.glob("taggers/*.zip"):  # NLTK 3.9 reads them unpacked only
+        shutil.unpack_archive(archive, archive.parent)
     for path in (copy, *copy.rglob("*")):  # NLTK refuses data that others may write
         path.chmod((path.stat().st_mode | stat.S_IWUSR) & ~(stat.S_IWGRP | stat.S_IWOTH))
     import nltk

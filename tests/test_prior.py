@@ -106,7 +106,7 @@ class Excerpt:
 
     name = "excerpt"
     adjectives = set(
-        "bright orange small brown white striped spotted short sharp standing stone back yellow blue black round ripe long".split()
+        "pointed covered bright orange small brown white striped spotted short sharp standing stone back yellow blue black round ripe long".split()
     )
     nouns = set("orange breast bird beak belly wing stone wall back table yellow blue black white brown round crown man hat".split())
 
@@ -116,8 +116,14 @@ class Excerpt:
     def noun(self, word):
         return next((w for w in (word, word.removesuffix("s")) if w in self.nouns), None)
 
-    def knows(self, word, tag):
-        return tag.startswith("VB") or tag.startswith("JJ") and word in self.adjectives
+    def verb(self, word):
+        return {"striped": "stripe", "spotted": "spot", "pointed": "point", "covered": "cover", "standing": "stand"}.get(word)
+
+    def lists(self, word, tag):
+        return tag.startswith("VB") or tag.startswith("JJ") and word in self.adjectives or word in ("back", "long")
+
+    def mostly_adjective(self, word):
+        return word == "long"
 
 
 def pairs_of(text):
@@ -150,6 +156,14 @@ def pairs_of(text):
         ("a/DT small/JJ eyering/NN", []),  # a head without a node
         ("a/DT long-billed/JJ brown/JJ bird/NN", [("brown", "bird")]),
         ("the/DT man/NN is/VBZ standing/VBG", []),
+        ("the/DT table/NN is/VBZ covered/VBN with/IN stone/NN", []),
+        ("it/PRP has/VBZ brown/VBN wings/NNS", [("brown", "wing")]),
+        ("it/PRP has/VBZ striped/VBN wings/NNS", [("striped", "wing")]),
+        ("its/PRP$ beak/NN is/VBZ very/RB long/RB and/CC pointed/VBN ./.", [("long", "beak"), ("pointed", "beak")]),
+        ("a/DT black/JJ back/RB and/CC a/DT white/JJ belly/NN", [("black", "back"), ("white", "belly")]),
+        ("Brown/NN and/CC white/JJ bird/NN", [("brown", "bird"), ("white", "bird")]),
+        ("a/DT short/JJ ,/, pointed/VBD ,/, black/JJ beak/NN", [("short", "beak"), ("pointed", "beak"), ("black", "beak")]),
+        ("the/DT crown/NN ,/, back/NN and/CC breast/NN are/VBP white/JJ", [("white", "breast"), ("white", "back"), ("white", "crown")]),
     ],
 )
 def test_modifying_pairs_of_tagged_text(text, expected):
@@ -172,6 +186,9 @@ def pairs_in(speech, caption):
         ("The beak is sharp. Its wings are brown and white.", {("sharp", "beak"), ("brown", "wing"), ("white", "wing")}),
         ("a ripe orange on a wooden table", {("ripe", "orange"), ("wooden", "table")}),
         ("an orange and black bird", {("orange", "bird"), ("black", "bird")}),
+        ("This bird has brown wings and a black back.", {("brown", "wing"), ("black", "back")}),
+        ("The bird has webbed feet, and its beak is very long.", {("webbed", "foot"), ("long", "beak")}),
+        ("A Red Bus Is Parked In A Field", {("red", "bus")}),
         ("the bird is small, round and brown", {("small", "bird"), ("round", "bird"), ("brown", "bird")}),
     ],
 )
@@ -184,7 +201,19 @@ def test_wordnet_speech_lemmatises_nouns(speech):
     assert nouns == ["wing", "foot", "feather"]
 
 
-def test_homographs_are_two_nodes(speech):
+def test_homographs_are_two_nodes():
+    counts = Counts()
+    for text in ("a/DT bright/JJ orange/NN breast/NN", "a/DT ripe/JJ orange/NN", "a/DT ripe/JJ orange/NN on/IN a/DT table/NN"):
+        tokens = resolve_parts([tuple(token.rsplit("/", 1)) for token in text.split()], Excerpt())
+        counts.add(Counts(1, Counter((t.lemma, t.part) for t in tokens if t.part), Counter(modifying_pairs(tokens, Excerpt()))))
+    prior = build_prior(counts, "random", dim=4)
+    adjectives, nouns = prior.adjective_words.tolist(), prior.noun_words.tolist()
+    assert "orange" in adjectives and "orange" in nouns
+    edges = {(adjectives[a], nouns[n]): c for (a, n), c in zip(prior.edges.tolist(), prior.edge_counts.tolist())}
+    assert edges == {("bright", "breast"): 1, ("orange", "breast"): 1, ("ripe", "orange"): 2}
+
+
+def test_homographs_are_two_nodes_to_the_real_tagger(speech):
     captions = ["a bright orange breast", "an orange breast", "a ripe orange", "a ripe orange on a table"]
     prior = build_from_corpora([("hand", captions)], "random", min_count=1, dim=4, speech=speech)
     adjectives, nouns = prior.adjective_words.tolist(), prior.noun_words.tolist()
@@ -201,6 +230,13 @@ def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
         prior_module.WordNetSpeech()
     message = str(error.value)
     assert "\n" not in message and "python -m nltk.downloader wordnet averaged_perceptron_tagger_eng punkt_tab" in message
+
+
+def test_wordnet_speech_travels_to_workers(speech):
+    import pickle
+
+    copy = pickle.loads(pickle.dumps(speech))  # as multiprocessing does where it cannot fork
+    assert pairs_in(copy, "a bright orange breast") == {("bright", "breast"), ("orange", "breast")}
 
 
 def test_word_list_speech_knows_plurals():
@@ -350,6 +386,15 @@ def test_prior_file_round_trip(tmp_path, prior):
             Prior.load(tmp_path / path)
 
 
+def test_zip_of_several_dimensions_is_chosen_from(tmp_path):
+    with zipfile.ZipFile(tmp_path / "glove.6B.zip", "w") as archive:
+        for dim in (2, 3):
+            archive.writestr(f"glove.6B.{dim}d.txt", "bird" + " 1" * dim + "\n")
+    assert [len(glove_vectors(tmp_path / "glove.6B.zip", {"bird"}, dim)["bird"]) for dim in (2, 3)] == [2, 3]
+    with pytest.raises(UserError, match="choose with --dim"):
+        glove_vectors(tmp_path / "glove.6B.zip", {"bird"}, 50)
+
+
 def test_a_failed_write_leaves_no_file(tmp_path):
     with pytest.raises(RuntimeError):
         with whole_file(tmp_path / "x") as temporary:
@@ -359,6 +404,7 @@ def test_a_failed_write_leaves_no_file(tmp_path):
 
 
 def test_figure_is_drawn(tmp_path, prior):
+    draw_codebook_space(prior, {"adjective": ["a", "b"], "noun": []}, tmp_path / "f.png")
     draw_codebook_space(prior, {"adjective": ["a", "b"], "noun": ["A"]}, tmp_path / "f.png")
     from PIL import Image
 

@@ -129,13 +129,13 @@ def to_bytes(x):
 
 
 @torch.no_grad()
-def mean_image(dataset, device, limit=2048):
+def mean_image(dataset, device, limit=10_000):
     """(3, R, R) mean of at most `limit` evenly spaced images: the best constant prediction of PSNR's baseline."""
     chosen = torch.utils.data.Subset(dataset, evenly(len(dataset), limit))
     total = 0.0
     for batch in make_loader(chosen, device, -1, batch_size=64):
-        total = total + to_images(batch["image"], device).double().sum(dim=0)
-    return (total / len(chosen)).float()
+        total = total + to_images(batch["image"], device).cpu().double().sum(dim=0)
+    return (total / len(chosen)).float().to(device)
 
 
 @torch.no_grad()
@@ -168,14 +168,14 @@ def reconstruct(model, dataset, device, batch_size, baseline, inception=None, sa
         eight_bits = batch["image"].to(device), to_bytes(x_hat)
         if inception is not None:
             for kept, images in zip(features, eight_bits):
-                kept.append(inception(images).double().cpu())
+                kept.append(inception(images).cpu().double())
         if save is not None:
             save_images(save, batch["index"].tolist(), eight_bits)
         for row in (row for row, index in enumerate(batch["index"].tolist()) if index in shown):
             pairs += [x[row].cpu(), x_hat[row].cpu()]
         done += len(x)
         progress(f"reconstructing: {done:,}/{len(dataset):,} images")
-    scores = {name: torch.cat(values).double().cpu().numpy() for name, values in scores.items()}
+    scores = {name: torch.cat(values).cpu().double().numpy() for name, values in scores.items()}
     return scores, [total.cpu().numpy() for total in counts], [torch.cat(kept).numpy() if kept else kept for kept in features], pairs
 
 
@@ -218,7 +218,7 @@ def evaluate(path, data="", device="auto", inception=(None, ""), save=None, chec
     """
     device = pick_device(device)
     model, config, _, step = load_run(path, device, checkpoint)
-    config.data = data or config.data
+    config.data, config.labels = data or config.data, ""
     dataset = make_dataset(config, "val")
     baseline = mean_image(make_dataset(config, "train"), device)
     network, reason = inception
@@ -352,7 +352,7 @@ def main(argv=None):
     inception = load_inception(args.inception)
     results = []
     for path in args.runs:
-        save = args.save and (Path(args.save) / Path(path).name if len(args.runs) > 1 else Path(args.save))
+        save = args.save and (Path(args.save) / Path(path).resolve().name if len(args.runs) > 1 else Path(args.save))
         results.append(evaluate(path, args.data, args.device, inception, save, args.checkpoint, args.figures))
     print(markdown(results))
     print(f"\nFID: – ({inception[1]})" if inception[1] else f"\nFID: {results[0]['fid_note']}")

@@ -483,7 +483,9 @@ def _subjects(tokens, copula):
         heads = [start - 2]
         start = _phrase_start(tokens, heads[0])
     link = ("CC",)  # "its belly and breast are white": bare nouns before "and", then before commas
-    while tokens[copula].word in ("are", "were") and start > 1 and tokens[start].tag not in ("DT", "PRP$") and tokens[start - 1].tag in link:
+    while (
+        tokens[copula].word in ("are", "were") and start > 1 and tokens[start].tag not in ("DT", "PRP$") and tokens[start - 1].tag in link
+    ):
         if tokens[start - 2].part != "noun":
             break
         heads.append(start - 2)
@@ -647,9 +649,7 @@ def _open_text(path, dim):
                 members = [name for name in archive.namelist() if name.endswith(".txt")]
                 members = members if len(members) == 1 else [name for name in members if name.endswith(f".{dim}d.txt")]
                 if len(members) != 1:
-                    raise UserError(
-                        f"vectors '{path}': {len(members)} files inside of {dim} dimensions, expected one; choose with --dim"
-                    )
+                    raise UserError(f"vectors '{path}': {len(members)} files inside of {dim} dimensions, expected one; choose with --dim")
                 with archive.open(members[0]) as member, io.TextIOWrapper(member, encoding="utf-8", newline="\n") as stream:
                     yield stream
         else:
@@ -968,7 +968,10 @@ def parse_build(argv):
         help="times a word must occur in its part of speech to become a code (default: 10; the authors keep words seen more than 10 times)",
     )
     parser.add_argument(
-        "--dim", type=int, default=100, help="dimensions of corpus and random vectors, and which of GloVe's to take from its zip (default: 100)"
+        "--dim",
+        type=int,
+        default=100,
+        help="dimensions of corpus and random vectors, and which of GloVe's to take from its zip (default: 100)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of random vectors (default: 0)")
     parser.add_argument(

@@ -16,6 +16,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -33,7 +34,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, command, whole_file
+from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, command, read_captions, whole_file
 from vqct import LPIPS, Discriminator, ModelConfig, VQModel, adaptive_weight, hinge_loss, needs_prior, option
 
 CHECKPOINT_VERSION = 1
@@ -162,16 +163,24 @@ def resolve(given):
         raise UserError(f"unknown method '{method}'; methods are {', '.join(METHODS)}")
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
     config = Config(**{**PRESETS[preset], **METHODS[method], **given, "preset": preset})
-    if config.transfer == "none" and config.code_dim % config.codebooks:
-        raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
-    if config.gan_weight > 0 and config.resolution < 24:
-        raise UserError(
-            f"--resolution {config.resolution} is too small for the patch discriminator, which needs 24; or train without: --gan-weight 0"
-        )
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
     config.out = config.out or f"runs/{config.dataset}-{config.method}"
     if config.dataset == "cub":
         config.data = config.data or "data/CUB_200_2011"
+    return check_config(config)
+
+
+def check_config(config):
+    """The Config itself. Raises UserError naming a value that cannot be."""
+    if config.dataset == "folder" and not config.data:
+        raise UserError("--dataset folder needs --data DIR, the folder of images")
+    if config.transfer == "none" and config.code_dim % config.codebooks:
+        raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
+    if config.resolution < 24:
+        raise UserError(f"--resolution {config.resolution} is too small: the patch discriminator needs 24 pixels a side")
+    for name in ("lr", "seed", "gan_weight", "perceptual_weight"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
     for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_images"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
@@ -186,6 +195,8 @@ def pick_device(name):
         device = torch.device(name)
     except RuntimeError:
         raise UserError(f"--device {name} is not a device of torch; give cpu, cuda, cuda:1 or mps") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name} cannot train; give cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
         raise UserError(
             f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices on this machine; use --device cpu, or install torch for CUDA"
@@ -196,13 +207,711 @@ def pick_device(name):
 
 
 # ---------------------------------------------------------------------------------------------
+# Data sets
+
+
+EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
+
+
+class Record(NamedTuple):
+    """An image on disk and what is known of it."""
+
+    path: Path
+    label: int = -1  # index into the data set's classes; −1: none
+    captions: tuple = ()  # text files, a caption a line
+    segmentation: Path | None = None  # label map, integers
+
+
+class ImageDataset(Dataset):
+    """Square uint8 images with labels.
+
+    Item (index) is the centre crop; item (index, draw), as the trainer asks for, is a random crop and
+    flip that depend on (seed, draw) alone, so the order and number of workers change nothing.
+
+    Args:
+        records: list of Record.
+        classes: names of the labels.
+        resolution: pixels a side; the shorter side is resized to it, antialiased.
+
+    Set `with_segmentation` for items to hold their label maps.
+    """
+
+    with_segmentation = False
+
+    def __init__(self, records, classes, resolution, seed=0):
+        self.records, self.classes, self.resolution, self.seed = records, classes, resolution, seed
+
+    def __len__(self):
+        return len(self.records)
+
+    def captions(self):
+        """Yield every caption of every image."""
+        for record in self.records:
+            for path in record.captions:
+                yield from read_captions(path)
+
+    def label(self, index):
+        return self.records[index].label
+
+    def read(self, index):
+        """→ image (3, h, w) uint8 and segmentation (1, h, w) uint8 or None, shorter sides at least the resolution."""
+        record = self.records[index]
+        try:
+            with Image.open(record.path) as file:
+                file.draft("RGB", (2 * self.resolution,) * 2)  # JPEG decodes at a fraction of its size
+                image = TF.resize(ImageOps.exif_transpose(file).convert("RGB"), self.resolution, antialias=True)
+            segmentation = None
+            if record.segmentation and self.with_segmentation:
+                with Image.open(record.segmentation) as file:
+                    segmentation = ImageOps.exif_transpose(file).resize(image.size, Image.Resampling.NEAREST)
+        except OSError as error:
+            raise UserError(f"image '{record.path}' cannot be read: {error}") from None
+        return TF.pil_to_tensor(image), None if segmentation is None else TF.pil_to_tensor(segmentation)
+
+    def __getitem__(self, key):
+        """→ dict: image (3, R, R) uint8, label, index, and segmentation (R, R) int64 where asked for."""
+        index, draw = key if isinstance(key, tuple) else (key, None)
+        image, segmentation = self.read(index)
+        size, (height, width) = self.resolution, image.shape[1:]
+        top, left, flip = (height - size) // 2, (width - size) // 2, False
+        if draw is not None:
+            rng = np.random.default_rng((self.seed, draw))
+            top, left, flip = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1)), rng.random() < 0.5
+        item = {"label": self.label(index), "index": index}
+        for name, picture in (("image", image), ("segmentation", segmentation)):
+            if picture is not None:
+                picture = picture[:, top : top + size, left : left + size]
+                item[name] = picture.flip(-1) if flip else picture
+        if segmentation is not None:
+            item["segmentation"] = item["segmentation"][0].long()
+        return item
+
+
+def cub_records(root, split):
+    """CUB-200-2011 in its published layout and split; captions of Reed et al. where `text/` is there.
+
+    Args:
+        root: folder that holds images.txt; split: "train" or "val" (the published test images).
+    Returns:
+        records, class names.
+    Raises:
+        UserError: naming the first file of the layout that is missing.
+    """
+    root = Path(root)
+    needed = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
+    missing = [name for name in (*needed, "images") if not (root / name).exists()]
+    if missing:
+        raise UserError(
+            f"CUB-200-2011 is not at '{root}' (no {missing[0]}): unpack CUB_200_2011.tgz from "
+            "https://data.caltech.edu/records/65de6-vp158 and point --data at its CUB_200_2011 folder"
+        )
+    table = {name: dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in needed}
+    classes = [table["classes.txt"][key].strip() for key in sorted(table["classes.txt"], key=int)]
+    records = []
+    for key, name in table["images.txt"].items():
+        if (table["train_test_split.txt"][key].strip() == "1") == (split == "train"):
+            text = (root / "text" / name.strip()).with_suffix(".txt")
+            records.append(
+                Record(root / "images" / name.strip(), int(table["image_class_labels.txt"][key]) - 1, (text,) if text.exists() else ())
+            )
+    return records, classes
+
+
+def folder_records(root, split, labels=""):
+    """Any tree of images. Top-level folders named train and val (or test) are the splits, otherwise every tenth image is held out.
+
+    Args:
+        root: the tree; sub-folders of a split are classes, `x.txt` beside `x.jpg` holds its captions.
+        labels: tree of label maps with the same relative names.
+    Returns:
+        records, class names.
+    Raises:
+        UserError: if there are no images, or a label map is missing.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"image folder '{root}' does not exist; point --data at a folder of images")
+    names = [name for name in ("val", "test") if (root / name).is_dir()] if (root / "train").is_dir() else []
+    bases = {"train": root / "train", "val": root / names[0]} if names else {"train": root, "val": root}
+    images = {base: [path for path in sorted(base.rglob("*")) if path.suffix.lower() in EXTENSIONS] for base in bases.values()}
+    classes = sorted({str(path.parent.relative_to(base)) for base, paths in images.items() for path in paths} - {"."})
+    base = bases[split]
+    paths = images[base] if names else [path for i, path in enumerate(images[base]) if (i % 10 == 9) == (split == "val")]
+    if not paths:
+        raise UserError(f"no images for the {split} split under '{base}' (a folder needs ten images to hold one out)")
+    records = []
+    for path in paths:
+        label, text = str(path.parent.relative_to(base)), path.with_suffix(".txt")
+        label_map = _label_map(labels, path.relative_to(root)) if labels else None
+        records.append(Record(path, classes.index(label) if label != "." else -1, (text,) if text.exists() else (), label_map))
+    return records, classes
+
+
+def _label_map(labels, name):
+    for suffix in (".png", name.suffix):
+        path = (Path(labels) / name).with_suffix(suffix)
+        if path.exists():
+            return path
+    raise UserError(
+        f"label map '{(Path(labels) / name).with_suffix('.png')}' is missing; --labels needs one of the same name for every image"
+    )
+
+
+def make_dataset(config, split):
+    """The "train" or "val" split that a Config names."""
+    if config.dataset == "demo":
+        return DemoDataset(split, config.resolution, config.seed)
+    if config.dataset == "folder":
+        return ImageDataset(*folder_records(config.data, split, config.labels), config.resolution, config.seed)
+    return ImageDataset(*cub_records(config.data, split), config.resolution, config.seed)
+
+
+def make_prior(config, dataset):
+    """The prior that a Config names, or one from the data set's own captions; None where no word is needed."""
+    if not needs_prior(config):
+        return None
+    if config.prior:
+        return Prior.load(config.prior)
+    if config.dataset == "demo":
+        return build_from_corpora([("demo captions", dataset.captions())], "corpus", speech=DEMO_SPEECH)
+    if next(dataset.captions(), None) is None:
+        raise UserError(
+            f"'{config.data}' has no captions to make a prior from; make one with: python prior.py CORPUS --out prior.npz, then --prior prior.npz"
+        )
+    print("prior: none given, made from the data set's captions with vectors of that corpus")
+    return build_from_corpora([(f"{config.dataset} captions", dataset.captions())], "corpus", min_count=10)
+
+
+class TrainBatches:
+    """Sampler of (index, draw) keys for steps `start` … `steps`: a new permutation each epoch, any step reachable at once."""
+
+    def __init__(self, length, batch_size, start, steps, seed):
+        self.length, self.batch_size, self.start, self.steps, self.seed = length, batch_size, start, steps, seed
+
+    def __len__(self):
+        return self.steps - self.start
+
+    def __iter__(self):
+        epoch, order = -1, None
+        for step in range(self.start, self.steps):
+            batch = []
+            for draw in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if draw // self.length != epoch:
+                    epoch = draw // self.length
+                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
+                batch.append((int(order[draw % self.length]), draw))
+            yield batch
+
+
+def evenly(length, count):
+    """At most `count` indices spread over 0 … length − 1, as data sets are sorted by class."""
+    return np.unique(np.linspace(0, length - 1, min(count, length)).astype(int)).tolist()
+
+
+def to_images(batch, device):
+    """(B, 3, R, R) uint8 → float32 in [-1, 1] on the device."""
+    return batch.to(device, non_blocking=True).float().div_(127.5).sub_(1)
+
+
+def make_loader(dataset, device, workers, **options):
+    workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
+    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def save_checkpoint(path, trainer):
+    """Everything that resuming and decoding need, as plain tensors, numbers and strings."""
+    state = {
+        "version": CHECKPOINT_VERSION,
+        "config": dataclasses.asdict(trainer.config),
+        "step": trainer.step,
+        "best": trainer.best,
+        "prior": trainer.prior,
+        "model": trainer.model.state_dict(),
+        "last_used": trainer.last_used,
+        "generator_optimizer": trainer.generator_optimizer.state_dict(),
+        "random": torch.get_rng_state(),
+    }
+    if trainer.device.type == "cuda":
+        state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
+    if trainer.discriminator is not None:
+        state.update(discriminator=trainer.discriminator.state_dict(), discriminator_optimizer=trainer.discriminator_optimizer.state_dict())
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """A dict of `save_checkpoint`. Raises UserError for a file that is missing or something else."""
+    if not Path(path).is_file():
+        raise UserError(f"no checkpoint '{path}'; train one with train.py, or name its run folder")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or "version" not in state:
+            raise UserError(f"'{path}' is not a checkpoint of train.py")
+    except UserError:
+        raise
+    except Exception:  # torch raises half a dozen types for foreign, truncated and hostile files
+        raise UserError(f"'{path}' cannot be read as a checkpoint of train.py; it is damaged or another program's") from None
+    if state["version"] != CHECKPOINT_VERSION:
+        raise UserError(f"'{path}' is of checkpoint version {state['version']}, this code reads {CHECKPOINT_VERSION}")
+    return state
+
+
+def load_run(path, device, checkpoint="last"):
+    """A trained run → (model in evaluation mode, Config, prior or None, step).
+
+    Args:
+        path: a run folder.
+        checkpoint: "last" or "best".
+    """
+    state = load_checkpoint(Path(path) / f"{checkpoint}.pt")
+    config = Config(**state["config"])
+    model = VQModel(config, state["prior"])
+    model.load_state_dict(state["model"])
+    return model.to(device).eval(), config, state["prior"], state["step"]
+
+
+def portable(prior):
+    """A Prior as tensors and lists of strings, which a checkpoint may hold."""
+    if prior is None:
+        return None
+    return {
+        name: prior[name].tolist() if name.endswith("words") else torch.from_numpy(prior[name])
+        for name in ("adjective_words", "adjective_vectors", "noun_words", "noun_vectors", "edges", "edge_counts")
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{}.pth"
+TRUNKS = {"vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1, "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1}
+
+
+def load_lpips(config):
+    """LPIPS with published weights. Raises UserError naming each file and flag where one cannot be had."""
+    trunk = config.perceptual_trunk
+    trunk_state = load_weights(
+        TRUNKS[trunk].url, config.trunk_weights, f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", "--trunk-weights"
+    )
+    head_state = load_weights(
+        HEADS_URL.format(trunk),
+        config.lpips_weights,
+        f"LPIPS v0.1's linear heads for {trunk}",
+        "--lpips-weights",
+        f"lpips_{trunk}_v0.1.pth",
+        hashed=False,
+    )
+    return LPIPS(trunk, trunk_state, head_state)
+
+
+def load_weights(url, local, what, flag, name=None, hashed=True):
+    """A published state dict: the local file, torch hub's cache, or a download.
+
+    Args:
+        what: its use, for the error; flag: the flag that names a local copy.
+        name: of the cached file, by default the last part of the URL.
+        hashed: whether that name ends in the start of the file's sha256, which is then checked.
+
+    Raises:
+        UserError: one line with the file, its use, its source and the flag for a local copy.
+    """
+    name = name or url.rsplit("/", 1)[-1]
+    try:
+        if local:
+            return torch.load(local, map_location="cpu", weights_only=True)
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, check_hash=hashed, weights_only=True)
+    except Exception as error:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        raise UserError(f"{local or name} ({what}) cannot be had: {reason}; get it from {url} and pass {flag} FILE") from None
+
+
+def psnr(x_hat, x):
+    """Peak signal-to-noise ratio of each image, dB: 10 log10(4 / MSE), both clamped to [-1, 1]. (B, 3, H, W) twice → (B,)."""
+    error = (x_hat.clamp(-1, 1) - x.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp_min(1e-10))
+
+
+class Trainer:
+    """The state of a run and its step.
+
+    Args:
+        config: Config.
+        prior: dict of `portable`, or None.
+        device: torch.device.
+    """
+
+    def __init__(self, config, prior, device):
+        torch.manual_seed(config.seed)
+        self.config, self.prior, self.device = config, prior, device
+        self.step, self.best = 0, -math.inf
+        try:
+            self.model = VQModel(config, prior)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        self.model = self.model.to(device, memory_format=torch.channels_last)
+        self.generator_optimizer = self._adam(self.model)
+        self.discriminator = self.discriminator_optimizer = self.perceptual = None
+        if config.gan_weight > 0:
+            self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
+            self.discriminator_optimizer = self._adam(self.discriminator)
+        if config.perceptual_weight > 0:
+            self.perceptual = load_lpips(config).to(device, memory_format=torch.channels_last)
+        # the step at which each code was last chosen: a moving count over the latest epoch
+        self.last_used = [torch.full((size,), -1, dtype=torch.int64, device=device) for size in self.model.codebook.sizes]
+        if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
+            for network in filter(None, (self.model.encoder, self.model.decoder.layers, self.discriminator, self.perceptual)):
+                network.compile()
+
+    def _adam(self, network):
+        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=self.device.type == "cuda")
+
+    def set_lr(self):
+        config = self.config
+        lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / config.steps) if config.schedule == "cosine" else 1.0)
+        for optimizer in filter(None, (self.generator_optimizer, self.discriminator_optimizer)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+    def load(self, state):
+        """Go on from a checkpoint."""
+        self.step, self.best = state["step"], state["best"]
+        self.model.load_state_dict(state["model"])
+        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        self.last_used = [used.to(self.device) for used in state["last_used"]]
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
+
+    def reconstruction_loss(self, x_hat, x):
+        """First term of Eq. 2, and LPIPS beside it → (total, {name: value})."""
+        terms = {"pixel": F.mse_loss(x_hat, x) if self.config.pixel_loss == "l2" else F.l1_loss(x_hat, x)}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(x_hat, x).mean()
+        return terms["pixel"] + self.config.perceptual_weight * terms.get("perceptual", 0.0), terms
+
+    def train_step(self, batches):
+        """One step of generator and discriminator on a list of (B, 3, R, R) micro-batches → dict of () tensors."""
+        self.model.train()
+        adversarial = self.discriminator is not None and self.step >= self.config.gan_start
+        metrics, share = {}, 1.0 / len(batches)
+        self.set_lr()
+        self.generator_optimizer.zero_grad(set_to_none=True)
+        if adversarial:
+            self.discriminator_optimizer.zero_grad(set_to_none=True)
+        for x in batches:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
+                output = self.model(x)
+                # Losses are differentiated down to the reconstruction only; both of the adaptive
+                # weight's norms and the generator's backward pass start from these gradients.
+                x_hat = output.x_hat.detach().requires_grad_()
+                loss, terms = self.reconstruction_loss(x_hat.float(), x)
+                (gradient,) = torch.autograd.grad(loss, x_hat)
+                if adversarial:
+                    gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
+                    terms.update(gan_terms)
+            torch.autograd.backward(
+                [output.x_hat, output.quantizer_loss], [gradient * share, torch.full_like(output.quantizer_loss, share)]
+            )
+            if adversarial:
+                terms.update(self.discriminate(x, x_hat.detach(), share))
+            terms.update(quantizer=output.quantizer_loss, loss=loss + output.quantizer_loss)
+            for name, value in terms.items():
+                metrics[name] = metrics.get(name, 0.0) + value.detach() * share
+            for used, indices in zip(self.last_used, output.indices.unbind(1)):
+                used[indices.flatten()] = self.step
+        self.generator_optimizer.step()
+        if adversarial:
+            self.discriminator_optimizer.step()
+        self.step += 1
+        return metrics
+
+    def add_adversary(self, attached, x_hat, gradient):
+        """Add −E[D(x̂)], adaptively weighted, to the gradient at the reconstruction → (gradient, {name: value})."""
+        self.discriminator.requires_grad_(False)
+        generator_loss = -self.discriminator(x_hat).float().mean()
+        (gan_gradient,) = torch.autograd.grad(generator_loss, x_hat)
+        self.discriminator.requires_grad_(True)
+        weight = adaptive_weight(attached, self.model.decoder.to_image.weight, gradient, gan_gradient) * self.config.gan_weight
+        return gradient + weight.to(gradient.dtype) * gan_gradient, {"generator": generator_loss, "adaptive_weight": weight}
+
+    def discriminate(self, x, x_hat, share):
+        """The discriminator's turn on the same images → {name: value}."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
+            real, fake = self.discriminator(x), self.discriminator(x_hat)
+            real, fake = real.float(), fake.float()
+            loss = hinge_loss(real, fake)
+        (loss * share).backward()
+        return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+
+    @torch.no_grad()
+    def validate(self, loader, picture, pairs=16):
+        """Mean PSNR over a loader, dB; some of its images go to `picture`, originals above reconstructions."""
+        self.model.eval()
+        scores, shown, wanted = [], [], set(evenly(len(loader.dataset), pairs))
+        for batch in loader:
+            x = to_images(batch["image"], self.device)
+            x_hat = self.model(x).x_hat
+            for row in range(len(x)):
+                if len(scores) + row in wanted:
+                    shown += [x[row].cpu(), x_hat[row].cpu()]
+            scores.extend(psnr(x_hat, x))
+        draw_pairs(shown, picture)
+        return torch.stack(scores).mean().item()
+
+    def codes_used(self, epoch_steps):
+        """Codes of each codebook chosen in the latest `epoch_steps` steps."""
+        return [int((used >= max(0, self.step - epoch_steps)).sum()) for used in self.last_used]
+
+
+def draw_pairs(images, path, columns=8):
+    """Alternating originals and reconstructions in [-1, 1] → PNG, a row of each in turn."""
+    originals, reconstructions = images[0::2], images[1::2]
+    rows = []
+    for start in range(0, len(originals), columns):
+        rows += originals[start : start + columns] + reconstructions[start : start + columns]
+    save_grid(rows, path, min(columns, len(originals)))
+
+
+def save_grid(images, path, columns):
+    """List of (3, H, W) in [-1, 1] → PNG grid, rounded to 8 bits."""
+    grid = torchvision.utils.make_grid(torch.stack(list(images)).clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
+    with whole_file(path) as temporary:
+        TF.to_pil_image(grid.mul(255).round().to(torch.uint8)).save(temporary, "PNG")
+
+
+def codebook_names(sizes):
+    """("adjective", "noun") for two codebooks, ("code",) for one."""
+    return PARTS if len(sizes) == 2 else ("code",)
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+
+
+def is_run(out):
+    """Whether a folder is a run of this script."""
+    try:
+        return "method" in json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def check_folder(out, overwrite):
+    """Refuse to touch what is there, unless it is a run and may be overwritten."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not overwrite:
+            raise UserError(f"run '{out}' exists already; go on with --resume, replace it with --overwrite, or name another with --out")
+        if not is_run(out):
+            raise UserError(f"'{out}' is not a run of train.py, so --overwrite leaves it alone; name another with --out")
+
+
+def save_config(config, out):
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
+    with whole_file(out / "config.json") as temporary:
+        temporary.write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
+
+
+def start_run(config, out, trainer, prior):
+    """Clear the folder, and write what a run holds from its first moment: configuration, prior, codebook at step 0."""
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    save_config(config, out)
+    if prior is not None:
+        prior.save(out / "prior.npz")
+    trainer.model.eval()
+    codebooks = {name: codes.cpu().numpy() for name, codes in zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())}
+    with whole_file(out / "codebook_start.npz") as temporary, open(temporary, "wb") as file:
+        np.savez(file, **codebooks)
+
+
+def trim_metrics(path, step):
+    """Drop the lines written after the checkpoint, so that a resumed run's metrics equal an uninterrupted one's."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            kept += [line + "\n"] if json.loads(line)["step"] <= step else []
+        except ValueError:  # the last line of a killed run may be half written
+            pass
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(kept))
+
+
+def announce(config, trainer, train_set, val_set, out):
+    count = lambda network: sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    sizes = trainer.model.codebook.sizes
+    print(f"{config.dataset}: {len(train_set):,} training and {len(val_set):,} validation images at {config.resolution}² → {out}")
+    codes = " + ".join(f"{size:,} {name}s" for name, size in zip(codebook_names(sizes), sizes))
+    print(
+        f"{config.method} ({config.preset}): {count(trainer.model):.1f} M parameters on {trainer.device}, {trainer.model.grid[0]}×{trainer.model.grid[1]} positions of {codes}"
+    )
+    perceptual = (
+        f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}"
+        if trainer.perceptual is not None
+        else "no perceptual loss (weight 0)"
+    )
+    gan = (
+        f"adversary from step {config.gan_start:,}, {count(trainer.discriminator):.1f} M parameters"
+        if trainer.discriminator is not None
+        else "no adversary"
+    )
+    print(f"losses: {config.pixel_loss} + β {config.beta} commitment, {perceptual}, {gan}", flush=True)
+
+
+def train(config, resume=False, overwrite=False):
+    """Run a Config to its last step. Returns the run's folder."""
+    device, train_set, val_set = check_inputs(config)
+    out = Path(config.out)
+    if resume:
+        state = load_checkpoint(out / "last.pt")
+        trainer = Trainer(config, state["prior"], device)
+        trainer.load(state)
+        trim_metrics(out / "metrics.jsonl", trainer.step)
+        save_config(config, out)
+    else:
+        check_folder(out, overwrite)
+        prior = make_prior(config, train_set)
+        trainer = Trainer(config, portable(prior), device)
+        start_run(config, out, trainer, prior)  # nothing was touched before all this succeeded
+    announce(config, trainer, train_set, val_set, out)
+    batches = TrainBatches(
+        len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
+    )
+    loader = make_loader(train_set, device, config.workers, batch_sampler=batches)
+    validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
+    validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
+    with open(out / "metrics.jsonl", "a", buffering=1) as log:
+        run_steps(trainer, loader, validation, out, log)
+    return out
+
+
+def run_steps(trainer, loader, validation, out, log):
+    """The loop: step, log, validate, save."""
+    config, progress = trainer.config, Progress()
+    epoch_steps = math.ceil(len(loader.dataset) / (config.batch_size * config.accumulate))
+    recent, waited, before = deque(maxlen=20), 0.0, time.monotonic()
+    images, first_step, start = iter(loader), trainer.step, before
+    while trainer.step < config.steps:
+        began = time.monotonic()
+        batches = [to_images(next(images)["image"], trainer.device) for _ in range(config.accumulate)]
+        waited += time.monotonic() - began
+        metrics = trainer.train_step(batches)
+        last = trainer.step == config.steps
+        if trainer.step % config.log_every == 0 or last:
+            metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
+            now = time.monotonic()
+            recent.append((trainer.step, now))
+            steps_done, seconds = (
+                trainer.step - (recent[0][0] if len(recent) > 1 else first_step),
+                now - (recent[0][1] if len(recent) > 1 else start),
+            )
+            line = {
+                "step": trainer.step,
+                **metrics,
+                "codes_used": trainer.codes_used(epoch_steps),
+                "images_per_second": round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2),
+                "data_wait": round(waited / max(now - before, 1e-9), 3),
+            }
+            waited, before = 0.0, now
+            log.write(json.dumps(line) + "\n")
+            if not math.isfinite(line["loss"]):
+                raise UserError(
+                    f"the loss is {line['loss']} at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr"
+                )
+            progress(progress_line(trainer, line, seconds / max(steps_done, 1)), now=last)
+        if trainer.step % config.eval_every == 0 or last:
+            score = trainer.validate(validation, out / "reconstructions" / f"step_{trainer.step:07d}.png")
+            if not math.isfinite(score):
+                raise UserError(
+                    f"the reconstructions are not finite at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr"
+                )
+            progress(f"step {trainer.step:,}: validation PSNR {score:.2f} dB over {len(validation.dataset)} images", now=True)
+            if score > trainer.best:
+                trainer.best = score
+                save_checkpoint(out / "best.pt", trainer)
+            save_checkpoint(out / "last.pt", trainer)
+
+
+def progress_line(trainer, line, seconds_a_step):
+    """One line for people: step, losses, codes used of each codebook, speed, time left."""
+    config, left = trainer.config, int((trainer.config.steps - trainer.step) * seconds_a_step)
+    losses = " ".join(f"{name} {line[name]:.4f}" for name in ("loss", "pixel", "perceptual", "quantizer") if name in line)
+    if "real_logits" in line:
+        losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f}) λ {line['adaptive_weight']:.3g}"
+    codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
+    return (
+        f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "
+        f"data {100 * line['data_wait']:.0f} % left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    )
+
+
+CHANGEABLE = ("out", "steps", "lr", "device", "data", "workers", "log_every", "eval_every", "eval_images", "amp", "compile")
+
+
+def resumed(stored, given):
+    """The Config of a checkpoint with the flags of a --resume. Raises UserError for one that would make it another run."""
+    fixed = [name for name, value in given.items() if name not in CHANGEABLE and value != stored[name]]
+    if fixed:
+        raise UserError(f"--resume cannot change --{fixed[0].replace('_', '-')} from {stored[fixed[0]]!r}; start another run with --out")
+    config = Config(**{**stored, **given})
+    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
+    return check_config(config)
+
+
+def check_inputs(config):
+    """Device and data sets, with every problem found named at once."""
+    found, problems = {}, []
+    for name, make in (
+        ("device", lambda: pick_device(config.device)),
+        ("train", lambda: make_dataset(config, "train")),
+        ("val", lambda: make_dataset(config, "val")),
+    ):
+        try:
+            found[name] = make()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    if len(found["val"]) == 0:
+        raise UserError(f"'{config.data}' has no images in its evaluation split")
+    if config.batch_size > len(found["train"]):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(found['train'])} training images")
+    return found["device"], found["train"], found["val"]
+
+
+# ---------------------------------------------------------------------------------------------
 # The demo: birds in scenes, after the paper's own examples, drawn and described by code
 
 COLOURS = {  # RGB in [0, 1]
-    "red": (.80, .13, .11), "crimson": (.66, .07, .16), "orange": (.93, .48, .11), "golden": (.89, .67, .18), "yellow": (.95, .84, .20),
-    "green": (.25, .55, .22), "olive": (.45, .47, .20), "teal": (.08, .50, .53), "blue": (.17, .38, .75), "purple": (.42, .23, .53),
-    "pink": (.91, .55, .57), "rusty": (.62, .31, .14), "chestnut": (.47, .24, .13), "brown": (.43, .31, .20), "beige": (.78, .70, .57),
-    "white": (.95, .95, .93), "pale": (.86, .84, .77), "gray": (.55, .57, .60), "dark": (.21, .21, .25), "black": (.09, .09, .11)}
+    "red": (0.80, 0.13, 0.11),
+    "crimson": (0.66, 0.07, 0.16),
+    "orange": (0.93, 0.48, 0.11),
+    "golden": (0.89, 0.67, 0.18),
+    "yellow": (0.95, 0.84, 0.20),
+    "green": (0.25, 0.55, 0.22),
+    "olive": (0.45, 0.47, 0.20),
+    "teal": (0.08, 0.50, 0.53),
+    "blue": (0.17, 0.38, 0.75),
+    "purple": (0.42, 0.23, 0.53),
+    "pink": (0.91, 0.55, 0.57),
+    "rusty": (0.62, 0.31, 0.14),
+    "chestnut": (0.47, 0.24, 0.13),
+    "brown": (0.43, 0.31, 0.20),
+    "beige": (0.78, 0.70, 0.57),
+    "white": (0.95, 0.95, 0.93),
+    "pale": (0.86, 0.84, 0.77),
+    "gray": (0.55, 0.57, 0.60),
+    "dark": (0.21, 0.21, 0.25),
+    "black": (0.09, 0.09, 0.11),
+}
 
 
 class Species(NamedTuple):
@@ -233,42 +942,317 @@ class Species(NamedTuple):
 
 
 SPECIES = (
-    Species("robin", "dark", "orange", "brown", "orange", "white", "brown", "brown", "yellow", "brown", .40, 1.1),
-    Species("cardinal", "red", "black", "crimson", "red", "red", "crimson", "crimson", "orange", "brown", .42,
-            1.0, 0, .15, .09, .02, .62, .2, .24, mask="black"),
-    Species("jay", "blue", "white", "blue", "pale", "white", "blue", "blue", "black", "dark", .44,
-            1.0, 0, .2, .06, 0, .55, .22, .2, wing_bar="white"),
-    Species("goldfinch", "black", "yellow", "yellow", "yellow", "white", "black", "black", "orange", "pink", .34,
-            1.15, 0, .14, .075, 0, .34, wing_bar="white"),
-    Species("kingfisher", "teal", "white", "teal", "orange", "orange", "teal", "blue", "black", "red", .38,
-            1.1, 0, .44, .06, 0, .2, .1, .08),
-    Species("heron", "gray", "white", "gray", "pale", "white", "gray", "gray", "yellow", "olive", .46,
-            .72, .5, .42, .05, 0, .24, .62, .16, "striped", mask="black"),
-    Species("sparrow", "chestnut", "gray", "brown", "beige", "pale", "chestnut", "brown", "dark", "pink", .33,
-            1.15, 0, .13, .075, 0, .36, .2, 0, "striped", "white"),
-    Species("crow", "black", "black", "black", "black", "dark", "black", "black", "black", "black", .50, .92, .04, .26, .085, .03, .48),
-    Species("bullfinch", "black", "pink", "gray", "pink", "pink", "dark", "black", "black", "brown", .36,
-            1.3, 0, .11, .09, .02, .36, .18, wing_bar="white"),
-    Species("magpie", "black", "black", "black", "black", "white", "blue", "teal", "black", "black", .42,
-            .9, 0, .21, .065, .01, .88, .26, wing_bar="white"),
-    Species("oriole", "black", "black", "orange", "golden", "yellow", "black", "orange", "gray", "gray", .38,
-            .95, 0, .2, .05, 0, .46, wing_bar="white"),
-    Species("gull", "white", "white", "gray", "white", "white", "gray", "white", "yellow", "pink", .47, .92, .06, .25, .065, .05, .36, .28),
-    Species("parrot", "red", "yellow", "green", "green", "olive", "green", "blue", "beige", "gray", .44,
-            1.0, 0, .14, .11, .12, .7, .14, wing_bar="yellow"),
-    Species("duck", "green", "white", "brown", "chestnut", "pale", "gray", "white", "yellow", "orange", .48,
-            1.1, .14, .24, .065, -.03, .2, .14, mask="green"),
-    Species("wren", "brown", "beige", "rusty", "beige", "beige", "rusty", "rusty", "dark", "pink", .30,
-            1.35, 0, .19, .04, .04, .22, .18, 0, "striped"),
-    Species("thrush", "brown", "white", "olive", "pale", "white", "brown", "olive", "brown", "pink", .38,
-            1.12, 0, .19, .05, 0, .4, .24, 0, "spotted"),
+    Species("robin", "dark", "orange", "brown", "orange", "white", "brown", "brown", "yellow", "brown", 0.40, 1.1),
+    Species(
+        "cardinal",
+        "red",
+        "black",
+        "crimson",
+        "red",
+        "red",
+        "crimson",
+        "crimson",
+        "orange",
+        "brown",
+        0.42,
+        1.0,
+        0,
+        0.15,
+        0.09,
+        0.02,
+        0.62,
+        0.2,
+        0.24,
+        mask="black",
+    ),
+    Species(
+        "jay",
+        "blue",
+        "white",
+        "blue",
+        "pale",
+        "white",
+        "blue",
+        "blue",
+        "black",
+        "dark",
+        0.44,
+        1.0,
+        0,
+        0.2,
+        0.06,
+        0,
+        0.55,
+        0.22,
+        0.2,
+        wing_bar="white",
+    ),
+    Species(
+        "goldfinch",
+        "black",
+        "yellow",
+        "yellow",
+        "yellow",
+        "white",
+        "black",
+        "black",
+        "orange",
+        "pink",
+        0.34,
+        1.15,
+        0,
+        0.14,
+        0.075,
+        0,
+        0.34,
+        wing_bar="white",
+    ),
+    Species(
+        "kingfisher",
+        "teal",
+        "white",
+        "teal",
+        "orange",
+        "orange",
+        "teal",
+        "blue",
+        "black",
+        "red",
+        0.38,
+        1.1,
+        0,
+        0.44,
+        0.06,
+        0,
+        0.2,
+        0.1,
+        0.08,
+    ),
+    Species(
+        "heron",
+        "gray",
+        "white",
+        "gray",
+        "pale",
+        "white",
+        "gray",
+        "gray",
+        "yellow",
+        "olive",
+        0.46,
+        0.72,
+        0.5,
+        0.42,
+        0.05,
+        0,
+        0.24,
+        0.62,
+        0.16,
+        "striped",
+        mask="black",
+    ),
+    Species(
+        "sparrow",
+        "chestnut",
+        "gray",
+        "brown",
+        "beige",
+        "pale",
+        "chestnut",
+        "brown",
+        "dark",
+        "pink",
+        0.33,
+        1.15,
+        0,
+        0.13,
+        0.075,
+        0,
+        0.36,
+        0.2,
+        0,
+        "striped",
+        "white",
+    ),
+    Species(
+        "crow", "black", "black", "black", "black", "dark", "black", "black", "black", "black", 0.50, 0.92, 0.04, 0.26, 0.085, 0.03, 0.48
+    ),
+    Species(
+        "bullfinch",
+        "black",
+        "pink",
+        "gray",
+        "pink",
+        "pink",
+        "dark",
+        "black",
+        "black",
+        "brown",
+        0.36,
+        1.3,
+        0,
+        0.11,
+        0.09,
+        0.02,
+        0.36,
+        0.18,
+        wing_bar="white",
+    ),
+    Species(
+        "magpie",
+        "black",
+        "black",
+        "black",
+        "black",
+        "white",
+        "blue",
+        "teal",
+        "black",
+        "black",
+        0.42,
+        0.9,
+        0,
+        0.21,
+        0.065,
+        0.01,
+        0.88,
+        0.26,
+        wing_bar="white",
+    ),
+    Species(
+        "oriole",
+        "black",
+        "black",
+        "orange",
+        "golden",
+        "yellow",
+        "black",
+        "orange",
+        "gray",
+        "gray",
+        0.38,
+        0.95,
+        0,
+        0.2,
+        0.05,
+        0,
+        0.46,
+        wing_bar="white",
+    ),
+    Species(
+        "gull",
+        "white",
+        "white",
+        "gray",
+        "white",
+        "white",
+        "gray",
+        "white",
+        "yellow",
+        "pink",
+        0.47,
+        0.92,
+        0.06,
+        0.25,
+        0.065,
+        0.05,
+        0.36,
+        0.28,
+    ),
+    Species(
+        "parrot",
+        "red",
+        "yellow",
+        "green",
+        "green",
+        "olive",
+        "green",
+        "blue",
+        "beige",
+        "gray",
+        0.44,
+        1.0,
+        0,
+        0.14,
+        0.11,
+        0.12,
+        0.7,
+        0.14,
+        wing_bar="yellow",
+    ),
+    Species(
+        "duck",
+        "green",
+        "white",
+        "brown",
+        "chestnut",
+        "pale",
+        "gray",
+        "white",
+        "yellow",
+        "orange",
+        0.48,
+        1.1,
+        0.14,
+        0.24,
+        0.065,
+        -0.03,
+        0.2,
+        0.14,
+        mask="green",
+    ),
+    Species(
+        "wren",
+        "brown",
+        "beige",
+        "rusty",
+        "beige",
+        "beige",
+        "rusty",
+        "rusty",
+        "dark",
+        "pink",
+        0.30,
+        1.35,
+        0,
+        0.19,
+        0.04,
+        0.04,
+        0.22,
+        0.18,
+        0,
+        "striped",
+    ),
+    Species(
+        "thrush",
+        "brown",
+        "white",
+        "olive",
+        "pale",
+        "white",
+        "brown",
+        "olive",
+        "brown",
+        "pink",
+        0.38,
+        1.12,
+        0,
+        0.19,
+        0.05,
+        0,
+        0.4,
+        0.24,
+        0,
+        "spotted",
+    ),
 )
 LIGHTS = {  # words for it, its colour, the sky's colours above and at the horizon
-    "morning": (("warm", "golden"), (1.08, 1.0, .88), (.55, .68, .86), (.98, .84, .66)),
-    "noon": (("bright", "sunny"), (1.06, 1.05, 1.0), (.28, .52, .86), (.72, .85, .95)),
-    "cloud": (("cloudy", "dim"), (.90, .93, .97), (.62, .66, .71), (.80, .82, .84)),
-    "evening": (("rosy", "soft"), (1.04, .90, .82), (.40, .38, .62), (.97, .62, .48)),
-    "mist": (("misty", "cold"), (.95, .98, 1.0), (.76, .80, .83), (.88, .90, .91))}
+    "morning": (("warm", "golden"), (1.08, 1.0, 0.88), (0.55, 0.68, 0.86), (0.98, 0.84, 0.66)),
+    "noon": (("bright", "sunny"), (1.06, 1.05, 1.0), (0.28, 0.52, 0.86), (0.72, 0.85, 0.95)),
+    "cloud": (("cloudy", "dim"), (0.90, 0.93, 0.97), (0.62, 0.66, 0.71), (0.80, 0.82, 0.84)),
+    "evening": (("rosy", "soft"), (1.04, 0.90, 0.82), (0.40, 0.38, 0.62), (0.97, 0.62, 0.48)),
+    "mist": (("misty", "cold"), (0.95, 0.98, 1.0), (0.76, 0.80, 0.83), (0.88, 0.90, 0.91)),
+}
 PLACES = {  # what the bird is on, and words for it; words for what is behind
     "forest": ("branch", ("mossy", "bare", "thick"), "tree", ("leafy", "green", "tall")),
     "meadow": ("post", ("wooden", "old", "narrow"), "grass", ("fresh", "tall", "green")),
@@ -276,15 +1260,23 @@ PLACES = {  # what the bird is on, and words for it; words for what is behind
     "beach": ("sand", ("smooth", "wet", "pale"), "sea", ("blue", "calm", "open")),
     "cliff": ("rock", ("rough", "gray", "steep"), "sky", ("wide", "open", "empty")),
     "field": ("snow", ("fresh", "white", "deep"), "hill", ("low", "distant", "bare")),
-    "garden": ("twig", ("thin", "leafy", "bare"), "flower", ("pink", "bright", "small"))}
+    "garden": ("twig", ("thin", "leafy", "bare"), "flower", ("pink", "bright", "small")),
+}
 SEGMENTS = ("sky", "tree", "ground", "water", "perch", "back", "breast", "belly", "head", "wing", "tail", "beak", "eye", "leg", "flower")
 DEMO_ADJECTIVES = frozenset(COLOURS) | frozenset(
     "tiny small large big plump round slender long short thick thin pointed curved sharp plain spotted striped glossy smooth fluffy folded open "
     "warm bright sunny cloudy dim rosy soft misty cold mossy bare wooden old narrow calm rippled clear wet rough steep fresh deep leafy "
-    "tall distant quiet blue wide empty low broad".split())
-DEMO_NOUNS = frozenset(species.name for species in SPECIES) | frozenset(LIGHTS) | frozenset(PLACES) | frozenset(
-    "bird breast belly back wing tail head crown crest throat beak bill leg foot eye feather plumage body neck mask bar light day scene "
-    "branch post water sand rock snow twig tree grass shore sea sky hill flower spot stripe".split())
+    "tall distant quiet blue wide empty low broad".split()
+)
+DEMO_NOUNS = (
+    frozenset(species.name for species in SPECIES)
+    | frozenset(LIGHTS)
+    | frozenset(PLACES)
+    | frozenset(
+        "bird breast belly back wing tail head crown crest throat beak bill leg foot eye feather plumage body neck mask bar light day scene "
+        "branch post water sand rock snow twig tree grass shore sea sky hill flower spot stripe".split()
+    )
+)
 DEMO_SPEECH = WordListSpeech(DEMO_ADJECTIVES, DEMO_NOUNS, {"feet": "foot"})
 
 
@@ -677,93 +1669,20 @@ def describe_scene(scene):
         f"a {behind_word} {behind} behind a {size} {kind.name} on a {lit} {scene.light if scene.light in ('morning', 'evening') else 'day'}",
         f"a {lit} scene with a {behind_word} {behind} and a {kind.back} {kind.name} {doing}",
     )
-    return [str(rng.choice(group)) for group in (first, second, third, fourth)]
-
-
-# ---------------------------------------------------------------------------------------------
-# Data sets
-
-
-class Record(NamedTuple):
-    """An image on disk and what is known of it."""
-
-    path: Path
-    label: int = -1  # index into the data set's classes; −1: none
-    captions: tuple = ()  # text files, a caption a line
-    segmentation: Path | None = None  # label map, integers
-
-
-class ImageDataset(Dataset):
-    """Square uint8 images with labels.
-
-    Item (index) is the centre crop; item (index, draw), as the trainer asks for, is a random crop and
-    flip that depend on (seed, draw) alone, so the order and number of workers change nothing.
-
-    Args:
-        records: list of Record.
-        classes: names of the labels.
-        resolution: pixels a side; the shorter side is resized to it, antialiased.
-    """
-
-    def __init__(self, records, classes, resolution, seed=0):
-        self.records, self.classes, self.resolution, self.seed = records, classes, resolution, seed
-
-    def __len__(self):
-        return len(self.records)
-
-    def captions(self):
-        """Yield every caption of every image."""
-        for record in self.records:
-            for path in record.captions:
-                yield from filter(None, map(str.strip, path.read_text(encoding="utf-8").splitlines()))
-
-    def label(self, index):
-        return self.records[index].label
-
-    def read(self, index):
-        """→ image (3, h, w) uint8 and segmentation (1, h, w) uint8 or None, shorter sides at least the resolution."""
-        record = self.records[index]
-        try:
-            with Image.open(record.path) as file:
-                file.draft("RGB", (2 * self.resolution,) * 2)  # JPEG decodes at a fraction of its size
-                image = TF.resize(ImageOps.exif_transpose(file).convert("RGB"), self.resolution, antialias=True)
-            segmentation = None
-            if record.segmentation:
-                with Image.open(record.segmentation) as file:
-                    segmentation = TF.resize(file.copy(), self.resolution, TF.InterpolationMode.NEAREST)
-        except OSError as error:
-            raise UserError(f"image '{record.path}' cannot be read: {error}") from None
-        return TF.pil_to_tensor(image), None if segmentation is None else TF.pil_to_tensor(segmentation)
-
-    def __getitem__(self, key):
-        """→ dict: image (3, R, R) uint8, label, index, and segmentation (R, R) int64 where there is one."""
-        index, draw = key if isinstance(key, tuple) else (key, None)
-        image, segmentation = self.read(index)
-        size, (height, width) = self.resolution, image.shape[1:]
-        top, left, flip = (height - size) // 2, (width - size) // 2, False
-        if draw is not None:
-            rng = np.random.default_rng((self.seed, draw))
-            top, left, flip = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1)), rng.random() < 0.5
-        item = {"label": self.label(index), "index": index}
-        for name, picture in (("image", image), ("segmentation", segmentation)):
-            if picture is not None:
-                picture = picture[:, top : top + size, left : left + size]
-                item[name] = picture.flip(-1) if flip else picture
-        if segmentation is not None:
-            item["segmentation"] = item["segmentation"][0].long()
-        return item
+    captions = [str(rng.choice(group)) for group in (first, second, third, fourth)]
+    return [re.sub(r"\ba (?=[aeiou])", "an ", caption) for caption in captions]
 
 
 class DemoDataset(ImageDataset):
-    """Birds drawn on first use and kept; memory shared between the loader's workers."""
+    """Birds drawn on first use and kept."""
 
     SIZES = {"train": 2048, "val": 256}
 
     def __init__(self, split, resolution, seed=0):
         super().__init__(range(self.SIZES[split]), [species.name for species in SPECIES], resolution, seed)
         self.split = split
-        self.drawn = torch.zeros(len(self), dtype=torch.bool).share_memory_()
-        self.pictures = torch.zeros(len(self), 4, resolution, resolution, dtype=torch.uint8).share_memory_()
+        self.drawn = torch.zeros(len(self), dtype=torch.bool)
+        self.pictures = torch.zeros(len(self), 4, resolution, resolution, dtype=torch.uint8)
 
     def scene(self, index):
         return sample_scene(self.seed, self.split, index)
@@ -780,583 +1699,17 @@ class DemoDataset(ImageDataset):
             image, segmentation = render_scene(self.scene(index), self.resolution)
             self.pictures[index] = torch.from_numpy(np.dstack([image, segmentation])).permute(2, 0, 1)
             self.drawn[index] = True
-        return self.pictures[index, :3], self.pictures[index, 3:]
-
-
-def cub_records(root, split):
-    """CUB-200-2011 in its published layout and split; captions of Reed et al. where `text/` is there.
-
-    Args:
-        root: folder that holds images.txt; split: "train" or "val" (the published test images).
-    Returns:
-        records, class names.
-    Raises:
-        UserError: naming the first file of the layout that is missing.
-    """
-    root = Path(root)
-    needed = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
-    missing = [name for name in (*needed, "images") if not (root / name).exists()]
-    if missing:
-        raise UserError(
-            f"CUB-200-2011 is not at '{root}' (no {missing[0]}): unpack CUB_200_2011.tgz from "
-            "https://data.caltech.edu/records/65de6-vp158 and point --data at its CUB_200_2011 folder"
-        )
-    table = {name: dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in needed}
-    classes = [table["classes.txt"][key].strip() for key in sorted(table["classes.txt"], key=int)]
-    records = []
-    for key, name in table["images.txt"].items():
-        if (table["train_test_split.txt"][key].strip() == "1") == (split == "train"):
-            text = (root / "text" / name.strip()).with_suffix(".txt")
-            records.append(
-                Record(root / "images" / name.strip(), int(table["image_class_labels.txt"][key]) - 1, (text,) if text.exists() else ())
-            )
-    return records, classes
-
-
-def folder_records(root, split, labels=""):
-    """Any tree of images. Top-level folders named train and val (or test) are the splits, otherwise every tenth image is held out.
-
-    Args:
-        root: the tree; sub-folders of a split are classes, `x.txt` beside `x.jpg` holds its captions.
-        labels: tree of label maps with the same relative names.
-    Returns:
-        records, class names.
-    Raises:
-        UserError: if there are no images, or a label map is missing.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"image folder '{root}' does not exist; point --data at a folder of images")
-    held_out = next((name for name in ("val", "test") if (root / name).is_dir()), None)
-    split_by_folder = held_out is not None and (root / "train").is_dir()
-    base = root / ("train" if split == "train" else held_out) if split_by_folder else root
-    paths = sorted(path for path in base.rglob("*") if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS)
-    if not split_by_folder:
-        paths = [path for i, path in enumerate(paths) if (i % 10 == 9) == (split != "train")]
-    if not paths:
-        raise UserError(f"no images for the {split} split under '{base}' (a folder needs ten images to hold one out)")
-    classes = sorted({str(path.parent.relative_to(base)) for path in paths} - {"."})
-    records = []
-    for path in paths:
-        label = str(path.parent.relative_to(base))
-        text = path.with_suffix(".txt")
-        records.append(
-            Record(
-                path,
-                classes.index(label) if label != "." else -1,
-                (text,) if text.exists() else (),
-                _label_map(labels, path.relative_to(root)) if labels else None,
-            )
-        )
-    return records, classes
-
-
-def _label_map(labels, name):
-    for suffix in (".png", name.suffix):
-        path = (Path(labels) / name).with_suffix(suffix)
-        if path.exists():
-            return path
-    raise UserError(
-        f"label map '{(Path(labels) / name).with_suffix('.png')}' is missing; --labels needs one of the same name for every image"
-    )
-
-
-def make_dataset(config, split):
-    """The "train" or "val" split that a Config names."""
-    if config.dataset == "demo":
-        return DemoDataset(split, config.resolution, config.seed)
-    if config.dataset == "folder":
-        return ImageDataset(*folder_records(config.data, split, config.labels), config.resolution, config.seed)
-    return ImageDataset(*cub_records(config.data, split), config.resolution, config.seed)
-
-
-def make_prior(config, dataset):
-    """The prior that a Config names, or one from the data set's own captions; None where no word is needed."""
-    if not needs_prior(config):
-        return None
-    if config.prior:
-        return Prior.load(config.prior)
-    if config.dataset == "demo":
-        return build_from_corpora([("demo captions", dataset.captions())], "corpus", speech=DEMO_SPEECH)
-    if next(dataset.captions(), None) is None:
-        raise UserError(
-            f"'{config.data}' has no captions to make a prior from; make one with: python prior.py CORPUS --out prior.npz, then --prior prior.npz"
-        )
-    print("prior: none given, made from the data set's captions with vectors of that corpus")
-    return build_from_corpora([(f"{config.dataset} captions", dataset.captions())], "corpus", min_count=10)
-
-
-class TrainBatches:
-    """Sampler of (index, draw) keys for steps `start` … `steps`: a new permutation each epoch, any step reachable at once."""
-
-    def __init__(self, length, batch_size, start, steps, seed):
-        self.length, self.batch_size, self.start, self.steps, self.seed = length, batch_size, start, steps, seed
-
-    def __len__(self):
-        return self.steps - self.start
-
-    def __iter__(self):
-        epoch, order = -1, None
-        for step in range(self.start, self.steps):
-            batch = []
-            for draw in range(step * self.batch_size, (step + 1) * self.batch_size):
-                if draw // self.length != epoch:
-                    epoch = draw // self.length
-                    order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                batch.append((int(order[draw % self.length]), draw))
-            yield batch
-
-
-def evenly(length, count):
-    """At most `count` indices spread over 0 … length − 1, as data sets are sorted by class."""
-    return np.unique(np.linspace(0, length - 1, min(count, length)).astype(int)).tolist()
-
-
-def to_images(batch, device):
-    """(B, 3, R, R) uint8 → float32 in [-1, 1] on the device."""
-    return batch.to(device, non_blocking=True).float().div_(127.5).sub_(1)
-
-
-def make_loader(dataset, device, workers, **options):
-    workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
-    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0, **options)
+        return self.pictures[index, :3], self.pictures[index, 3:] if self.with_segmentation else None
 
 
 # ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def save_checkpoint(path, trainer):
-    """Everything that resuming and decoding need, as plain tensors, numbers and strings."""
-    state = {
-        "version": CHECKPOINT_VERSION,
-        "config": dataclasses.asdict(trainer.config),
-        "step": trainer.step,
-        "best": trainer.best,
-        "prior": trainer.prior,
-        "model": trainer.model.state_dict(),
-        "last_used": trainer.last_used,
-        "generator_optimizer": trainer.generator_optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-    }
-    if trainer.device.type == "cuda":
-        state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
-    if trainer.discriminator is not None:
-        state.update(discriminator=trainer.discriminator.state_dict(), discriminator_optimizer=trainer.discriminator_optimizer.state_dict())
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
-
-
-def load_checkpoint(path, device="cpu"):
-    """A dict of `save_checkpoint`. Raises UserError for a file that is missing or something else."""
-    if not Path(path).is_file():
-        raise UserError(f"no checkpoint '{path}'; train one with train.py, or name its run folder")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict) or "version" not in state:
-            raise UserError(f"'{path}' is not a checkpoint of train.py")
-    except UserError:
-        raise
-    except Exception:  # torch raises half a dozen types for foreign, truncated and hostile files
-        raise UserError(f"'{path}' cannot be read as a checkpoint of train.py; it is damaged or another program's") from None
-    if state["version"] != CHECKPOINT_VERSION:
-        raise UserError(f"'{path}' is of checkpoint version {state['version']}, this code reads {CHECKPOINT_VERSION}")
-    return state
-
-
-def load_run(path, device, checkpoint="last"):
-    """A trained run → (model in evaluation mode, Config, prior or None, step).
-
-    Args:
-        path: a run folder.
-        checkpoint: "last" or "best".
-    """
-    state = load_checkpoint(Path(path) / f"{checkpoint}.pt")
-    config = Config(**state["config"])
-    model = VQModel(config, state["prior"])
-    model.load_state_dict(state["model"])
-    return model.to(device).eval(), config, state["prior"], state["step"]
-
-
-def portable(prior):
-    """A Prior as tensors and lists of strings, which a checkpoint may hold."""
-    if prior is None:
-        return None
-    return {
-        name: prior[name].tolist() if name.endswith("words") else torch.from_numpy(prior[name])
-        for name in ("adjective_words", "adjective_vectors", "noun_words", "noun_vectors", "edges", "edge_counts")
-    }
-
-
-# ---------------------------------------------------------------------------------------------
-# Training
-
-
-HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{}.pth"
-TRUNKS = {"vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1, "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1}
-
-
-def load_lpips(config):
-    """LPIPS with published weights. Raises UserError naming each file and flag where one cannot be had."""
-    trunk = config.perceptual_trunk
-    trunk_state = load_weights(
-        TRUNKS[trunk].url, config.trunk_weights, f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", "--trunk-weights"
-    )
-    head_state = load_weights(
-        HEADS_URL.format(trunk),
-        config.lpips_weights,
-        f"LPIPS v0.1's linear heads for {trunk}",
-        "--lpips-weights",
-        f"lpips_{trunk}_v0.1.pth",
-        hashed=False,
-    )
-    return LPIPS(trunk, trunk_state, head_state)
-
-
-def load_weights(url, local, what, flag, name=None, hashed=True):
-    """A published state dict: the local file, torch hub's cache, or a download.
-
-    Args:
-        what: its use, for the error; flag: the flag that names a local copy.
-        name: of the cached file, by default the last part of the URL.
-        hashed: whether that name ends in the start of the file's sha256, which is then checked.
-
-    Raises:
-        UserError: one line with the file, its use, its source and the flag for a local copy.
-    """
-    name = name or url.rsplit("/", 1)[-1]
-    try:
-        if local:
-            return torch.load(local, map_location="cpu", weights_only=True)
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, check_hash=hashed, weights_only=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{local or name} ({what}) cannot be had: {reason}; get it from {url} and pass {flag} FILE") from None
-
-
-def psnr(x_hat, x):
-    """Peak signal-to-noise ratio of each image, dB: 10 log10(4 / MSE), both clamped to [-1, 1]. (B, 3, H, W) twice → (B,)."""
-    error = (x_hat.clamp(-1, 1) - x.clamp(-1, 1)).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4 / error.clamp_min(1e-10))
-
-
-class Trainer:
-    """The state of a run and its step.
-
-    Args:
-        config: Config.
-        prior: dict of `portable`, or None.
-        device: torch.device.
-    """
-
-    def __init__(self, config, prior, device):
-        torch.manual_seed(config.seed)
-        self.config, self.prior, self.device = config, prior, device
-        self.step, self.best = 0, -math.inf
-        self.model = VQModel(config, prior).to(device, memory_format=torch.channels_last)
-        self.generator_optimizer = self._adam(self.model)
-        self.discriminator = self.discriminator_optimizer = self.perceptual = None
-        if config.gan_weight > 0:
-            self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
-            self.discriminator_optimizer = self._adam(self.discriminator)
-        if config.perceptual_weight > 0:
-            self.perceptual = load_lpips(config).to(device, memory_format=torch.channels_last)
-        # the step at which each code was last chosen: a moving count over the latest epoch
-        self.last_used = [torch.full((size,), -1, dtype=torch.int64, device=device) for size in self.model.codebook.sizes]
-        if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
-            for network in filter(None, (self.model.encoder, self.model.decoder.layers, self.discriminator, self.perceptual)):
-                network.compile()
-
-    def _adam(self, network):
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=self.device.type == "cuda")
-
-    def set_lr(self):
-        config = self.config
-        lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / config.steps) if config.schedule == "cosine" else 1.0)
-        for optimizer in filter(None, (self.generator_optimizer, self.discriminator_optimizer)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-
-    def load(self, state):
-        """Go on from a checkpoint."""
-        self.step, self.best = state["step"], state["best"]
-        self.model.load_state_dict(state["model"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
-        self.last_used = [used.to(self.device) for used in state["last_used"]]
-        torch.set_rng_state(state["random"].cpu())
-        if "cuda_random" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
-
-    def reconstruction_loss(self, x_hat, x):
-        """First term of Eq. 2, and LPIPS beside it → (total, {name: value})."""
-        terms = {"pixel": F.mse_loss(x_hat, x) if self.config.pixel_loss == "l2" else F.l1_loss(x_hat, x)}
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(x_hat, x).mean()
-        return terms["pixel"] + self.config.perceptual_weight * terms.get("perceptual", 0.0), terms
-
-    def train_step(self, batches):
-        """One step of generator and discriminator on a list of (B, 3, R, R) micro-batches → dict of () tensors."""
-        self.model.train()
-        adversarial = self.discriminator is not None and self.step >= self.config.gan_start
-        metrics, share = {}, 1.0 / len(batches)
-        self.set_lr()
-        self.generator_optimizer.zero_grad(set_to_none=True)
-        if adversarial:
-            self.discriminator_optimizer.zero_grad(set_to_none=True)
-        for x in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-                output = self.model(x)
-                # Losses are differentiated down to the reconstruction only; both of the adaptive
-                # weight's norms and the generator's backward pass start from these gradients.
-                x_hat = output.x_hat.detach().requires_grad_()
-                loss, terms = self.reconstruction_loss(x_hat.float(), x)
-                (gradient,) = torch.autograd.grad(loss, x_hat)
-                if adversarial:
-                    gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
-                    terms.update(gan_terms)
-            torch.autograd.backward(
-                [output.x_hat, output.quantizer_loss], [gradient * share, torch.full_like(output.quantizer_loss, share)]
-            )
-            if adversarial:
-                terms.update(self.discriminate(x, x_hat.detach(), share))
-            terms.update(quantizer=output.quantizer_loss, loss=loss + output.quantizer_loss)
-            for name, value in terms.items():
-                metrics[name] = metrics.get(name, 0.0) + value.detach() * share
-            for used, indices in zip(self.last_used, output.indices.unbind(1)):
-                used[indices.flatten()] = self.step
-        self.generator_optimizer.step()
-        if adversarial:
-            self.discriminator_optimizer.step()
-        self.step += 1
-        return metrics
-
-    def add_adversary(self, attached, x_hat, gradient):
-        """Add −E[D(x̂)], adaptively weighted, to the gradient at the reconstruction → (gradient, {name: value})."""
-        self.discriminator.requires_grad_(False)
-        generator_loss = -self.discriminator(x_hat).mean()
-        (gan_gradient,) = torch.autograd.grad(generator_loss, x_hat)
-        self.discriminator.requires_grad_(True)
-        weight = adaptive_weight(attached, self.model.decoder.to_image.weight, gradient, gan_gradient) * self.config.gan_weight
-        return gradient + weight.to(gradient.dtype) * gan_gradient, {"generator": generator_loss, "adaptive_weight": weight}
-
-    def discriminate(self, x, x_hat, share):
-        """The discriminator's turn on the same images → {name: value}."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-            real, fake = self.discriminator(x), self.discriminator(x_hat)
-            loss = hinge_loss(real.float(), fake.float())
-        (loss * share).backward()
-        return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
-
-    @torch.no_grad()
-    def validate(self, loader, picture, pairs=16):
-        """Mean PSNR over a loader, dB; some of its images go to `picture`, originals above reconstructions."""
-        self.model.eval()
-        scores, shown, wanted = [], [], set(evenly(len(loader.dataset), pairs))
-        for batch in loader:
-            x = to_images(batch["image"], self.device)
-            x_hat = self.model(x).x_hat
-            for row in range(len(x)):
-                if len(scores) + row in wanted:
-                    shown += [x[row].cpu(), x_hat[row].cpu()]
-            scores.extend(psnr(x_hat, x))
-        draw_pairs(shown, picture)
-        return torch.stack(scores).mean().item()
-
-    def codes_used(self, epoch_steps):
-        """Codes of each codebook chosen in the latest `epoch_steps` steps."""
-        return [int((used >= max(0, self.step - epoch_steps)).sum()) for used in self.last_used]
-
-
-def draw_pairs(images, path, columns=8):
-    """Alternating originals and reconstructions in [-1, 1] → PNG, a row of each in turn."""
-    originals, reconstructions = images[0::2], images[1::2]
-    rows = []
-    for start in range(0, len(originals), columns):
-        rows += originals[start : start + columns] + reconstructions[start : start + columns]
-    save_grid(rows, path, min(columns, len(originals)))
-
-
-def save_grid(images, path, columns):
-    """List of (3, H, W) in [-1, 1] → PNG grid, rounded to 8 bits."""
-    grid = torchvision.utils.make_grid(torch.stack(list(images)).clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
-    with whole_file(path) as temporary:
-        TF.to_pil_image(grid.mul(255).round().to(torch.uint8)).save(temporary, "PNG")
-
-
-def codebook_names(sizes):
-    """("adjective", "noun") for two codebooks, ("code",) for one."""
-    return PARTS if len(sizes) == 2 else ("code",)
-
-
-# ---------------------------------------------------------------------------------------------
-# A run
-
-
-def prepare_folder(config, resume, overwrite):
-    """Make the run's folder, or refuse to touch one that is there."""
-    out = Path(config.out)
-    if resume:
-        return out
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise UserError(f"run '{out}' exists already; go on with --resume, replace it with --overwrite, or name another with --out")
-        if not (out / "config.json").exists():
-            raise UserError(f"'{out}' is not a run of train.py (no config.json), so --overwrite leaves it alone; name another with --out")
-        shutil.rmtree(out)
-    (out / "reconstructions").mkdir(parents=True, exist_ok=True)
-    return out
-
-
-def start_run(config, out, trainer, prior):
-    """Write what a run holds from its first moment: configuration, prior, codebook at step 0."""
-    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "torchvision": torchvision.__version__}
-    with whole_file(out / "config.json") as temporary:
-        temporary.write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
-    if prior is not None:
-        prior.save(out / "prior.npz")
-    trainer.model.eval()
-    codebooks = {name: codes.cpu().numpy() for name, codes in zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())}
-    with whole_file(out / "codebook_start.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **codebooks)
-
-
-def trim_metrics(path, step):
-    """Drop the lines that were written after the checkpoint, so that a resumed run's metrics equal an uninterrupted one's."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
-
-
-def announce(config, trainer, train_set, val_set, out):
-    count = lambda network: sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    sizes = trainer.model.codebook.sizes
-    print(f"{config.dataset}: {len(train_set):,} training and {len(val_set):,} validation images at {config.resolution}² → {out}")
-    codes = " + ".join(f"{size:,} {name}s" for name, size in zip(codebook_names(sizes), sizes))
-    print(
-        f"{config.method} ({config.preset}): {count(trainer.model):.1f} M parameters on {trainer.device}, {trainer.model.grid[0]}×{trainer.model.grid[1]} positions of {codes}"
-    )
-    perceptual = (
-        f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}"
-        if trainer.perceptual is not None
-        else "no perceptual loss (weight 0)"
-    )
-    gan = (
-        f"adversary from step {config.gan_start:,}, {count(trainer.discriminator):.1f} M parameters"
-        if trainer.discriminator is not None
-        else "no adversary"
-    )
-    print(f"losses: {config.pixel_loss} + β {config.beta} commitment, {perceptual}, {gan}", flush=True)
-
-
-def train(config, resume=False, overwrite=False):
-    """Run a Config to its last step. Returns the run's folder."""
-    device, train_set, val_set = check_inputs(config)
-    out = prepare_folder(config, resume, overwrite)
-    state = load_checkpoint(out / "last.pt") if resume else None
-    prior = None if resume else make_prior(config, train_set)
-    trainer = Trainer(config, state["prior"] if resume else portable(prior), device)
-    if resume:
-        trainer.load(state)
-        trim_metrics(out / "metrics.jsonl", trainer.step)
-    else:
-        start_run(config, out, trainer, prior)
-    announce(config, trainer, train_set, val_set, out)
-    batches = TrainBatches(
-        len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
-    )
-    loader = make_loader(train_set, device, config.workers, batch_sampler=batches)
-    validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
-    validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
-    with open(out / "metrics.jsonl", "a", buffering=1) as log:
-        run_steps(trainer, loader, validation, out, log)
-    return out
-
-
-def run_steps(trainer, loader, validation, out, log):
-    """The loop: step, log, validate, save."""
-    config, progress = trainer.config, Progress()
-    epoch_steps = math.ceil(len(loader.dataset) / (config.batch_size * config.accumulate))
-    recent, waited, before = deque(maxlen=20), 0.0, time.monotonic()
-    images, first_step, start = iter(loader), trainer.step, before
-    while trainer.step < config.steps:
-        began = time.monotonic()
-        batches = [to_images(next(images)["image"], trainer.device) for _ in range(config.accumulate)]
-        waited += time.monotonic() - began
-        metrics = trainer.train_step(batches)
-        last = trainer.step == config.steps
-        if trainer.step % config.log_every == 0 or last:
-            metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
-            now = time.monotonic()
-            recent.append((trainer.step, now))
-            steps_done, seconds = (
-                trainer.step - (recent[0][0] if len(recent) > 1 else first_step),
-                now - (recent[0][1] if len(recent) > 1 else start),
-            )
-            line = {
-                "step": trainer.step,
-                **metrics,
-                "codes_used": trainer.codes_used(epoch_steps),
-                "images_per_second": round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2),
-                "data_wait": round(waited / max(now - before, 1e-9), 3),
-            }
-            waited, before = 0.0, now
-            log.write(json.dumps(line) + "\n")
-            if not math.isfinite(line["loss"]):
-                raise UserError(
-                    f"the loss is {line['loss']} at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr"
-                )
-            progress(progress_line(trainer, line, seconds / max(steps_done, 1)), now=last)
-        if trainer.step % config.eval_every == 0 or last:
-            score = trainer.validate(validation, out / "reconstructions" / f"step_{trainer.step:07d}.png")
-            progress(f"step {trainer.step:,}: validation PSNR {score:.2f} dB over {len(validation.dataset)} images", now=True)
-            if score > trainer.best:
-                trainer.best = score
-                save_checkpoint(out / "best.pt", trainer)
-            save_checkpoint(out / "last.pt", trainer)
-
-
-def progress_line(trainer, line, seconds_a_step):
-    """One line for people: step, losses, codes used of each codebook, speed, time left."""
-    config, left = trainer.config, int((trainer.config.steps - trainer.step) * seconds_a_step)
-    losses = " ".join(f"{name} {line[name]:.4f}" for name in ("loss", "pixel", "perceptual", "quantizer") if name in line)
-    if "real_logits" in line:
-        losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f}) λ {line['adaptive_weight']:.3g}"
-    codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
-    return (
-        f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "
-        f"data {100 * line['data_wait']:.0f} % left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    )
-
-
-def check_inputs(config):
-    """Device and data sets, with every problem found named at once."""
-    found, problems = {}, []
-    for name, make in (
-        ("device", lambda: pick_device(config.device)),
-        ("train", lambda: make_dataset(config, "train")),
-        ("val", lambda: make_dataset(config, "val")),
-    ):
-        try:
-            found[name] = make()
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
-    if config.batch_size > len(found["train"]):
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(found['train'])} training images")
-    return found["device"], found["train"], found["val"]
+# Command line
 
 
 def main(argv=None):
     config, given, resume, overwrite = parse(argv)
     if resume:
-        stored = load_checkpoint(Path(config.out) / "last.pt")["config"]
-        config = Config(**{**stored, **given, "out": config.out})
+        config = resumed(load_checkpoint(Path(config.out) / "last.pt")["config"], {**given, "out": config.out})
     out = train(config, resume, overwrite)
     print(f"done: {out / 'last.pt'}; look at {sorted((out / 'reconstructions').glob('*.png'))[-1]}; measure with: python evaluate.py {out}")
 

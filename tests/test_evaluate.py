@@ -107,6 +107,18 @@ def test_inception_pools_as_fids_network_does(inception_state):
         torch.testing.assert_close(block(x)[:, -expected.shape[1] :], expected)
 
 
+def test_inception_sees_images_as_fid_defines(inception_state):
+    """Bytes to [-1, 1], then 299×299 by plain bilinear interpolation."""
+    inception, seen = InceptionFeatures(inception_state), []
+    inception.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    ramp = torch.arange(0, 250, 25, dtype=torch.uint8).expand(1, 3, 10, 10)
+    inception(ramp)
+    assert seen[0].shape == (1, 3, 299, 299)
+    centre = (torch.arange(299) + 0.5) * 10 / 299 - 0.5  # without corner alignment
+    expected = 25 * centre.clamp(0, 9) / 127.5 - 1
+    torch.testing.assert_close(seen[0][0, 1, 150], expected, rtol=1e-4, atol=1e-4)
+
+
 def test_missing_inception_is_a_reason_and_a_wrong_file_an_error(tmp_path, monkeypatch, inception_state):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(evaluate_module, "INCEPTION_URL", "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")

@@ -42,6 +42,14 @@ from train import (
     train,
 )
 
+
+@pytest.fixture
+def few_birds(monkeypatch):
+    monkeypatch.setattr(DemoDataset, "SIZES", {"train": 96, "val": 8})
+
+
+pytestmark = pytest.mark.usefixtures("few_birds")
+
 # ---------------------------------------------------------------------------------------------
 # The demo
 
@@ -102,6 +110,7 @@ def test_demo_prior_knows_the_birds():
 
 def test_demo_dataset_keeps_what_it_drew():
     dataset = DemoDataset("val", 32, seed=1)
+    dataset.with_segmentation = True
     item = dataset[7]
     assert item["image"].shape == (3, 32, 32) and item["image"].dtype == torch.uint8 and item["segmentation"].shape == (32, 32)
     assert dataset.drawn.sum() == 1 and torch.equal(dataset[7]["image"], item["image"])
@@ -170,7 +179,8 @@ def test_folder_of_images_with_classes_captions_and_label_maps(tmp_path):
         and not {r.path for r in records} & {r.path for r in held_out}
     )
     dataset = ImageDataset(records, classes, 16)
-    assert list(dataset.captions()) == ["a red thing"]
+    assert list(dataset.captions()) == ["a red thing"] and "segmentation" not in dataset[0]
+    dataset.with_segmentation = True
     for index in range(9):
         item = dataset[index]
         assert (item["segmentation"] == item["image"][0].long()).all() and item["segmentation"].dtype == torch.int64
@@ -178,6 +188,26 @@ def test_folder_of_images_with_classes_captions_and_label_maps(tmp_path):
     (tmp_path / "maps" / "red" / "1.png").unlink()
     with pytest.raises(UserError, match="1.png' is missing"):
         folder_records(tmp_path / "data", "train", tmp_path / "maps")
+
+
+def test_classes_are_those_of_both_splits(tmp_path):
+    for i, name in enumerate("aaaaabbbbbccccc"):
+        save_image(tmp_path / name / f"{i:02d}.png")
+    (train_records, train_classes), (val_records, val_classes) = (folder_records(tmp_path, split) for split in ("train", "val"))
+    assert train_classes == val_classes == ["a", "b", "c"] and [r.label for r in val_records] == [1]
+
+
+def test_label_maps_fit_photographs_of_any_shape_and_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # the camera was turned
+    save_image(tmp_path / "data" / "x.jpg", size=(661, 287), exif=exif)
+    (tmp_path / "maps").mkdir()
+    Image.fromarray(np.arange(661 * 287, dtype=np.uint32).reshape(661, 287).astype(np.uint8)).save(tmp_path / "maps" / "x.png")
+    record = train_module.Record(tmp_path / "data" / "x.jpg", segmentation=tmp_path / "maps" / "x.png")
+    dataset = ImageDataset([record], [], 64)
+    dataset.with_segmentation = True
+    image, segmentation = dataset.read(0)
+    assert image.shape[1:] == segmentation.shape[1:] and image.shape[1] > image.shape[2] == 64
 
 
 def test_folder_with_splits_of_its_own(tmp_path):
@@ -231,10 +261,6 @@ def test_flags_win_over_method_over_preset():
     assert config.lr == pytest.approx(4.5e-6 * 8)
 
 
-def test_every_field_has_a_reason():
-    assert all(item.metadata["help"] for item in Config.__dataclass_fields__.values())
-
-
 def command(*args, cwd=None):
     return subprocess.run([sys.executable, ROOT / "train.py", *map(str, args)], capture_output=True, text=True, cwd=cwd)
 
@@ -262,7 +288,9 @@ def test_missing_data_and_missing_cuda_are_a_line_each(tmp_path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (dict(resolution=16), "too small for the patch discriminator"),
+        (dict(resolution=16), "the patch discriminator needs 24"),
+        (dict(lr=-1.0), "must not be negative"),
+        (dict(dataset="folder"), "needs --data DIR"),
         (dict(method="vqcat"), "unknown method 'vqcat'; methods are vqct"),
         (dict(steps=0), "--steps 0 must be at least 1"),
         (dict(code_dim=9, transfer="none"), "does not divide"),
@@ -274,6 +302,9 @@ def test_bad_choices_are_named(given, message):
 
 
 def test_bad_device_and_batch_are_named():
+    for name in ("meta", "cuda:99"):
+        with pytest.raises(UserError, match=f"--device {name}"):
+            check_inputs(resolve({"device": name}))
     with pytest.raises(UserError, match="not a device"):
         check_inputs(resolve({"device": "gpu"}))
     with pytest.raises(UserError, match="more than the 96 training images"):
@@ -284,12 +315,6 @@ def test_bad_device_and_batch_are_named():
 # Training
 
 
-@pytest.fixture
-def few_birds(monkeypatch):
-    monkeypatch.setattr(DemoDataset, "SIZES", {"train": 96, "val": 8})
-
-
-pytestmark = pytest.mark.usefixtures("few_birds")
 TINY = dict(
     resolution=32,
     channels=8,
@@ -354,7 +379,8 @@ def test_every_method_trains_and_reloads(method, tmp_path):
 def test_resuming_equals_an_uninterrupted_run(tmp_path):
     whole = run_tiny(tmp_path / "whole", accumulate=2)
     run_tiny(tmp_path / "parts", steps=4, accumulate=2)
-    (tmp_path / "parts" / "metrics.jsonl").open("a").write('{"step": 5, "loss": 0}\n')  # written after the checkpoint, then lost
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')  # written after the checkpoint by a run that was killed
     train_module.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "8"])
     assert lines_of(whole) == lines_of(tmp_path / "parts")
     first, second = load_checkpoint(whole / "last.pt"), load_checkpoint(tmp_path / "parts" / "last.pt")
@@ -408,6 +434,97 @@ def test_shared_forward_gives_the_gradients_of_the_written_loss(prior):
         torch.testing.assert_close(judged[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--channels", "16"), "cannot change --channels from 8"),
+        (("--method", "vqgan"), "cannot change --method from 'vqct'"),
+        (("--gan-weight", "0"), "cannot change --gan-weight"),
+        (("--lr", "-1"), "--lr -1.0 must not be negative"),
+    ],
+)
+def test_resuming_refuses_to_become_another_run(tmp_path, flags, message):
+    out = run_tiny(tmp_path / "run", steps=1)
+    before = (out / "last.pt").read_bytes()
+    with pytest.raises(UserError, match=message):
+        train_module.main(["--out", str(out), "--resume", *flags])
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_a_start_that_fails_touches_nothing(tmp_path):
+    out = run_tiny(tmp_path / "run", steps=1)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for choices in (dict(prior=str(tmp_path / "absent.npz")), dict(resolution=33), dict(perceptual_weight=1.0, trunk_weights="absent.pth")):
+        with pytest.raises(UserError):
+            train(resolve({**TINY, "out": str(out), **choices}), overwrite=True)
+        with pytest.raises(UserError):
+            train(resolve({**TINY, "out": str(tmp_path / "new"), **choices}))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before and not (tmp_path / "new").exists()
+
+
+def random_lpips(config):
+    torch.manual_seed(1)
+    return train_module.LPIPS(config.perceptual_trunk)
+
+
+def test_a_folder_trains_with_a_prior_lpips_and_the_cosine(tmp_path, prior, monkeypatch):
+    """The path of one's own photographs: folder, prior file, perceptual loss, decaying rate; then evaluation and resuming."""
+    monkeypatch.setattr(train_module, "load_lpips", random_lpips)
+    for i in range(20):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(
+            save_image(tmp_path / "data" / f"{i:02d}.png")
+        )
+    prior.save(tmp_path / "prior.npz")
+    choices = dict(
+        dataset="folder", data=str(tmp_path / "data"), prior=str(tmp_path / "prior.npz"), perceptual_trunk="squeeze", perceptual_weight=1.0
+    )
+    out = run_tiny(tmp_path / "run", steps=4, schedule="cosine", eval_every=2, **choices)
+    assert all(line["perceptual"] > 0 for line in lines_of(out))
+    rates = [load_checkpoint(out / "last.pt")[name]["param_groups"][0]["lr"] for name in ("generator_optimizer", "discriminator_optimizer")]
+    assert rates == pytest.approx([2e-3 * (0.5 + 0.5 * np.cos(np.pi * 3 / 4))] * 2)
+    model, _, stored, _ = load_run(out, torch.device("cpu"))
+    assert model.codebook.sizes == (7, 9) and stored["noun_words"] == list("ABCDEFGHI")
+    train_module.main(["--out", str(out), "--resume", "--steps", "6"])
+    assert len(lines_of(out)) == 6 and json.loads((out / "config.json").read_text())["steps"] == 6
+
+
+def test_a_broken_image_in_a_worker_is_one_line(tmp_path, prior):
+    for i in range(20):
+        save_image(tmp_path / "data" / f"{i:02d}.png", size=(40, 40))
+    for i in range(15):
+        (tmp_path / "data" / f"{i:02d}.png").write_bytes(b"nothing")
+    prior.save(tmp_path / "prior.npz")
+    args = (
+        "--dataset",
+        "folder",
+        "--data",
+        tmp_path / "data",
+        "--prior",
+        tmp_path / "prior.npz",
+        "--out",
+        tmp_path / "run",
+        "--workers",
+        "2",
+    )
+    flags = [
+        str(part)
+        for name, value in TINY.items()
+        for part in ("--" + name.replace("_", "-"), ",".join(map(str, value)) if name == "multipliers" else value)
+    ]
+    result = command(*args, *flags, "--preset", "tiny", "--steps", "9")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert result.returncode == 2 and len(errors) == 1 and ".png' cannot be read" in errors[0] and "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_step_on_cuda_is_finite_and_resumes(tmp_path, compiled):
+    out = run_tiny(tmp_path / "run", device="cuda", compile=compiled)
+    assert all(np.isfinite(line["loss"]) for line in lines_of(out))
+    train_module.main(["--out", str(out), "--resume", "--steps", "10"])
+    assert len(lines_of(out)) == 10
+
+
 def test_an_existing_run_is_kept(tmp_path):
     out = run_tiny(tmp_path / "run", steps=1)
     before = (out / "last.pt").read_bytes()
@@ -418,6 +535,7 @@ def test_an_existing_run_is_kept(tmp_path):
     assert load_checkpoint(out / "last.pt")["step"] == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UserError, match="not a run"):
         train(resolve({**TINY, "out": str(tmp_path / "other")}), overwrite=True)
     assert (tmp_path / "other" / "thesis.tex").exists()

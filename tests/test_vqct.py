@@ -449,4 +449,6 @@ def test_state_dict_carries_all_it_takes_to_decode(prior, small):
 def test_module_prints_its_shapes(capsys):
     vqct.main()
     printed = capsys.readouterr().out
-    assert "Encoder" in printed and "Eq. 3" in printed
+    assert "29.3 M weights" in printed and "42.4 M weights" in printed
+    assert "[0.3333, 0.4082, 0.0000, 0.3333]" in printed  # beak: degree 3, orange's 3, sharp's 2
+    assert "s = 0" in printed and "= 0.2483" in printed

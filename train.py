@@ -264,7 +264,7 @@ class ImageDataset(Dataset):
             if record.segmentation and self.with_segmentation:
                 with Image.open(record.segmentation) as file:
                     segmentation = ImageOps.exif_transpose(file).resize(image.size, Image.Resampling.NEAREST)
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"image '{record.path}' cannot be read: {error}") from None
         return TF.pil_to_tensor(image), None if segmentation is None else TF.pil_to_tensor(segmentation)
 
@@ -746,22 +746,18 @@ def trim_metrics(path, step):
 
 
 def announce(config, trainer, train_set, val_set, out):
-    count = lambda network: sum(parameter.numel() for parameter in network.parameters()) / 1e6
-    sizes = trainer.model.codebook.sizes
+    count = lambda network: f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"
+    sizes, (height, width) = trainer.model.codebook.sizes, trainer.model.grid
     print(f"{config.dataset}: {len(train_set):,} training and {len(val_set):,} validation images at {config.resolution}² → {out}")
     codes = " + ".join(f"{size:,} {name}s" for name, size in zip(codebook_names(sizes), sizes))
-    print(
-        f"{config.method} ({config.preset}): {count(trainer.model):.1f} M parameters on {trainer.device}, {trainer.model.grid[0]}×{trainer.model.grid[1]} positions of {codes}"
-    )
+    print(f"{config.method} ({config.preset}): {count(trainer.model)} on {trainer.device}, {height}×{width} positions of {codes}")
     perceptual = (
         f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}"
         if trainer.perceptual is not None
         else "no perceptual loss (weight 0)"
     )
     gan = (
-        f"adversary from step {config.gan_start:,}, {count(trainer.discriminator):.1f} M parameters"
-        if trainer.discriminator is not None
-        else "no adversary"
+        f"adversary from step {config.gan_start:,}, {count(trainer.discriminator)}" if trainer.discriminator is not None else "no adversary"
     )
     print(f"losses: {config.pixel_loss} + β {config.beta} commitment, {perceptual}, {gan}", flush=True)
 
@@ -845,7 +841,8 @@ def progress_line(trainer, line, seconds_a_step):
     config, left = trainer.config, int((trainer.config.steps - trainer.step) * seconds_a_step)
     losses = " ".join(f"{name} {line[name]:.4f}" for name in ("loss", "pixel", "perceptual", "quantizer") if name in line)
     if "real_logits" in line:
-        losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f}) λ {line['adaptive_weight']:.3g}"
+        losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f})"
+        losses += f" λ {line['adaptive_weight']:.3g}"
     codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
     return (
         f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "

@@ -12,7 +12,7 @@ The file reads in the paper's order:
     §3.3 step 3             VQModel             image → indices → image
 
 Nothing here reads a configuration file or a corpus; `prior.py` makes the graph, `train.py` trains.
-Each class can be lifted out with the imports below. To see the shapes of both presets:
+Each class can be lifted out with the imports below. To see the shapes, and Eq. 3, 1 and 2 on four words:
 
     python vqct.py
 """
@@ -88,6 +88,7 @@ def _first_of_equal(codebook):
     """(K,) the lowest index of a code equal to each code, by sorting a 64-bit hash of their bits.
 
     A product may round equal columns differently by where they stand in a tile, so it cannot tell ties.
+    Two different codes share a hash with a chance of 2⁻⁶⁴.
     """
     hashed, order = torch.cat([_hash_rows(codes) for codes in codebook.split(1024)]).sort(stable=True)
     new = torch.ones_like(order, dtype=torch.bool)

@@ -749,7 +749,7 @@ class Prior:
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
         except (ValueError, KeyError, zipfile.BadZipFile, EOFError):
             raise UserError(
-                f"prior '{path}' is not a file of prior.py (or is damaged); make one with: python prior.py CORPUS --out {path}"
+                f"prior '{path}' is not a file of prior.py (or is damaged); make one with: python prior.py CORPUS --out prior.npz"
             ) from None
         return cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
 

@@ -135,7 +135,10 @@ def _shown(value):
 
 
 def _integers(text):
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 1,2,4") from None
 
 
 def parse(argv=None):

@@ -325,6 +325,7 @@ def markdown(results):
 
 
 def main(argv=None):
+    """Evaluate every run named, then print one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--data", default="", help="where the data set lies now (default: where the run found it)")

@@ -942,6 +942,7 @@ def show(prior, caption, pairs=20, download=False):
 
 
 def parse_build(argv):
+    """Flags of `prior.py CORPUS…`."""
     parser = argparse.ArgumentParser(
         prog="prior.py",
         description=__doc__,
@@ -986,6 +987,7 @@ def parse_build(argv):
 
 
 def parse_show(argv):
+    """Flags of `prior.py show`."""
     parser = argparse.ArgumentParser(prog="prior.py show", description="Print what a prior holds; draw the paper's Fig. 1.")
     parser.add_argument("prior", metavar="PRIOR", help="a .npz of prior.py")
     parser.add_argument("--caption", default=CAPTION, help="caption to take apart (default: one with the paper's words)")
@@ -997,6 +999,7 @@ def parse_show(argv):
 
 
 def main(argv=None):
+    """Build a prior, or show one."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["show"]:
         args = parse_show(argv[1:])

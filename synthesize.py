@@ -108,6 +108,7 @@ def tokens(args):
 
 
 def main(argv=None):
+    """Run a sub-command on a run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", metavar="RUN", help="a run folder of train.py")
     commands = parser.add_subparsers(required=True)

@@ -749,6 +749,7 @@ def trim_metrics(path, step):
 
 
 def announce(config, trainer, train_set, val_set, out):
+    """Three lines before the first step: data, network and codes, losses."""
     count = lambda network: f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"
     sizes, (height, width) = trainer.model.codebook.sizes, trainer.model.grid
     print(f"{config.dataset}: {len(train_set):,} training and {len(val_set):,} validation images at {config.resolution}² → {out}")
@@ -1281,6 +1282,7 @@ class BirdPainter:
             self.canvas.segmentation[covered & (segments == name)] = SEGMENTS.index(name)
 
     def head(self):
+        """Crest, beak, skull with crown, throat and mask, and the eye."""
         kind, x, y = self.kind, self.x, self.y
         (hx, hy), radius = self.skull, self.skull_radius
         if kind.crest:

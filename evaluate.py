@@ -355,7 +355,8 @@ def main(argv=None):
     for path in args.runs:
         save = args.save and (Path(args.save) / Path(path).resolve().name if len(args.runs) > 1 else Path(args.save))
         results.append(evaluate(path, args.data, args.device, inception, save, args.checkpoint, args.figures))
-    print(markdown(results))
+        print(f"{path}: evaluation.json, reconstructions.png{', usage.png' if args.figures else ''}{f'; images in {save}' if save else ''}")
+    print(f"\n{markdown(results)}")
     print(f"\nFID: – ({inception[1]})" if inception[1] else f"\nFID: {results[0]['fid_note']}")
     small = min(result["images"] for result in results)
     if inception[0] is not None and small < FID_IMAGES:

@@ -6,7 +6,7 @@ remaining word gets its language-model vector, and A_ij = 1 where adjective i mo
 
     python prior.py captions.txt --out prior.npz                      vectors from the corpus itself
     python prior.py annotations/captions_train2017.json CUB_200_2011/text \\
-        --embeddings glove --weights glove.6B.300d.zip --min-count 10
+        --embeddings glove --weights glove.6B.zip --dim 300
     python prior.py show prior.npz --caption "a bright orange breast" --figure figure1.png
 
 A corpus is plain text (a caption a line), COCO captions JSON, Flickr's `name#k<TAB>caption`, any of

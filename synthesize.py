@@ -2,7 +2,7 @@
 
     python synthesize.py runs/demo-vqct tokens                       the evaluation split → tokens.npz in the run
     python synthesize.py runs/demo-vqct tokens --words 0             … and what image 0 reads as
-    python synthesize.py runs/demo-vqct tokens --decode tokens.npz   back to images, PNG files
+    python synthesize.py runs/demo-vqct tokens --decode runs/demo-vqct/tokens.npz     back to images
 
 A token file holds `indices` (N, M, h, w) for M codebooks, each codebook's `words`, `labels`, the names
 of the classes and the checksum of the tokenizer; numpy reads it without pickle. Training a model of
@@ -85,6 +85,13 @@ def load_tokens(path, tokenizer, sizes):
     return indices
 
 
+def check_words(indices, count):
+    """Raise UserError for an index that is none of `count` images."""
+    for index in indices:
+        if not 0 <= index < count:
+            raise UserError(f"--words {index}: there are images 0 … {count - 1}")
+
+
 def tokens(args):
     """The sub-command: encode a split, or decode a file."""
     device, checkpoint = pick_device(args.device), Path(args.run) / "last.pt"
@@ -98,12 +105,12 @@ def tokens(args):
     else:
         config.data = args.data or config.data
         dataset, path = make_dataset(config, args.split), Path(args.output or Path(args.run) / "tokens.npz")
+        check_words(args.words, len(dataset))
         indices, labels = encode_dataset(model, dataset, device, config.batch_size)
         save_tokens(path, indices, labels, words, dataset.classes, tokenizer)
         print(f"{path}: {len(indices):,} images of {indices.shape[2]}×{indices.shape[3]} positions, {' + '.join(codebook_names(words))}")
+    check_words(args.words, len(indices))
     for index in args.words:
-        if not 0 <= index < len(indices):
-            raise UserError(f"--words {index}: there are images 0 … {len(indices) - 1}")
         print(f"\nimage {index}\n{words_of(indices[index], words)}")
 
 

@@ -152,8 +152,9 @@ def parse(argv=None):
         + ", ".join(METHODS),
     )
     add_flags(parser, Config())
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, with its configuration")
-    parser.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, with its configuration")
+    start.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
     given = vars(parser.parse_args(argv))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
     return resolve(given), given, resume, overwrite
@@ -175,6 +176,8 @@ def resolve(given):
 
 def check_config(config):
     """The Config itself. Raises UserError naming a value that cannot be."""
+    if config.dataset == "demo" and (config.data or config.labels):
+        raise UserError("--data and --labels do nothing for the demo; add --dataset folder or --dataset cub")
     if config.dataset == "folder" and not config.data:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
     if config.transfer == "none" and config.code_dim % config.codebooks:
@@ -774,6 +777,8 @@ def train(config, resume=False, overwrite=False):
         state = load_checkpoint(out / "last.pt")
         trainer = Trainer(config, state["prior"], device)
         trainer.load(state)
+        if trainer.step >= config.steps:
+            raise UserError(f"run '{out}' is at step {trainer.step} of {config.steps} already; give a larger --steps")
         trim_metrics(out / "metrics.jsonl", trainer.step)
         save_config(config, out)
     else:

@@ -802,8 +802,8 @@ def run_steps(trainer, loader, validation, out, log):
     """The loop: step, log, validate, save."""
     config, progress = trainer.config, Progress()
     epoch_steps = math.ceil(len(loader.dataset) / (config.batch_size * config.accumulate))
-    recent, waited, before = deque(maxlen=20), 0.0, time.monotonic()
-    images, first_step, start = iter(loader), trainer.step, before
+    images, waited, before = iter(loader), 0.0, time.monotonic()
+    recent = deque([(trainer.step, before)], maxlen=20)  # speed is that of the latest lines
     while trainer.step < config.steps:
         began = time.monotonic()
         batches = [to_images(next(images)["image"], trainer.device) for _ in range(config.accumulate)]
@@ -814,10 +814,7 @@ def run_steps(trainer, loader, validation, out, log):
             metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
             now = time.monotonic()
             recent.append((trainer.step, now))
-            steps_done, seconds = (
-                trainer.step - (recent[0][0] if len(recent) > 1 else first_step),
-                now - (recent[0][1] if len(recent) > 1 else start),
-            )
+            steps_done, seconds = trainer.step - recent[0][0], now - recent[0][1]
             line = {
                 "step": trainer.step,
                 **metrics,
@@ -831,7 +828,7 @@ def run_steps(trainer, loader, validation, out, log):
                 raise UserError(
                     f"the loss is {line['loss']} at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr"
                 )
-            progress(progress_line(trainer, line, seconds / max(steps_done, 1)), now=last)
+            progress(progress_line(trainer, line, seconds / steps_done), now=last)
         if trainer.step % config.eval_every == 0 or last:
             score = trainer.validate(validation, out / "reconstructions" / f"step_{trainer.step:07d}.png")
             if not math.isfinite(score):

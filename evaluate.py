@@ -163,7 +163,7 @@ def reconstruct(model, dataset, device, batch_size, baseline, inception=None, sa
             ("baseline_psnr", psnr(baseline.expand_as(x), x)),
         ):
             scores[name].append(value)
-        for total, indices in zip(counts, output.indices.unbind(1)):
+        for total, indices in zip(counts, model.by_codebook(output.indices)):
             total += torch.bincount(indices.flatten(), minlength=len(total))
         eight_bits = batch["image"].to(device), to_bytes(x_hat)
         if inception is not None:

@@ -14,6 +14,7 @@ them gzipped, or a folder of .txt files. The result is one .npz that numpy reads
 """
 
 import argparse
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -830,6 +831,41 @@ def build_from_corpora(corpora, embeddings, weights=None, min_count=1, dim=100, 
         total.add(counts)
     notes = {"corpora": lines, "part_of_speech": speech.name, "plurals": getattr(speech, "plurals", {}), "seed": seed}
     return build_prior(total, embeddings, weights, min_count, dim, seed, notes)
+
+
+def shuffled(prior, what, seed=0):
+    """A control: the same Prior with what it claims to know destroyed.
+
+    Args:
+        what: "vectors" permutes them within each part of speech; "edges" rewires the graph, every
+            word keeping its number of edges; "none" changes nothing.
+    """
+    if what == "none":
+        return prior
+    rng = np.random.default_rng(seed)
+    changed = {"provenance": {**prior.provenance, "shuffled": what}}
+    if what == "vectors":
+        changed.update({f"{part}_vectors": rng.permutation(prior[f"{part}_vectors"]) for part in PARTS})
+    else:
+        changed["edges"] = rewired(prior.edges, rng)
+    return dataclasses.replace(prior, **changed)
+
+
+def rewired(edges, rng, rounds=100):
+    """(E, 2) edges → (E, 2) of the same degrees, by double edge swaps (Maslov & Sneppen 2002).
+
+    Each round pairs the edges at random, and a pair exchanges its nouns unless an edge would be there twice.
+    """
+    edges, nouns = edges.copy(), int(edges[:, 1].max(initial=0)) + 1
+    half = len(edges) // 2
+    for _ in range(rounds):
+        first, second = rng.permutation(len(edges))[: 2 * half].reshape(2, half)
+        taken = edges @ [nouns, 1]
+        crossed = [edges[first, 0] * nouns + edges[second, 1], edges[second, 0] * nouns + edges[first, 1]]
+        new, position, repeats = np.unique(np.concatenate(crossed), return_inverse=True, return_counts=True)
+        free = ((repeats == 1) & ~np.isin(new, taken))[position].reshape(2, half).all(axis=0)
+        edges[first[free], 1], edges[second[free], 1] = edges[second[free], 1], edges[first[free], 1]
+    return edges
 
 
 # ---------------------------------------------------------------------------------------------

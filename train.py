@@ -34,7 +34,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, command, read_captions, whole_file
+from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, command, read_captions, shuffled, whole_file
 from vqct import LPIPS, Discriminator, ModelConfig, VQModel, adaptive_weight, hinge_loss, needs_prior, option
 
 CHECKPOINT_VERSION = 1
@@ -53,7 +53,15 @@ class Config(ModelConfig):
     data: str = option("", "folder of the data set (cub: data/CUB_200_2011)")
     labels: str = option("", "folder of label maps with the images' relative names, for --dataset folder")
     prior: str = option("", "a prior.npz of prior.py; by default made from the data set's own captions")
-    method: str = option("vqct", "a system of the paper, as a choice of codes, transfer and losses")
+    method: str = option("vqct", "a system of the paper or a control, as a choice of quantizer, codes, transfer and losses")
+    recipe: str = option(
+        "paper", "paper, or official: what the authors' code does otherwise, each a flag of its own", choices=("paper", "official")
+    )
+    shuffle: str = option(
+        "none",
+        "control: vectors permuted within each part of speech, or edges rewired with every degree kept",
+        choices=("none", "vectors", "edges"),
+    )
     preset: str = option(
         "", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network at 256² (every other)", choices=("", "tiny", "f16")
     )
@@ -107,12 +115,36 @@ PRESETS = {
         eval_images=64,
     ),
 }
-LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none")
+RECIPES = {
+    "paper": {},
+    "official": dict(
+        transfer_layers=2,
+        transfer_dropout=0.5,
+        last_relu=False,
+        adjective_neighbours=2,
+        beta_on="codebook",
+        weighted_edges=True,
+        vector_scale="none",
+    ),
+}
+LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
+NO_ADVERSARY = dict(gan_weight=0.0, perceptual_weight=0.0)
 METHODS = {
-    "vqct": {},
-    "vqct-vqvae": dict(gan_weight=0.0, perceptual_weight=0.0),
-    "vqgan": LEARNED,
-    "vqvae": dict(LEARNED, gan_weight=0.0, perceptual_weight=0.0),
+    "vqct": {},  # Tables 1 to 6
+    "vqct-vqvae": NO_ADVERSARY,  # Table 4
+    "vqvae": {**LEARNED, **NO_ADVERSARY},  # Tables 1, 4, 6
+    "vqgan": LEARNED,  # Tables 1 to 6
+    "gumbel": {**LEARNED, "codes": "random", "quantizer": "gumbel"},  # Tables 1, 6
+    "cvq": {**LEARNED, "quantizer": "cvq"},  # Table 1
+    "regvq": {**LEARNED, "quantizer": "regvq", "kl_weight": 0.1, "contrastive_weight": 0.01},  # Table 6; the weights are our choice
+    "random-mlp": dict(codes="random", transfer="mlp"),  # Table 2 (ii)
+    "frozen": dict(codebooks=1, transfer="none"),  # Table 3 (i)
+    "finetune": dict(codebooks=1, transfer="none", trained=True),  # Table 3 (ii)
+    "single-mlp": dict(codebooks=1, transfer="mlp"),  # Table 3 (iii)
+    "single-gcn": dict(codebooks=1),  # Table 3 (iv)
+    "multi-mlp": dict(transfer="mlp"),  # Table 3 (v)
+    "matched": dict(codes="uniform", trained=True, transfer="none"),  # control: VQCT's sizes, learned
+    "simvq": dict(codes="random", transfer="mlp", transfer_layers=1, last_relu=False),  # control: one linear map (Zhu et al. 2024)
 }
 
 
@@ -166,12 +198,20 @@ def resolve(given):
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'; methods are {', '.join(METHODS)}")
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
-    config = Config(**{**PRESETS[preset], **METHODS[method], **given, "preset": preset})
+    recipe = RECIPES[given.get("recipe", Config.recipe)]
+    config = Config(**{**PRESETS[preset], **recipe, **METHODS[method], **given, "preset": preset})
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
-    config.out = config.out or f"runs/{config.dataset}-{config.method}"
+    config.out = config.out or "runs/" + "-".join([config.dataset, config.method, *variant(config)])
     if config.dataset == "cub":
         config.data = config.data or "data/CUB_200_2011"
     return check_config(config)
+
+
+def variant(config):
+    """What tells a run from others of its data set and method, for its folder's name: recipe, shuffle, other codes, seed."""
+    usual = lambda name: METHODS[config.method].get(name, getattr(Config, name))
+    names = [str(getattr(config, name)) for name in ("recipe", "shuffle", "codes") if getattr(config, name) != usual(name)]
+    return names + ([f"seed{config.seed}"] if config.seed != Config.seed else [])
 
 
 def check_config(config):
@@ -376,6 +416,11 @@ def make_prior(config, dataset):
     """The prior that a Config names, or one from the data set's own captions; None where no word is needed."""
     if not needs_prior(config):
         return None
+    return shuffled(find_prior(config, dataset), config.shuffle, config.seed)
+
+
+def find_prior(config, dataset):
+    """The prior as it was before any shuffling."""
     if config.prior:
         return Prior.load(config.prior)
     if config.dataset == "demo":
@@ -421,7 +466,8 @@ def to_images(batch, device):
 
 def make_loader(dataset, device, workers, **options):
     workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
-    return DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0, **options)
+    options = dict(pin_memory=device.type == "cuda", persistent_workers=workers > 0, **options)
+    return DataLoader(dataset, num_workers=workers, generator=torch.Generator(), **options)  # its own: a resumed run draws no more than a whole one
 
 
 # ---------------------------------------------------------------------------------------------
@@ -577,8 +623,10 @@ class Trainer:
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=self.device.type == "cuda")
 
-    def set_lr(self):
+    def follow_schedules(self):
+        """The learning rate and the quantizers' temperature of this step."""
         config = self.config
+        self.model.anneal(self.step / config.steps)
         lr = config.lr * (0.5 + 0.5 * math.cos(math.pi * self.step / config.steps) if config.schedule == "cosine" else 1.0)
         for optimizer in filter(None, (self.generator_optimizer, self.discriminator_optimizer)):
             for group in optimizer.param_groups:
@@ -609,7 +657,7 @@ class Trainer:
         self.model.train()
         adversarial = self.discriminator is not None and self.step >= self.config.gan_start
         metrics, share = {}, 1.0 / len(batches)
-        self.set_lr()
+        self.follow_schedules()
         self.generator_optimizer.zero_grad(set_to_none=True)
         if adversarial:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
@@ -632,7 +680,7 @@ class Trainer:
             terms.update(quantizer=output.quantizer_loss, loss=loss + output.quantizer_loss)
             for name, value in terms.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() * share
-            for used, indices in zip(self.last_used, output.indices.unbind(1)):
+            for used, indices in zip(self.last_used, self.model.by_codebook(output.indices)):
                 used[indices.flatten()] = self.step
         self.generator_optimizer.step()
         if adversarial:

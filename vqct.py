@@ -129,19 +129,28 @@ class VectorQuantizer(nn.Module):
 
     Args:
         beta: weight of the commitment term (0.25, van den Oord et al. 2017).
+        beta_on: "commitment" as in Eq. 2, or "codebook", the well-known slip of VQGAN's code.
+        neighbours: nearest codes whose mean is z_q; the paper takes one, the authors' code two for adjectives.
     """
 
-    def __init__(self, beta=0.25):
+    def __init__(self, beta=0.25, beta_on="commitment", neighbours=1):
         super().__init__()
-        self.beta = beta
+        self.neighbours = neighbours
+        self.codebook_weight, self.commitment_weight = (1.0, beta) if beta_on == "commitment" else (beta, 1.0)
 
     def indices(self, z, codebook):
-        """z: (B, D, H, W), codebook: (K, D) → (B, H, W) int64, Eq. 1."""
+        """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, Eq. 1; n neighbours, nearest first."""
         features = z.movedim(1, -1)  # (B, H, W, D)
-        return nearest_code(features.reshape(-1, features.shape[-1]), codebook).view(features.shape[:-1])
+        rows = features.reshape(-1, features.shape[-1])
+        if self.neighbours == 1:
+            found = nearest_code(rows, codebook)
+        else:
+            parts = rows.to(codebook.dtype).split(1024)
+            found = torch.cat([torch.cdist(part, codebook).topk(self.neighbours, largest=False).indices for part in parts])
+        return found.view(*features.shape[:-1], self.neighbours).movedim(-1, 1)
 
     def forward(self, z, codebook):
-        """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, H, W), loss ().
+        """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().
 
         In training z_q carries the decoder's gradient straight through to z; in evaluation it is
         exactly the code, so that decoding by indices gives the same image. Always float32.
@@ -149,12 +158,181 @@ class VectorQuantizer(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
             z = z.to(codebook.dtype)
-            indices = self.indices(z, codebook)  # (B, H, W)
-            z_q = F.embedding(indices, codebook).movedim(-1, 1)  # (B, D, H, W)
-            loss = F.mse_loss(z_q, z.detach()) + self.beta * F.mse_loss(z, z_q.detach())
-            if self.training:
-                z_q = z + (z_q - z).detach()
+            return self.quantize(z, codebook, self.indices(z, codebook))
+
+    def quantize(self, z, codebook, indices):
+        """The given indices' codes: what `forward` returns."""
+        z_q = look_up(indices, codebook)  # (B, D, H, W)
+        loss = self.codebook_weight * F.mse_loss(z_q, z.detach()) + self.commitment_weight * F.mse_loss(z, z_q.detach())
+        if self.training:
+            z_q = z + (z_q - z).detach()
         return z_q, indices, loss
+
+
+def look_up(indices, codebook):
+    """(B, n, H, W) int64 and (K, D) codes → (B, D, H, W): the code of each position, or the mean of its n codes."""
+    return F.embedding(indices, codebook).mean(1).movedim(-1, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Table 1 and 6: the quantizers that VQCT is compared with. Each keeps VectorQuantizer's interface.
+
+
+class GumbelQuantizer(nn.Module):
+    """Gumbel-VQ: codes mixed by Gumbel-softmax weights while training, the likeliest code in evaluation.
+
+    DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it: a 1×1 convolution gives K logits a
+    position, so the codebook is only decoded from; the loss is KL(softmax(logits) ‖ uniform), summed
+    over codes and averaged over positions.
+
+    Args:
+        dim: channels of ẑ; size: codes K.
+        kl_weight: of that loss; 5e-4 is the layer's default in VQ-GAN's code.
+        straight_through: hard weights forward, soft ones backward; otherwise soft both ways.
+
+    `temperature` of the weights is the trainer's to anneal, DALL-E's from 1 to 1/16.
+    """
+
+    def __init__(self, dim, size, kl_weight=5e-4, straight_through=True):
+        super().__init__()
+        self.to_logits = nn.Conv2d(dim, size, 1)
+        self.kl_weight, self.straight_through = kl_weight, straight_through
+        self.neighbours, self.temperature = 1, 1.0
+
+    def indices(self, z, codebook):
+        """z: (B, D, H, W) → (B, 1, H, W) int64; the codebook is not looked at."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.to_logits(z.to(self.to_logits.weight.dtype)).argmax(1, keepdim=True)
+
+    def forward(self, z, codebook):
+        """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, 1, H, W), loss ()."""
+        with torch.autocast(z.device.type, enabled=False):
+            logits = self.to_logits(z.to(self.to_logits.weight.dtype))  # (B, K, H, W)
+            log_share = logits.log_softmax(1)
+            loss = self.kl_weight * (log_share.exp() * (log_share + math.log(logits.shape[1]))).sum(1).mean()
+            if not self.training:
+                indices = logits.argmax(1, keepdim=True)
+                return look_up(indices, codebook), indices, loss
+            weights = F.gumbel_softmax(logits, tau=self.temperature, hard=self.straight_through, dim=1)
+            return torch.einsum("bkhw,kd->bdhw", weights, codebook), weights.argmax(1, keepdim=True), loss
+
+
+class ClusteredQuantizer(VectorQuantizer):
+    """CVQ: online clustering (Zheng & Vedaldi 2023). Codes that are not chosen move to features of the batch.
+
+    With n_k the batch's share of code k, N_k ← γ N_k + (1 − γ) n_k and α_k = exp(−10 K N_k / (1 − γ) − 1e-3),
+    each training pass moves e_k ← (1 − α_k) e_k + α_k ẑ_k. The anchor ẑ_k is a feature of the batch, drawn
+    with probability softmax(−‖ẑ − e_k‖²) over features (the paper's "probabilistic random").
+
+    Args:
+        size: codes K.
+        decay: γ.
+        contrastive_weight: of the optional loss that, for each code, holds the nearest N/K features
+            against the far half, by cosine at temperature 0.07.
+        others: as VectorQuantizer.
+
+    The codebook must be a leaf parameter (or views of one), since it is written to.
+    """
+
+    def __init__(self, size, decay=0.99, contrastive_weight=0.0, **eq2):
+        super().__init__(**eq2)
+        self.decay, self.contrastive_weight = decay, contrastive_weight
+        self.register_buffer("usage", torch.zeros(size))  # N_k
+
+    def quantize(self, z, codebook, indices):
+        """As VectorQuantizer; the codes are moved after the loss is taken."""
+        z_q, indices, loss = super().quantize(z, codebook, indices)
+        if self.training:
+            features = z.movedim(1, -1).flatten(0, -2)  # (N, D)
+            if self.contrastive_weight > 0:
+                loss = loss + self.contrastive_weight * self.contrast(features, codebook.clone())  # the original is about to change
+            self.re_anchor(features.detach(), indices, codebook.detach())
+        return z_q, indices, loss
+
+    @torch.no_grad()
+    def re_anchor(self, features, indices, codebook):
+        """Move each code by α_k (ẑ_k − e_k), in place."""
+        size = len(codebook)
+        share = torch.zeros_like(self.usage)  # (K,), not by bincount, which waits for the device
+        share.index_add_(0, indices.flatten(), share.new_full((indices.numel(),), 1 / indices.numel()))
+        self.usage.lerp_(share, 1 - self.decay)
+        alpha = torch.exp(-10 * size * self.usage / (1 - self.decay) - 1e-3)[:, None]  # (K, 1)
+        anchors = torch.cat([self.draw(features, codes) for codes in codebook.split(1024)])
+        codebook.lerp_(anchors, alpha)
+
+    @staticmethod
+    def draw(features, codes):
+        """(N, D), (K, D) → (K, D): for each code one of the features, nearer ones likelier."""
+        likelihood = torch.softmax(-torch.cdist(codes, features).square(), dim=1)  # (K, N)
+        return features[torch.multinomial(likelihood, 1).squeeze(1)]
+
+    @staticmethod
+    def contrast(features, codebook, temperature=0.07):
+        """(N, D), (K, D) → (): cross-entropy of each code's positive against its negatives."""
+        cosine = F.normalize(codebook, dim=1) @ F.normalize(features, dim=1).T  # (K, N)
+        ranked = cosine.sort(dim=1, descending=True).values
+        count, size = len(features), len(codebook)
+        positive = ranked[:, : max(1, count // size)].mean(1, keepdim=True)  # (K, 1)
+        logits = torch.cat([positive, ranked[:, count - count // 2 :]], dim=1) / temperature  # (K, 1 + N/2)
+        return F.cross_entropy(logits, logits.new_zeros(size, dtype=torch.int64))
+
+
+class RegularizedQuantizer(VectorQuantizer):
+    """Reg-VQ: regularized quantization (Zhang et al. 2023). Three terms keep the codes in use while training.
+
+    (1) Prior distribution: KL(p̄ ‖ uniform) of the batch's mean token distribution p̄, a position's own
+    being softmax(−‖ẑ − e_k‖² / τ). (2) Stochastic mask: a random share of positions takes a code drawn from
+    its distribution by the Gumbel trick, the others the nearest. (3) Probabilistic contrastive loss: a
+    position's feature and code are pulled together against the codes of other positions by cosine at
+    temperature 0.07, the pull weakened by w = exp(−‖e_drawn − e_nearest‖² / mean), the noise of the draw.
+
+    Args:
+        kl_weight: of (1); mask_ratio: of (2); contrastive_weight: of (3).
+        others: as VectorQuantizer.
+
+    The paper publishes no code; the softmax over squared distances, w, the temperature 0.07, at most
+    1,024 positions in (3), and the defaults of all three arguments are our choice. `temperature` τ is
+    the trainer's to anneal.
+    """
+
+    def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):
+        super().__init__(**eq2)
+        self.kl_weight, self.mask_ratio, self.contrastive_weight = kl_weight, mask_ratio, contrastive_weight
+        self.temperature = 1.0
+
+    def quantize(self, z, codebook, indices):
+        """As VectorQuantizer, from the nearest indices."""
+        if not self.training:
+            return super().quantize(z, codebook, indices)
+        features, nearest = z.movedim(1, -1).flatten(0, -2), indices.flatten()  # (N, D), (N,)
+        logits = -torch.cdist(features, codebook).square() / self.temperature  # (N, K)
+        with torch.no_grad():
+            noise = -torch.empty_like(logits).exponential_().log()
+            masked = torch.rand(len(nearest), device=z.device) < self.mask_ratio
+            chosen = torch.where(masked, (logits + noise).argmax(1), nearest)
+        z_q, indices, loss = super().quantize(z, codebook, chosen.view(indices.shape))
+        loss = loss + self.kl_weight * self.divergence_from_uniform(logits)
+        return z_q, indices, loss + self.contrastive_weight * self.contrast(features, codebook, chosen, nearest)
+
+    @staticmethod
+    def divergence_from_uniform(logits):
+        """(N, K) → (): KL of the mean token distribution from uniform, nats."""
+        mean = logits.softmax(1).mean(0)
+        return (mean * (mean.clamp_min(1e-12) * len(mean)).log()).sum()
+
+    @staticmethod
+    def contrast(features, codebook, chosen, nearest, positions=1024, temperature=0.07):
+        """(N, D), (K, D), (N,), (N,) → (): cross-entropy of each position's own code among those of others."""
+        features, chosen, nearest = features[:positions], chosen[:positions], nearest[:positions]
+        codes = codebook[chosen]  # (P, D)
+        noise = (codes - codebook[nearest]).square().sum(1).detach()  # (P,), zero where the nearest was taken
+        mean = noise.sum() / (noise > 0).sum().clamp_min(1)
+        pull = torch.exp(-noise / mean.clamp_min(1e-12))
+        cosine = F.normalize(features, dim=1) @ F.normalize(codes, dim=1).T / temperature  # (P, P)
+        own = torch.eye(len(features), dtype=torch.bool, device=features.device)
+        same = (chosen[:, None] == chosen[None]) & ~own  # the same code elsewhere is no counter-example
+        logits = torch.where(own, cosine * pull[:, None], cosine).masked_fill(same, -torch.inf)
+        return F.cross_entropy(logits, torch.arange(len(features), device=features.device))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -181,24 +359,30 @@ class NormalizedAdjacency(nn.Module):
         edges: (E, 2) int64 node indices, each undirected edge once; repeats count once, as the
             paper's A is binary.
         nodes: number of nodes N.
+        weights: (E,) entries of A instead of ones, each edge then given once; the authors' code has
+            the times a pair occurs.
     Raises:
         ValueError: if an edge names a node outside 0 … N−1 or joins a node to itself.
     """
 
-    def __init__(self, edges, nodes):
+    def __init__(self, edges, nodes, weights=None):
         super().__init__()
         edges = torch.as_tensor(edges, dtype=torch.int64).reshape(-1, 2)
         if len(edges) and (edges.min() < 0 or edges.max() >= nodes or (edges[:, 0] == edges[:, 1]).any()):
             raise ValueError(f"edges must join two different nodes of 0 … {nodes - 1}")
         loops = torch.arange(nodes)[:, None].expand(-1, 2)
-        pairs = torch.cat([edges, edges.flip(1), loops]).unique(dim=0)  # sorted by row, then column
-        degree = torch.bincount(pairs[:, 0], minlength=nodes)
-        scale = degree.double().rsqrt()
+        pairs, place = torch.cat([edges, edges.flip(1), loops]).unique(dim=0, return_inverse=True)  # sorted by row, then column
+        value = torch.ones(len(pairs), dtype=torch.float64)
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float64)
+            value[place] = torch.cat([weights, weights, torch.ones(nodes, dtype=torch.float64)])
+        entries = torch.bincount(pairs[:, 0], minlength=nodes)
+        scale = torch.bincount(pairs[:, 0], value, minlength=nodes).rsqrt()
         self.nodes = nodes
         self.register_buffer("row", pairs[:, 0].contiguous())  # (2E + N,)
         self.register_buffer("column", pairs[:, 1].contiguous())  # (2E + N,)
-        self.register_buffer("row_start", F.pad(degree.cumsum(0), (1, 0)))  # (N + 1,)
-        self.register_buffer("value", (scale[pairs[:, 0]] * scale[pairs[:, 1]]).float())  # (2E + N,)
+        self.register_buffer("row_start", F.pad(entries.cumsum(0), (1, 0)))  # (N + 1,)
+        self.register_buffer("value", (value * scale[pairs[:, 0]] * scale[pairs[:, 1]]).float())  # (2E + N,)
 
     def forward(self, nodes):
         """(N, D) → Â nodes, (N, D)."""
@@ -237,19 +421,23 @@ class CodebookTransfer(nn.Module):
         widths: (d, …, D) features of the language model's vectors, of each hidden layer and of
             the codes; four numbers make the paper's three convolutions.
         adjacency: a NormalizedAdjacency; `nn.Identity()` makes the paper's MLP (Tables 2 and 3).
+        last_relu: whether a ReLU follows the last layer too, as in Eq. 3; the authors' code has none.
+        dropout: share of hidden features zeroed in training; the authors' code has 0.5.
     """
 
-    def __init__(self, widths, adjacency):
+    def __init__(self, widths, adjacency, last_relu=True, dropout=0.0):
         super().__init__()
         self.adjacency = adjacency
         self.layers = nn.ModuleList(GraphConvolution(a, b) for a, b in zip(widths, widths[1:]))
+        self.last_relu, self.dropout = last_relu, nn.Dropout(dropout)
 
     def forward(self, vectors):
         """(N, d) vectors of the graph's nodes → (N, D) codes."""
         nodes = vectors
-        for layer in self.layers:
-            nodes = F.relu(layer(nodes, self.adjacency))
-        return nodes
+        for layer in self.layers[:-1]:
+            nodes = self.dropout(F.relu(layer(nodes, self.adjacency)))
+        nodes = self.layers[-1](nodes, self.adjacency)
+        return F.relu(nodes) if self.last_relu else nodes
 
 
 class Codebook(nn.Module):
@@ -594,23 +782,44 @@ class ModelConfig:
         "where codes start: the prior's word vectors, random vectors, or VQ-VAE's small uniform ones",
         choices=("words", "random", "uniform"),
     )
+    vector_scale: str = option(
+        "rms",
+        "word vectors divided by their root mean square, one number for all; standardised in each dimension; or none, as they come",
+        choices=("rms", "standard", "none"),
+    )
     codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: together (SCB), or no prior at all", choices=(1, 2))
     codebook_size: int = option(0, "codes when there is no prior; 0 takes the prior's adjectives and nouns")
     trained: bool = option(False, "train the starting vectors themselves")
     transfer: str = option(
         "gcn", "how vectors become codes: graph convolutions, the same layers without graph, or not at all", choices=("gcn", "mlp", "none")
     )
-    transfer_layers: int = option(3, "layers of the transfer network (paper: three)")
+    transfer_layers: int = option(3, "layers of the transfer network (paper: three; authors' code: two)")
     transfer_width: int = option(512, "features of its hidden layers; the width of CLIP's token vectors")
+    transfer_dropout: float = option(0.0, "share of its hidden features zeroed in training (authors' code: 0.5)")
+    last_relu: bool = option(True, "ReLU after its last layer too, as in Eq. 3 (authors' code: none)")
+    weighted_edges: bool = option(False, "A counts how often a pair occurs, as in the authors' code; the paper's is binary")
+    quantizer: str = option(
+        "nearest",
+        "nearest code (Eq. 1); gumbel: Gumbel-VQ; cvq: online clustering; regvq: regularized quantization",
+        choices=("nearest", "gumbel", "cvq", "regvq"),
+    )
     beta: float = option(0.25, "weight of the commitment term of Eq. 2")
+    beta_on: str = option("commitment", "the term that beta weighs: Eq. 2's, or the authors' code's", choices=("commitment", "codebook"))
+    adjective_neighbours: int = option(1, "nearest adjectives whose mean is a position's adjective code (authors' code: two)")
+    kl_weight: float = option(5e-4, "of the divergence from uniform codes: gumbel's of each position (VQ-GAN's code), regvq's of the batch")
+    straight_through: bool = option(True, "gumbel: hard codes forward, soft weights backward; else soft both ways")
+    temperature_end: float = option(1 / 16, "gumbel, regvq: temperature at the end of training, by a cosine from 1 (DALL-E)")
+    usage_decay: float = option(0.99, "cvq: decay γ of each code's running usage")
+    mask_ratio: float = option(0.3, "regvq: share of positions whose code is drawn, not nearest")
+    contrastive_weight: float = option(0.0, "cvq, regvq: of their contrastive losses")
 
 
 class Output(NamedTuple):
     """What a forward pass gives."""
 
     x_hat: torch.Tensor  # (B, 3, H, W) reconstruction, not clamped
-    indices: torch.Tensor  # (B, M, h, w) int64 codes, M codebooks
-    quantizer_loss: torch.Tensor  # () codebook and commitment terms of Eq. 2, summed over codebooks
+    indices: torch.Tensor  # (B, M, h, w) int64 codes, one for each codebook (more where neighbours are averaged)
+    quantizer_loss: torch.Tensor  # () the quantizers' losses, Eq. 2's last terms in VQCT, summed over codebooks
 
 
 class VQModel(nn.Module):
@@ -638,7 +847,10 @@ class VQModel(nn.Module):
         self.to_codes = nn.Conv2d(config.z_channels, total, 1)
         self.from_codes = nn.Conv2d(total, config.z_channels, 1)
         keep_variance(self.to_codes), keep_variance(self.from_codes)
-        self.quantizers = nn.ModuleList(VectorQuantizer(config.beta) for _ in self.codebook.sizes)
+        neighbours = (config.adjective_neighbours, 1)[-len(self.codebook.sizes) :]
+        self.quantizers = nn.ModuleList(
+            make_quantizer(config, self.code_dim, size, count) for size, count in zip(self.codebook.sizes, neighbours)
+        )
 
     def _code_dim(self):
         transfer = self.codebook.transfer
@@ -663,17 +875,46 @@ class VQModel(nn.Module):
         """(B, 3, H, W) in [-1, 1] → Output."""
         quantized = [quantizer(z, codebook) for quantizer, z, codebook in zip(self.quantizers, self.features(x), self.codebook())]
         z_q, indices, losses = zip(*quantized)
-        return Output(self.decode_features(z_q), torch.stack(indices, dim=1), sum(losses))
+        return Output(self.decode_features(z_q), torch.cat(indices, dim=1), sum(losses))
 
     def encode(self, x):
         """(B, 3, H, W) in [-1, 1] → (B, M, h, w) int64 indices, those of `forward`."""
         quantized = zip(self.quantizers, self.features(x), self.codebook())
-        return torch.stack([quantizer.indices(z, codebook) for quantizer, z, codebook in quantized], dim=1)
+        return torch.cat([quantizer.indices(z, codebook) for quantizer, z, codebook in quantized], dim=1)
 
     def decode(self, indices):
         """(B, M, h, w) int64 → (B, 3, H, W); in evaluation mode what `forward` gives for these codes."""
-        codes = zip(self.codebook(), indices.unbind(1))
-        return self.decode_features([F.embedding(index, codebook).movedim(-1, 1) for codebook, index in codes])
+        return self.decode_features(look_up(index, codebook) for codebook, index in zip(self.codebook(), self.by_codebook(indices)))
+
+    def by_codebook(self, indices):
+        """(B, M, h, w) → a tuple of (B, n, h, w), the n indices of each codebook."""
+        return indices.split([quantizer.neighbours for quantizer in self.quantizers], dim=1)
+
+    def anneal(self, progress):
+        """Set the quantizers' temperature for a share `progress` of training, 0 … 1, by a cosine from 1 to its end."""
+        end = self.config.temperature_end
+        for quantizer in (quantizer for quantizer in self.quantizers if hasattr(quantizer, "temperature")):
+            quantizer.temperature = end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+def make_quantizer(config, dim, size, neighbours):
+    """The quantizer that a ModelConfig names, for one codebook of `size` codes of `dim` channels.
+
+    Raises:
+        ValueError: if the choices exclude each other.
+    """
+    eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
+    if neighbours > size or neighbours > 1 and config.quantizer != "nearest":
+        raise ValueError(f"the mean of {neighbours} neighbours needs as many codes and quantizer 'nearest', not {config.quantizer}")
+    if config.quantizer == "gumbel":
+        return GumbelQuantizer(dim, size, config.kl_weight, config.straight_through)
+    if config.quantizer == "cvq":
+        if not config.trained or config.transfer != "none":
+            raise ValueError("quantizer 'cvq' moves the codes themselves, so they must be trained and without transfer")
+        return ClusteredQuantizer(size, config.usage_decay, config.contrastive_weight, **eq2)
+    if config.quantizer == "regvq":
+        return RegularizedQuantizer(config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2)
+    return VectorQuantizer(**eq2)
 
 
 def needs_prior(config):
@@ -694,8 +935,7 @@ def make_codebook(config, prior=None):
     dim = config.code_dim // len(sizes)
     input_dim = dim if config.transfer == "none" or words is None else words.shape[1]
     if config.codes == "words":
-        # Language models differ in scale a hundredfold; the layers' initialisation assumes entries of about one.
-        vectors = words if config.transfer == "none" else words / words.square().mean().sqrt().clamp_min(1e-12)
+        vectors = rescale(words, config.vector_scale)
     elif config.codes == "random":
         vectors = torch.randn(sum(sizes), input_dim)
     else:  # van den Oord et al.'s common initialisation, ±1/K within each codebook
@@ -707,9 +947,21 @@ def make_codebook(config, prior=None):
         if config.transfer == "gcn":
             first_noun = len(prior["adjective_vectors"])
             edges = torch.as_tensor(prior["edges"], dtype=torch.int64).reshape(-1, 2) + torch.tensor([0, first_noun])
-            adjacency = NormalizedAdjacency(edges, sum(sizes))
-        transfer = CodebookTransfer(widths, adjacency)
+            adjacency = NormalizedAdjacency(edges, sum(sizes), prior["edge_counts"] if config.weighted_edges else None)
+        transfer = CodebookTransfer(widths, adjacency, config.last_relu, config.transfer_dropout)
     return Codebook(vectors, sizes, config.trained, transfer)
+
+
+def rescale(vectors, how):
+    """(N, d) word vectors as a ModelConfig's `vector_scale` wants them.
+
+    Language models differ in scale a hundredfold; the layers' initialisation assumes entries of about one.
+    """
+    if how == "rms":
+        return vectors / vectors.square().mean().sqrt().clamp_min(1e-12)
+    if how == "standard":
+        return (vectors - vectors.mean(0)) / vectors.std(0).clamp_min(1e-12)
+    return vectors
 
 
 # ---------------------------------------------------------------------------------------------

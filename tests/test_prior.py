@@ -30,6 +30,8 @@ from prior import (
     random_vectors,
     read_captions,
     resolve_parts,
+    rewired,
+    shuffled,
     whole_file,
 )
 
@@ -444,3 +446,32 @@ def test_real_vectors_have_the_papers_neighbours():
     vectors = glove_vectors(SHARED / "vectors" / "glove.6B.100d.zip", {"orange", "yellow", "blue", "breast", "belly", "wheel"})
     cosine = lambda a, b: float(vectors[a] @ vectors[b] / math.sqrt((vectors[a] @ vectors[a]) * (vectors[b] @ vectors[b])))
     assert len(vectors) == 6 and cosine("breast", "belly") > cosine("belly", "wheel")
+
+
+# ---------------------------------------------------------------------------------------------
+# Controls
+
+
+def test_rewired_edges_keep_every_degree():
+    rng = np.random.default_rng(0)
+    edges = np.unique(rng.integers(0, (40, 60), (500, 2)), axis=0)
+    swapped = rewired(edges, rng)
+    assert len(np.unique(swapped, axis=0)) == len(edges)  # no edge twice
+    for column, size in enumerate((40, 60)):
+        assert np.array_equal(np.bincount(swapped[:, column], minlength=size), np.bincount(edges[:, column], minlength=size))
+    shared = len({tuple(edge) for edge in edges.tolist()} & {tuple(edge) for edge in swapped.tolist()})
+    assert shared < 0.4 * len(edges)  # of 2,400 possible edges 500 are there, so a fifth would stay by chance
+    for few in (edges[:0], edges[:1]):
+        assert np.array_equal(rewired(few, rng), few)
+
+
+def test_shuffling_destroys_one_thing_and_keeps_the_rest(prior):
+    vectors, edges = shuffled(prior, "vectors"), shuffled(prior, "edges")
+    assert shuffled(prior, "none") is prior
+    for part in ("adjective", "noun"):
+        before, after = prior[f"{part}_vectors"], vectors[f"{part}_vectors"]
+        assert not np.array_equal(before, after) and sorted(map(tuple, before)) == sorted(map(tuple, after))
+        assert np.array_equal(edges[f"{part}_vectors"], before) and np.array_equal(vectors[f"{part}_words"], prior[f"{part}_words"])
+    assert np.array_equal(vectors.edges, prior.edges) and not np.array_equal(edges.edges, prior.edges)
+    assert vectors.provenance["shuffled"] == "vectors" and "shuffled" not in prior.provenance
+    assert np.array_equal(shuffled(prior, "vectors", seed=3).noun_vectors, shuffled(prior, "vectors", seed=3).noun_vectors)

@@ -13,7 +13,7 @@ from scipy.linalg import norm
 
 import train as train_module
 from conftest import ROOT, SHARED
-from prior import UserError, count_captions
+from prior import Prior, UserError, count_captions
 from train import (
     DEMO_ADJECTIVES,
     DEMO_NOUNS,
@@ -261,6 +261,24 @@ def test_flags_win_over_method_over_preset():
     assert config.lr == pytest.approx(4.5e-6 * 8)
 
 
+def test_recipes_and_controls_are_flags():
+    official = resolve({"recipe": "official", "transfer_dropout": 0.1})
+    assert (official.transfer_layers, official.transfer_dropout, official.last_relu, official.beta_on) == (2, 0.1, False, "codebook")
+    assert official.adjective_neighbours == 2 and official.weighted_edges and official.out == "runs/demo-vqct-official"
+    assert resolve({}).transfer_layers == 3 and resolve({"method": "simvq", "recipe": "official"}).transfer_layers == 1
+    assert resolve({"method": "vqgan", "recipe": "official"}).adjective_neighbours == 1
+    assert resolve({"shuffle": "edges", "codes": "random", "seed": 2}).out == "runs/demo-vqct-edges-random-seed2"
+    assert resolve({"method": "random-mlp", "codes": "random"}).out == "runs/demo-random-mlp"
+
+
+def test_a_shuffled_prior_is_the_runs_own(tmp_path):
+    plain, edges = (run_tiny(tmp_path / what, shuffle=what, steps=1) for what in ("none", "edges"))
+    a, b = Prior.load(plain / "prior.npz"), Prior.load(edges / "prior.npz")
+    assert not np.array_equal(a.edges, b.edges) and np.array_equal(np.bincount(a.edges[:, 0]), np.bincount(b.edges[:, 0]))
+    stored = load_checkpoint(edges / "last.pt")["prior"]["edges"]
+    assert np.array_equal(stored.numpy(), b.edges)
+
+
 def command(*args, cwd=None):
     return subprocess.run([sys.executable, ROOT / "train.py", *map(str, args)], capture_output=True, text=True, cwd=cwd)
 
@@ -376,9 +394,11 @@ def test_every_method_trains_and_reloads(method, tmp_path):
         assert torch.equal(model.decode(model.encode(x)), model(x).x_hat)
 
 
-def test_resuming_equals_an_uninterrupted_run(tmp_path):
-    whole = run_tiny(tmp_path / "whole", accumulate=2)
-    run_tiny(tmp_path / "parts", steps=4, accumulate=2)
+@pytest.mark.parametrize("method", ["vqct", "cvq", "regvq", "gumbel"])
+def test_resuming_equals_an_uninterrupted_run(method, tmp_path):
+    choices = dict(method=method, accumulate=2, temperature_end=1.0)  # a schedule over the run would depend on its length
+    whole = run_tiny(tmp_path / "whole", **choices)
+    run_tiny(tmp_path / "parts", steps=4, **choices)
     with open(tmp_path / "parts" / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')  # written after the checkpoint by a run that was killed
     train_module.main(["--out", str(tmp_path / "parts"), "--resume", "--steps", "8"])

@@ -1,17 +1,20 @@
 """Shapes, gradients and exactness of the networks."""
 
+import dataclasses
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import vqct
-from train import METHODS
+from train import METHODS, RECIPES
 from vqct import (
     LPIPS,
     AttentionBlock,
+    ClusteredQuantizer,
     Codebook,
     CodebookTransfer,
     Decoder,
@@ -19,14 +22,17 @@ from vqct import (
     Downsample,
     Encoder,
     GraphConvolution,
+    GumbelQuantizer,
     ModelConfig,
     NormalizedAdjacency,
+    RegularizedQuantizer,
     ResidualBlock,
     Upsample,
     VectorQuantizer,
     VQModel,
     adaptive_weight,
     hinge_loss,
+    look_up,
     nearest_code,
 )
 
@@ -133,16 +139,16 @@ def test_nearest_code_never_holds_the_distance_matrix():
 def test_quantizer_computes_equation_2():
     z, codebook = torch.randn(2, 3, 4, 5), torch.randn(6, 3)
     z_q, indices, loss = VectorQuantizer(beta=0.4)(z, codebook)
-    assert z_q.shape == z.shape and indices.shape == (2, 4, 5)
-    torch.testing.assert_close(z_q, codebook[indices].permute(0, 3, 1, 2))
-    torch.testing.assert_close(loss, 1.4 * F.mse_loss(codebook[indices].permute(0, 3, 1, 2), z))
+    assert z_q.shape == z.shape and indices.shape == (2, 1, 4, 5)
+    torch.testing.assert_close(z_q, codebook[indices[:, 0]].permute(0, 3, 1, 2))
+    torch.testing.assert_close(loss, 1.4 * F.mse_loss(codebook[indices[:, 0]].permute(0, 3, 1, 2), z))
 
 
 def test_quantizer_gradients_go_where_equation_2_says():
     z, codebook = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(40, 3, requires_grad=True)
     z_q, indices, loss = VectorQuantizer(beta=0.25)(z, codebook)
     loss.backward()
-    residual = (z - codebook[indices].permute(0, 3, 1, 2)).detach()
+    residual = (z - codebook[indices[:, 0]].permute(0, 3, 1, 2)).detach()
     torch.testing.assert_close(z.grad, 0.25 * 2 * residual / z.numel())  # β on the commitment term
     expected = torch.zeros_like(codebook).index_add(0, indices.flatten(), -2 * residual.permute(0, 2, 3, 1).reshape(-1, 3) / z.numel())
     torch.testing.assert_close(codebook.grad, expected)
@@ -159,6 +165,154 @@ def test_quantizer_is_float32_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         z_q, _, loss = VectorQuantizer()(torch.randn(1, 4, 2, 2, dtype=torch.bfloat16), torch.randn(5, 4))
     assert z_q.dtype == loss.dtype == torch.float32
+
+
+def test_beta_weighs_the_term_it_is_told_to():
+    z, codebook = torch.randn(1, 3, 2, 2, requires_grad=True), torch.randn(5, 3, requires_grad=True)
+    gradients = {}
+    for beta_on in ("commitment", "codebook"):
+        _, _, loss = VectorQuantizer(0.25, beta_on)(z, codebook)
+        gradients[beta_on] = torch.autograd.grad(loss, (z, codebook))
+    torch.testing.assert_close(gradients["codebook"][0], 4 * gradients["commitment"][0])
+    torch.testing.assert_close(gradients["codebook"][1], 0.25 * gradients["commitment"][1])
+
+
+def test_two_neighbours_are_averaged():
+    codebook = torch.tensor([[0.0, 0.0], [4.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
+    z = torch.tensor([[0.1, 0.0], [3.0, 0.1]]).T.view(1, 2, 1, 2)
+    quantizer = VectorQuantizer(neighbours=2).eval()
+    z_q, indices, _ = quantizer(z, codebook)
+    assert indices.shape == (1, 2, 1, 2) and indices[0, :, 0, 0].tolist() == [0, 2] and indices[0, :, 0, 1].tolist() == [1, 2]
+    assert z_q[0, :, 0, 0].tolist() == [0.5, 0.5] and torch.equal(z_q, look_up(indices, codebook))
+
+
+# ---------------------------------------------------------------------------------------------
+# The other quantizers
+
+
+def test_gumbel_is_hard_forward_and_soft_backward():
+    """The straight-through gradient of the hard weights is that of the soft ones under the same noise."""
+    z, codebook = torch.randn(2, 4, 3, 3), torch.randn(7, 4)
+    gradients = []
+    for straight_through in (True, False):
+        torch.manual_seed(1)
+        quantizer = GumbelQuantizer(4, 7, kl_weight=0.0, straight_through=straight_through)
+        torch.manual_seed(2)
+        z_q, indices, loss = quantizer(z, codebook)
+        (z_q * torch.linspace(-1, 1, z_q.numel()).view_as(z_q)).sum().backward()
+        gradients.append(quantizer.to_logits.weight.grad)
+        if straight_through:
+            torch.testing.assert_close(z_q, look_up(indices, codebook))
+        else:
+            assert (z_q - look_up(indices, codebook)).abs().max() > 0.1
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 0 and loss == 0
+
+
+def test_gumbel_is_deterministic_in_evaluation_and_sharp_when_cold():
+    quantizer, z, codebook = GumbelQuantizer(4, 7, straight_through=False), torch.randn(2, 4, 3, 3), torch.randn(7, 4)
+    quantizer.temperature = 1e-6
+    z_q, indices, _ = quantizer(z, codebook)
+    torch.testing.assert_close(z_q, look_up(indices, codebook), atol=1e-2, rtol=0)  # soft weights near one
+    quantizer.eval()
+    z_q, indices, _ = quantizer(z, codebook)
+    assert torch.equal(indices, quantizer.indices(z, codebook)) and torch.equal(z_q, look_up(indices, codebook))
+    assert torch.equal(indices, quantizer.to_logits(z).argmax(1, keepdim=True))
+
+
+def test_gumbel_divergence_is_zero_at_uniform_and_log_k_at_one_code():
+    quantizer = GumbelQuantizer(4, 8, kl_weight=1.0)
+    nn.init.zeros_(quantizer.to_logits.weight), nn.init.zeros_(quantizer.to_logits.bias)
+    assert quantizer(torch.randn(1, 4, 2, 2), torch.randn(8, 4))[2].item() == pytest.approx(0, abs=1e-6)
+    quantizer.to_logits.bias.data[3] = 50.0
+    assert quantizer(torch.randn(1, 4, 2, 2), torch.randn(8, 4))[2].item() == pytest.approx(math.log(8), rel=1e-5)
+
+
+def test_cvq_moves_each_code_by_its_decay_toward_an_anchor():
+    """e_k ← e_k + α_k (ẑ_k − e_k), α_k = exp(−10 K N_k / (1 − γ) − 1e-3); all features equal, so every anchor is known."""
+    codebook = nn.Parameter(torch.tensor([[0.0, 0.0], [0.9, 1.1], [5.0, -5.0], [-3.0, 4.0]]))
+    before, quantizer = codebook.detach().clone(), ClusteredQuantizer(4, decay=0.9)
+    z = torch.ones(1, 2, 3, 3)
+    quantizer(z, codebook)
+    usage = torch.tensor([0.0, 0.1, 0.0, 0.0])  # code 1 is nearest to all: (1 − γ) · 1
+    alpha = torch.exp(-10 * 4 * usage / 0.1 - 1e-3)
+    torch.testing.assert_close(quantizer.usage, usage)
+    torch.testing.assert_close(codebook.detach(), before + alpha[:, None] * (torch.ones(2) - before))
+    assert (codebook[1] - before[1]).abs().max() < 1e-6 and (codebook[2] - 1).abs().max() < 0.01
+    moved = codebook.detach().clone()
+    quantizer.eval()(z, codebook)
+    assert torch.equal(codebook.detach(), moved)  # evaluation writes nothing
+
+
+def test_cvq_writes_to_the_codebook_it_was_given_and_its_gradient_is_equation_2s():
+    codebook = Codebook(torch.randn(9, 3), (4, 5), trained=True)
+    before, z = codebook.vectors.detach().clone(), torch.randn(2, 3, 2, 2)
+    codes = codebook()
+    _, _, loss = ClusteredQuantizer(5, contrastive_weight=0.1)(z, codes[1])
+    loss.backward()
+    assert torch.equal(codebook.vectors.detach()[:4], before[:4]) and not torch.equal(codebook.vectors.detach()[4:], before[4:])
+    old = before[4:].clone().requires_grad_()
+    _, indices, expected = VectorQuantizer()(z, old)
+    features = z.movedim(1, -1).flatten(0, -2)
+    (expected + 0.1 * ClusteredQuantizer.contrast(features, old)).backward()
+    torch.testing.assert_close(codebook.vectors.grad[4:], old.grad)
+
+
+def test_cvq_draws_nearer_features_more_often():
+    features = torch.tensor([[0.0], [1.0], [3.0]])
+    drawn = ClusteredQuantizer.draw(features, torch.zeros(4000, 1)).flatten()
+    expected = torch.softmax(-features.flatten().square(), 0)
+    for value, share in zip((0.0, 1.0), expected):
+        assert (drawn == value).float().mean().item() == pytest.approx(share.item(), abs=0.03)
+
+
+def test_cvq_contrast_by_hand():
+    """One code, four features: the mean of the 4/1 nearest is positive, the far half negative."""
+    features, codebook = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]), torch.tensor([[2.0, 0.0]])
+    logits = torch.tensor([0.0, 0.0, -1.0]) / 0.07  # cosines 1, 0, 0, −1
+    assert ClusteredQuantizer.contrast(features, codebook).item() == pytest.approx(logits.logsumexp(0).item() - logits[0].item(), rel=1e-5)
+
+
+def test_regvq_tends_to_uniform_under_its_prior_term_alone():
+    z, codebook = nn.Parameter(torch.randn(64, 2) * 0.1 + 1), nn.Parameter(torch.randn(6, 2) * 2)
+    optimizer, divergences = torch.optim.Adam([z, codebook], lr=0.05), []
+    for _ in range(300):
+        divergences.append(RegularizedQuantizer.divergence_from_uniform(-torch.cdist(z, codebook).square()))
+        optimizer.zero_grad(), divergences[-1].backward(), optimizer.step()
+    assert divergences[0] > 0.3 and divergences[-1] < 1e-3
+
+
+def test_regvq_without_its_terms_is_vector_quantization():
+    z, codebook = torch.randn(2, 3, 4, 4), torch.randn(9, 3)
+    plain, regularized = VectorQuantizer()(z, codebook), RegularizedQuantizer(0.0, 0.0, 0.0)(z, codebook)
+    assert all(torch.equal(a, b) for a, b in zip(plain, regularized))
+    in_evaluation = RegularizedQuantizer(1.0, 1.0, 1.0).eval()(z, codebook)
+    assert torch.equal(in_evaluation[1], plain[1]) and torch.equal(in_evaluation[0], look_up(plain[1], codebook))
+
+
+def test_regvq_draws_masked_positions_from_their_distribution():
+    z, codebook = torch.zeros(1, 1, 100, 100), torch.tensor([[0.0], [1.0], [-1.5]])
+    quantizer = RegularizedQuantizer(mask_ratio=0.5)
+    quantizer.temperature = 2.0
+    drawn = torch.bincount(quantizer(z, codebook)[1].flatten(), minlength=3) / 1e4
+    expected = 0.5 * torch.softmax(-codebook.flatten().square() / 2, 0) + 0.5 * torch.tensor([1.0, 0.0, 0.0])
+    torch.testing.assert_close(drawn, expected, atol=0.03, rtol=0)
+
+
+def test_regvq_contrast_pulls_a_far_draw_less():
+    features, codebook = torch.eye(4)[:3].clone().requires_grad_(), torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0.5, 1.0, 0], [0, 0.9, 0, 0.9]])
+    nearest = torch.tensor([0, 1, 2])
+    pulls = []
+    for drawn in (torch.tensor([0, 1, 2]), torch.tensor([0, 3, 2])):
+        codes = codebook[drawn]
+        cosine = F.normalize(features, dim=1) @ F.normalize(codes, dim=1).T / 0.07
+        weight = torch.ones(3) if drawn[1] == 1 else torch.tensor([1.0, math.exp(-1), 1.0])  # the only noise is its own mean
+        logits = cosine - torch.diag(cosine.diag() * (1 - weight))
+        expected = F.cross_entropy(logits, torch.arange(3))
+        loss = RegularizedQuantizer.contrast(features, codebook, drawn, nearest)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+        pulls.append(torch.autograd.grad(loss, features)[0])
+    assert all(torch.isfinite(pull).all() for pull in pulls)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -185,6 +339,18 @@ def test_adjacency_is_the_normalized_one(sparse, monkeypatch):
     torch.testing.assert_close(product, dense @ nodes)
     weight = torch.randn(8, 3)
     torch.testing.assert_close(torch.autograd.grad(product, nodes, weight)[0], dense.T @ weight)
+
+
+def test_weighted_adjacency_counts_each_pair():
+    weights = torch.tensor([3.0, 1.0, 2.0])
+    edges, dense = torch.tensor([(0, 2), (1, 2), (3, 1)]), torch.eye(4, dtype=torch.float64)
+    for (a, b), weight in zip(edges.tolist(), weights):
+        dense[a, b] = dense[b, a] = weight
+    scale = dense.sum(1).rsqrt()
+    expected = scale[:, None] * dense * scale
+    torch.testing.assert_close(NormalizedAdjacency(edges, 4, weights)(torch.eye(4)), expected.float())
+    binary, ones = NormalizedAdjacency(edges, 4), NormalizedAdjacency(edges, 4, torch.ones(3))
+    assert torch.equal(binary.value, ones.value)
 
 
 def test_adjacency_gradients_to_second_order():
@@ -234,6 +400,37 @@ def test_one_selected_code_moves_the_others_through_the_transfer_network():
     assert (adjective_moves > 0).all() and (noun_moves > 0).all()  # nodes 3 and 7 too, by the shared weights
     adjective_moves, noun_moves = moves(Codebook(vectors, (4, 4), trained=True))[0]
     assert adjective_moves[0] > 0 and (adjective_moves[1:] == 0).all() and (noun_moves == 0).all()
+
+
+def test_one_code_moves_its_neighbourhood_most():
+    """A step on one code moves codes within two hops more than codes beyond six, over 20 seeds, on a ring of words."""
+    count = 40
+    edges = torch.stack([torch.arange(count), (torch.arange(count) + 1) % count], 1)
+    hops = torch.minimum(torch.arange(count), count - torch.arange(count))  # from node 0
+    near, far = [], []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        codebook = Codebook(torch.randn(count, 16), (count,), transfer=CodebookTransfer((16, 32, 32, 8), NormalizedAdjacency(edges, count)))
+        (codes,) = codebook()
+        before = codes.detach().clone()
+        (codes[0] - codes[0].detach() - 0.1).square().sum().backward()  # only node 0 is selected
+        torch.optim.SGD(codebook.parameters(), lr=0.1).step()
+        move = (codebook()[0] - before).norm(dim=1)
+        near.append(move[(hops > 0) & (hops <= 2)].mean().item())
+        far.append(move[hops > 6].mean().item())
+    assert all(value > 0 for value in far)  # by the shared weights, out of reach of three convolutions
+    assert sum(near) > 1.2 * sum(far) and sum(n > f for n, f in zip(near, far)) >= 16
+
+
+def test_transfer_options_are_those_of_the_authors_code():
+    nodes, adjacency = torch.randn(8, 5), NormalizedAdjacency(EDGES, 8)
+    transfer = CodebookTransfer((5, 64, 4), adjacency, last_relu=False, dropout=0.5)
+    first, last = (layer.weight for layer in transfer.layers)
+    plain = adjacency(F.relu(adjacency(nodes @ first)) @ last)
+    torch.testing.assert_close(transfer.eval()(nodes), plain)
+    assert plain.min() < 0 and CodebookTransfer((5, 64, 4), adjacency)(nodes).min() == 0
+    kept = transfer.train().dropout(torch.ones(10000))
+    assert sorted(kept.unique().tolist()) == [0.0, 2.0] and not torch.allclose(transfer(nodes), plain)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -358,27 +555,104 @@ def test_lpips_is_its_formula():
 # The model
 
 
-def build(method, prior, small):
-    return VQModel(ModelConfig(**{k: v for k, v in {**METHODS[method], **small}.items() if k in ModelConfig.__dataclass_fields__}), prior)
+def build(method, prior, small, recipe="paper"):
+    choices = {**RECIPES[recipe], **METHODS[method], **small}
+    return VQModel(ModelConfig(**{k: v for k, v in choices.items() if k in ModelConfig.__dataclass_fields__}), prior)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("method", METHODS)
-def test_decoding_indices_gives_the_forward_pass(method, prior, small):
-    model, x = build(method, prior, small).eval(), torch.randn(3, 3, 16, 16)
+def test_decoding_indices_gives_the_forward_pass(method, recipe, prior, small):
+    model, x = build(method, prior, small, recipe).eval(), torch.randn(3, 3, 16, 16)
     with torch.no_grad():
         output, indices = model(x), model.encode(x)
         assert torch.equal(output.indices, indices) and torch.equal(model.decode(indices), output.x_hat)
-    assert output.x_hat.shape == x.shape and indices.shape == (3, len(model.codebook.sizes), 8, 8) and output.quantizer_loss.shape == ()
-    for index, size in zip(indices.unbind(1), model.codebook.sizes):
+    tokens = len(model.codebook.sizes) + (recipe == "official" and len(model.codebook.sizes) == 2)
+    assert output.x_hat.shape == x.shape and indices.shape == (3, tokens, 8, 8) and output.quantizer_loss.shape == ()
+    for index, size in zip(model.by_codebook(indices), model.codebook.sizes):
         assert 0 <= index.min() and index.max() < size
 
 
-@pytest.mark.parametrize("method, shapes", [("vqct", [(7, 4), (9, 4)]), ("vqgan", [(1024, 8)])])
-def test_codebook_shapes_tell_methods_apart(method, shapes, prior, small):
+WORDS, LEARNED = [(7, 4), (9, 4)], [(1024, 8)]
+TOLD_APART = {  # shapes of the codes, trained tensors of the codebook, layers with a graph, quantizer, same codes from another prior
+    "vqct": (WORDS, 3, 3, VectorQuantizer, False),
+    "vqct-vqvae": (WORDS, 3, 3, VectorQuantizer, False),
+    "vqvae": (LEARNED, 1, 0, VectorQuantizer, True),
+    "vqgan": (LEARNED, 1, 0, VectorQuantizer, True),
+    "gumbel": (LEARNED, 1, 0, GumbelQuantizer, True),
+    "cvq": (LEARNED, 1, 0, ClusteredQuantizer, True),
+    "regvq": (LEARNED, 1, 0, RegularizedQuantizer, True),
+    "random-mlp": (WORDS, 3, 0, VectorQuantizer, True),
+    "frozen": ([(16, 12)], 0, 0, VectorQuantizer, False),
+    "finetune": ([(16, 12)], 1, 0, VectorQuantizer, False),
+    "single-mlp": ([(16, 8)], 3, 0, VectorQuantizer, False),
+    "single-gcn": ([(16, 8)], 3, 3, VectorQuantizer, False),
+    "multi-mlp": (WORDS, 3, 0, VectorQuantizer, False),
+    "matched": (WORDS, 1, 0, VectorQuantizer, True),
+    "simvq": (WORDS, 1, 0, VectorQuantizer, True),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_are_told_apart_by_what_they_are(method, prior, small):
+    shapes, trained, graph_layers, quantizer, deaf = TOLD_APART[method]
+    torch.manual_seed(0)
     model = build(method, prior, small)
     assert [tuple(codes.shape) for codes in model.codebook()] == shapes
-    trained = [name for name, _ in model.codebook.named_parameters()]
-    assert trained == (["vectors"] if method == "vqgan" else [f"transfer.layers.{i}.weight" for i in range(3)])
+    assert len(list(model.codebook.parameters())) == trained
+    transfer = model.codebook.transfer
+    with_graph = transfer is not None and isinstance(transfer.adjacency, NormalizedAdjacency)
+    assert (len(transfer.layers) if with_graph else 0) == graph_layers
+    assert all(type(q) is quantizer for q in model.quantizers)
+    torch.manual_seed(0)
+    other = build(method, dataclasses.replace(prior, adjective_vectors=prior.adjective_vectors + 1), small)
+    assert all(torch.equal(a, b) for a, b in zip(model.codebook(), other.codebook())) == deaf  # whether the words' vectors matter
+    torch.manual_seed(0)
+    other = build(method, dataclasses.replace(prior, edges=prior.edges[:3]), small)
+    assert all(torch.equal(a, b) for a, b in zip(model.codebook(), other.codebook())) == (graph_layers == 0)  # whether edges do
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unselected_codes_move_only_where_codes_are_generated(method, prior, small):
+    """§3.4 for every system: one step of Eq. 2 on one position."""
+    model = build(method, prior, small)
+    if method in ("frozen", "gumbel", "cvq", "regvq"):  # nothing to move, or not Eq. 2's rule: tested apart
+        return
+    before = [codes.detach().clone() for codes in model.codebook()]
+    optimizer = torch.optim.SGD(model.codebook.parameters(), lr=0.1)
+    followed = before[0][before[0].norm(dim=1).argmax()]  # not one that the last ReLU has silenced
+    z = followed.view(1, -1, 1, 1) + 0.01 * torch.rand(1, len(followed), 1, 1)
+    _, indices, loss = model.quantizers[0](z, model.codebook()[0])
+    optimizer.zero_grad(), loss.backward(), optimizer.step()
+    moves = torch.cat([(after - old).norm(dim=1) for after, old in zip(model.codebook(), before)])
+    chosen = indices.item()
+    others = torch.cat([moves[:chosen], moves[chosen + 1 :]])
+    assert moves[chosen] > 0 and ((others > 0).float().mean() > 0.5 if model.codebook.transfer is not None else (others == 0).all())
+
+
+def test_shared_codebooks_put_adjectives_and_nouns_in_one(prior, small):
+    single, double = build("single-gcn", prior, small).eval(), build("vqct", prior, small).eval()
+    x = torch.randn(1, 3, 16, 16)
+    assert single.encode(x).shape == (1, 1, 8, 8) and double.encode(x).shape == (1, 2, 8, 8)
+    assert single.encode(x).max() < 16 and double.encode(x)[:, 0].max() < 7
+
+
+def test_word_vectors_are_scaled_as_asked(prior, small):
+    def vectors(how):
+        return VQModel(ModelConfig(**{**small, "vector_scale": how}), prior).codebook.vectors
+
+    words = torch.from_numpy(np.concatenate([prior.adjective_vectors, prior.noun_vectors]))
+    assert torch.equal(vectors("none"), words)
+    assert vectors("rms").square().mean().item() == pytest.approx(1) and torch.allclose(vectors("rms") * words.square().mean().sqrt(), words)
+    standard = vectors("standard")
+    assert standard.mean(0).abs().max() < 1e-6 and torch.allclose(standard.std(0), torch.ones(12))
+
+
+def test_temperature_goes_from_one_to_its_end(prior, small):
+    model = build("gumbel", prior, small)
+    for progress, expected in ((0.0, 1.0), (0.5, (1 + 1 / 16) / 2), (1.0, 1 / 16)):
+        model.anneal(progress)
+        assert model.quantizers[0].temperature == pytest.approx(expected)
 
 
 def test_orthogonal_choices(prior, small):
@@ -435,6 +709,10 @@ def test_model_refuses_what_cannot_be(prior, small):
         VQModel(ModelConfig(**{**small, "resolution": 17}), prior)
     with pytest.raises(ValueError, match="need a prior"):
         VQModel(ModelConfig(**small), None)
+    with pytest.raises(ValueError, match="'cvq' moves the codes themselves"):
+        VQModel(ModelConfig(**small, quantizer="cvq"), prior)
+    with pytest.raises(ValueError, match="2 neighbours needs"):
+        VQModel(ModelConfig(**small, quantizer="gumbel", adjective_neighbours=2), prior)
 
 
 def test_state_dict_carries_all_it_takes_to_decode(prior, small):

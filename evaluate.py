@@ -1,18 +1,23 @@
-"""Measure how runs reconstruct the evaluation split (paper Tables 1 to 5, Fig. 4 and 5).
+"""Measure how runs reconstruct the evaluation split, and draw what they learned (paper Tables 1 to 5, Fig. 3 to 7).
 
-    python evaluate.py runs/demo-vqct
+    python evaluate.py runs/demo-vqct --figures
     python evaluate.py runs/cub-vqct runs/cub-vqgan --data CUB_200_2011 --figures
     python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
-Prints a Markdown table and writes evaluation.json and reconstructions.png into each run. ℓ1 and ℓ2
-are on [-1, 1] images as the decoder leaves them; PSNR and SSIM on images clamped to that range, each
-averaged over images; FID on images rounded to 8 bits, against the same split.
+Prints Markdown tables; writes evaluation.json and reconstructions.png into each run and, with --figures,
+Fig. 3 and 5 to 7 into its figures/ and what compares several runs into comparison/ beside the first.
+Runs that differ only by their seed share a row, mean ± standard deviation. ℓ1 and ℓ2 are on [-1, 1]
+images as the decoder leaves them; PSNR, SSIM and LPIPS on images clamped to that range, each averaged
+over images; FID on images rounded to 8 bits, against the same split.
 """
 
 import argparse
+import dataclasses
 import json
 import math
+import os.path
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
@@ -23,8 +28,23 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont
 
-from prior import Progress, UserError, command, whole_file
-from train import codebook_names, draw_pairs, evenly, load_run, load_weights, make_dataset, make_loader, pick_device, psnr, to_images
+from prior import PARTS, Progress, UserError, WordListSpeech, command, whole_file
+from train import (
+    Config,
+    code_words,
+    codebook_names,
+    draw_pairs,
+    evenly,
+    load_lpips,
+    load_run,
+    load_weights,
+    make_dataset,
+    make_loader,
+    pick_device,
+    psnr,
+    to_images,
+)
+from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, rescale
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
@@ -139,32 +159,32 @@ def mean_image(dataset, device, limit=10_000):
 
 
 @torch.no_grad()
-def reconstruct(model, dataset, device, batch_size, baseline, inception=None, save=None):
+def reconstruct(model, dataset, device, batch_size, baseline, inception=None, lpips=None, save=None):
     """Every image of a dataset through a model in evaluation mode.
 
     Returns:
-        scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr; counts: (K,) arrays, how often
-        each code of each codebook was chosen; features: originals' and reconstructions', (N, 2048)
-        or empty lists; pairs: sixteen originals and reconstructions in turn.
+        scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr, and lpips where there is one;
+        indices: (N, M, h, w) int32; features: originals' and reconstructions', (N, 2048) or empty lists;
+        pairs: sixteen originals and reconstructions in turn.
     """
-    scores = {name: [] for name in ("psnr", "l1", "l2", "ssim", "baseline_psnr")}
-    counts = [torch.zeros(size, dtype=torch.int64, device=device) for size in model.codebook.sizes]
-    features, pairs, done, progress = ([], []), [], 0, Progress()
+    scores, indices, features, pairs, progress = {}, [], ([], []), [], Progress()
     shown = set(evenly(len(dataset), 16))
     for batch in make_loader(dataset, device, -1, batch_size=batch_size):
         x = to_images(batch["image"], device)
         output = model(x)
         x_hat = output.x_hat.float()
-        for name, value in (
-            ("psnr", psnr(x_hat, x)),
-            ("l1", (x_hat - x).abs().mean(dim=(1, 2, 3))),
-            ("l2", (x_hat - x).square().mean(dim=(1, 2, 3))),
-            ("ssim", ssim(x_hat, x)),
-            ("baseline_psnr", psnr(baseline.expand_as(x), x)),
-        ):
-            scores[name].append(value)
-        for total, indices in zip(counts, model.by_codebook(output.indices)):
-            total += torch.bincount(indices.flatten(), minlength=len(total))
+        values = {
+            "psnr": psnr(x_hat, x),
+            "l1": (x_hat - x).abs().mean(dim=(1, 2, 3)),
+            "l2": (x_hat - x).square().mean(dim=(1, 2, 3)),
+            "ssim": ssim(x_hat, x),
+            "baseline_psnr": psnr(baseline.expand_as(x), x),
+        }
+        if lpips is not None:
+            values["lpips"] = lpips(x_hat.clamp(-1, 1), x)
+        for name, value in values.items():
+            scores.setdefault(name, []).append(value)
+        indices.append(output.indices.int())
         eight_bits = batch["image"].to(device), to_bytes(x_hat)
         if inception is not None:
             for kept, images in zip(features, eight_bits):
@@ -173,10 +193,9 @@ def reconstruct(model, dataset, device, batch_size, baseline, inception=None, sa
             save_images(save, batch["index"].tolist(), eight_bits)
         for row in (row for row, index in enumerate(batch["index"].tolist()) if index in shown):
             pairs += [x[row].cpu(), x_hat[row].cpu()]
-        done += len(x)
-        progress(f"reconstructing: {done:,}/{len(dataset):,} images")
+        progress(f"reconstructing: {sum(map(len, indices)):,}/{len(dataset):,} images")
     scores = {name: torch.cat(values).cpu().double().numpy() for name, values in scores.items()}
-    return scores, [total.cpu().numpy() for total in counts], [torch.cat(kept).numpy() if kept else kept for kept in features], pairs
+    return scores, torch.cat(indices).cpu().numpy(), [torch.cat(kept).numpy() if kept else kept for kept in features], pairs
 
 
 def save_images(folder, indices, images):
@@ -187,11 +206,27 @@ def save_images(folder, indices, images):
                 TF.to_pil_image(image).save(temporary, "PNG")
 
 
-def code_statistics(counts, positions):
+class Usage(NamedTuple):
+    """How a codebook was used over a split."""
+
+    counts: np.ndarray  # (K,) times each code was chosen
+    growth: np.ndarray  # (used,) positions seen when the first, second, … code turned up
+
+
+def code_usage(indices, sizes):
+    """A list of (N, …) index arrays and of codebook sizes → a list of Usage."""
+    usage = []
+    for chosen, size in zip(indices, sizes):
+        first = np.unique(chosen.ravel(), return_index=True)[1]
+        usage.append(Usage(np.bincount(chosen.ravel(), minlength=size), np.sort(first) + 1))
+    return usage
+
+
+def code_statistics(counts, images):
     """Use of codebooks from how often each code was chosen.
 
     Args:
-        counts: list of (K,) arrays over the whole split; positions: tokens of an image.
+        counts: list of (K,) arrays over the whole split; images: of that split.
     Returns:
         dict: usage, codes_used, codes and perplexity by codebook; bits and bits_entropy an image,
         with a fixed-length code (log2 K a token) and with an ideal one for the empirical frequencies.
@@ -199,34 +234,44 @@ def code_statistics(counts, positions):
     statistics = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
     statistics.update(bits=0.0, bits_entropy=0.0)
     for name, count in zip(codebook_names(counts), counts):
-        share = count[count > 0] / count.sum()
+        share, tokens = count[count > 0] / count.sum(), count.sum() / images
         entropy = float(-(share * np.log2(share)).sum())
         statistics["codes_used"][name], statistics["codes"][name] = int((count > 0).sum()), len(count)
         statistics["usage"][name], statistics["perplexity"][name] = float((count > 0).mean()), 2.0**entropy
-        statistics["bits"] += positions * math.log2(len(count))
-        statistics["bits_entropy"] += positions * entropy
+        statistics["bits"] += float(tokens * math.log2(len(count)))
+        statistics["bits_entropy"] += float(tokens * entropy)
     return statistics
 
 
-def evaluate(path, data="", device="auto", inception=(None, ""), save=None, checkpoint="last", figures=False):
+class Evaluation(NamedTuple):
+    """What `evaluate` finds out about a run."""
+
+    result: dict  # as in evaluation.json
+    usage: list  # of Usage, for each codebook
+    pairs: list  # sixteen originals and reconstructions in turn, (3, H, W) in [-1, 1]
+
+
+def evaluate(path, data="", device="auto", inception=(None, ""), lpips=(None, ""), save=None, checkpoint="last", figures=False):
     """Measure one run over its whole evaluation split; write evaluation.json and reconstructions.png.
 
     Args:
-        inception: InceptionFeatures or None, and the reason for None.
+        inception: InceptionFeatures or None, and the reason for None; lpips: LPIPS likewise.
     Returns:
-        dict as in evaluation.json.
+        Evaluation.
     """
     device = pick_device(device)
-    model, config, _, step = load_run(path, device, checkpoint)
-    config.data, config.labels = data or config.data, ""
+    model, config, prior, step = load_run(path, device, checkpoint)
+    choices = dataclasses.asdict(config)
+    config.data, config.labels = data or config.data, "" if data else config.labels
     dataset = make_dataset(config, "val")
     baseline = mean_image(make_dataset(config, "train"), device)
-    network, reason = inception
-    scores, counts, features, pairs = reconstruct(model, dataset, device, config.batch_size, baseline, network and network.to(device), save)
+    network, perceptual = (part and part.to(device) for part in (inception[0], lpips[0]))
+    scores, indices, features, pairs = reconstruct(model, dataset, device, config.batch_size, baseline, network, perceptual, save)
+    by_codebook = [part.numpy() for part in model.by_codebook(torch.from_numpy(indices))]
+    usage = code_usage(by_codebook, model.codebook.sizes)
     fid = None
     if network is not None:
-        gaussians = [part for kept in features for part in (kept.mean(axis=0), np.cov(kept, rowvar=False))]
-        fid = frechet_distance(*gaussians)
+        fid = frechet_distance(*[part for kept in features for part in (kept.mean(axis=0), np.cov(kept, rowvar=False))])
     result = {
         "run": str(path),
         "method": config.method,
@@ -237,95 +282,530 @@ def evaluate(path, data="", device="auto", inception=(None, ""), save=None, chec
         "seed": config.seed,
         "resolution": config.resolution,
         "images": len(dataset),
+        "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
         "fid": fid,
-        "fid_note": reason or f"Inception-v3 pool3 (pt_inception-2015-12-05), {len(dataset):,} images at {config.resolution}²",
-        **code_statistics(counts, model.grid[0] * model.grid[1]),
+        "fid_note": inception[1] or f"Inception-v3 pool3 (pt_inception-2015-12-05), {len(dataset):,} images at {config.resolution}²",
+        "lpips_note": lpips[1] or "LPIPS v0.1, SqueezeNet",
+        **code_statistics([codebook.counts for codebook in usage], len(dataset)),
+        "alignment": alignment(by_codebook, prior, model.codebook.sizes, dataset),
+        "config": choices,
     }
     with whole_file(Path(path) / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     draw_pairs(pairs, Path(path) / "reconstructions.png")
     if figures:
-        draw_usage(counts, codebook_names(counts), Path(path) / "usage.png", f"{config.dataset} {config.method}, step {step:,}")
-    return result
+        draw_figures(Path(path), model, prior, dataset, by_codebook, usage, f"{Path(path).name}, step {step:,}")
+    return Evaluation(result, usage, pairs)
+
+
+# ---------------------------------------------------------------------------------------------
+# Do the codes mean what their words say? (the paper's Fig. 7, measured)
+
+
+def alignment(indices, prior, sizes, dataset):
+    """Codes against captions, where there are any, and against label maps, where there are any.
+
+    Args:
+        indices: list of (N, n, h, w) arrays, one for each codebook.
+    Returns:
+        dict: "captions" → part of speech → null hypothesis → ratio, p and images; "information" → codebook → what → bits,
+        chance and entropy (see `mutual_information`); what is not known is left out.
+    """
+    found, dataset.with_segmentation = {}, True
+    with_captions = [index for index in range(len(dataset)) if next(iter(dataset.captions_of(index)), None)] if prior else []
+    if with_captions:
+        found["captions"] = caption_alignment(indices, prior, sizes, dataset, with_captions)
+    truth = position_labels(dataset, indices[0].shape[-2:])
+    if truth:
+        found["information"] = {
+            name: {what: mutual_information(codes[:, 0][labels >= 0], labels[labels >= 0]) for what, labels in truth.items()}
+            for name, codes in zip(codebook_names(sizes), indices)
+        }
+    return found
+
+
+def caption_alignment(indices, prior, sizes, dataset, chosen, permutations=999):
+    """How much more often the words of an image's codes occur in its captions than by chance.
+
+    The statistic counts, over images and tokens, the tokens whose word the image's captions say; regular
+    plurals count as their noun. It is set against two null hypotheses. "words": a code's word means
+    nothing, so any permutation of the words within a part of speech is as good. "images": words may be
+    common or rare, but say nothing of this image, so the captions may be dealt to the images at random.
+
+    Args:
+        chosen: images that have captions.
+    Returns:
+        dict part → null hypothesis → {"ratio": to the mean of the permutations, "p": share of them at
+        least as large, the observed one included, "images": how many}; empty for codes without words.
+    """
+    words = {part: list(map(str, prior[f"{part}_words"])) for part in PARTS}
+    if sum(sizes) != sum(map(len, words.values())):
+        return {}
+    place, speech = {(part, word): i for part in PARTS for i, word in enumerate(words[part])}, WordListSpeech(*words.values())
+    said = {part: np.zeros((len(chosen), len(words[part])), np.float32) for part in PARTS}
+    for row, index in enumerate(chosen):
+        for token in (token for caption in dataset.captions_of(index) for sentence in speech(caption) for token in sentence):
+            if (token.part, token.lemma) in place:
+                said[token.part][row, place[token.part, token.lemma]] = 1
+    shifted = np.concatenate([codes[chosen].reshape(len(chosen), -1) + first for codes, first in zip(indices, (0, sizes[0]))], axis=1)
+    tokens = np.stack([np.bincount(row, minlength=sum(sizes)) for row in shifted]).astype(np.float32)  # (images, codes)
+    found, rng = {}, np.random.default_rng(0)
+    for part, counts in zip(PARTS, np.split(tokens, [len(words["adjective"])], axis=1)):
+        found[part] = {}
+        for null, together in (("words", counts.T @ said[part]), ("images", counts @ said[part].T)):
+            along, observed = np.arange(len(together)), np.trace(together)
+            dealt = np.array([together[along, rng.permutation(along)].sum() for _ in range(permutations)])
+            ratio, p = observed / max(dealt.mean(), 1e-12), (1 + (dealt >= observed).sum()) / (1 + permutations)
+            found[part][null] = {"ratio": float(ratio), "p": float(p), "images": len(chosen)}
+    return found
+
+
+def position_labels(dataset, grid):
+    """What is known of each token position → dict name → (N, h, w) int64, −1 unknown: the commonest label of its pixels."""
+    if dataset[0].get("segmentation") is None:
+        return {}
+    labels, colours = [], []
+    for index in range(len(dataset)):
+        cells = dataset[index]["segmentation"].unfold(0, dataset.resolution // grid[0], dataset.resolution // grid[0])
+        labels.append(cells.unfold(1, dataset.resolution // grid[1], dataset.resolution // grid[1]).flatten(2).mode(-1).values.numpy())
+        if hasattr(dataset, "colours_of"):
+            colours.append(dataset.colours_of(index)[labels[-1]])
+    return {"part": np.stack(labels), **({"colour": np.stack(colours)} if colours else {})}
+
+
+def mutual_information(codes, labels, permutations=20):
+    """I(code; label) of two equally long integer arrays.
+
+    Returns:
+        dict, bits: "bits", "chance": its mean when labels are dealt at random to the same codes, which is
+        the estimate's bias, and "entropy" of the labels, the most it could be.
+    """
+
+    def entropy(values):
+        share = np.unique(values, return_counts=True)[1] / len(values)
+        return float(-(share * np.log2(share)).sum())
+
+    rng, width = np.random.default_rng(0), int(labels.max()) + 1
+    codes, alone = codes.astype(np.int64), entropy(codes) + entropy(labels)
+    chance = np.mean([alone - entropy(codes * width + rng.permutation(labels)) for _ in range(permutations)])
+    return {"bits": alone - entropy(codes * width + labels), "chance": float(chance), "entropy": entropy(labels)}
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables
+
+
+SAME_RUN = ("seed", "out", "device", "workers", "log_every", "eval_every", "eval_images")  # what may differ within a row
+
+
+def rows_of(results):
+    """Results → list of (name, results that differ by their seed only)."""
+    groups = {}
+    for result in results:
+        choices = {name: value for name, value in result["config"].items() if name not in SAME_RUN}
+        groups.setdefault(json.dumps([choices, result["step"], result["checkpoint"]]), []).append(result)
+    return [(group[0]["run"] + (f" ({len(group)} seeds)" if len(group) > 1 else ""), group) for group in groups.values()]
+
+
+def spread(values, form):
+    """Mean of numbers, ± their standard deviation where there are several; a dash for None."""
+    if None in values:
+        return "–"
+    return form.format(np.mean(values)) + (f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else "")
+
+
+COLUMNS = {  # in the paper's order, then ours
+    "FID ↓": ("fid", "{:.2f}"),
+    "PSNR ↑": ("psnr", "{:.2f}"),
+    "ℓ1 ↓": ("l1", "{:.4f}"),
+    "ℓ2 ↓": ("l2", "{:.4f}"),
+    "SSIM ↑": ("ssim", "{:.4f}"),
+    "LPIPS ↓": ("lpips", "{:.4f}"),
+    "codes used": ("codes_used", "{:.0f}"),
+    "usage": ("usage", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.1f}"),
+    "bits/image": ("bits", "{:.0f}"),
+    "entropy bits": ("bits_entropy", "{:.0f}"),
+}
+
+
+def markdown(results):
+    """Results → a table, a row for each group of seeds; columns by codebook are joined by a plus."""
+    table = [["run", *COLUMNS]]
+    for name, group in rows_of(results):
+        row = [name]
+        for column, form in COLUMNS.values():
+            if isinstance(group[0][column], dict):
+                ends = {part: f"/{size} {part}s" if column == "codes_used" else "" for part, size in group[0]["codes"].items()}
+                row.append(" + ".join(spread([result[column][part] for result in group], form) + end for part, end in ends.items()))
+            else:
+                row.append(spread([result[column] for result in group], form))
+        table.append(row)
+    return as_markdown(table)
+
+
+def alignment_table(results):
+    """Results → a table of what codes have to do with captions and labels; "" where nothing is known."""
+    table = [["run", "codes", "against", "measured", "by chance", "p", "of"]]
+    for result in results:
+        for part, nulls in result["alignment"].get("captions", {}).items():
+            for null, found in nulls.items():
+                row = (
+                    f"{part} in captions",
+                    f"{null} dealt at random",
+                    f"{found['ratio']:.2f} ×",
+                    "1 ×",
+                    f"{found['p']:.3f}",
+                    f"{found['images']} images",
+                )
+                table.append([result["run"], *row])
+        for name, whats in result["alignment"].get("information", {}).items():
+            for what, found in whats.items():
+                table.append(
+                    [
+                        result["run"],
+                        name,
+                        what,
+                        f"{found['bits']:.3f} bits",
+                        f"{found['chance']:.3f} bits",
+                        "",
+                        f"{found['entropy']:.2f} bits",
+                    ]
+                )
+    return as_markdown(table) if len(table) > 1 else ""
+
+
+def as_markdown(table):
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
 # ---------------------------------------------------------------------------------------------
 # What people look at
 
 
-def draw_usage(counts, names, path, title, width=640, height=300):
-    """Fig. 5: how often each code of each codebook was chosen, most used first, on a logarithmic scale."""
-    image = Image.new("RGB", (width * len(counts), height + 70), "white")
-    draw, font, bold = ImageDraw.Draw(image), ImageFont.load_default(14), ImageFont.load_default(17)
-    draw.text((12, 8), title, "black", bold)
-    for panel, (name, count) in enumerate(zip(names, counts)):
-        left, ranked = panel * width + 50, np.sort(count)[::-1]
-        top = math.log10(ranked[0] + 1)
-        for column in range(width - 70):
-            code = column * len(ranked) // (width - 70)
-            bar = height * 0.82 * math.log10(ranked[code] + 1) / top
-            draw.line((left + column, height + 30, left + column, height + 30 - bar), "#2563eb" if ranked[code] else "white")
-        draw.line((left, height + 30, left + width - 70, height + 30), "black")
-        for exponent in range(int(top) + 1):
-            y = height + 30 - height * 0.82 * math.log10(10**exponent + 1) / top
-            draw.text((left - 8, y), f"{10**exponent:,}", "black", font, anchor="rm")
-        used = int((count > 0).sum())
-        draw.text(
-            (left, height + 40),
-            f"{name}s by rank: {used:,} of {len(count):,} used ({100 * used / len(count):.1f} %) over {int(count.sum()):,} positions",
-            "black",
-            font,
-        )
+SMALL, FONT, BOLD = (ImageFont.load_default(size) for size in (13, 15, 18))
+INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569")
+
+
+def save_png(image, path):
     with whole_file(path) as temporary:
         image.save(temporary, "PNG")
 
 
-def markdown(results):
-    """Results → a table, columns as the paper orders them."""
-    both = lambda values, form: " + ".join(form.format(value) for value in values.values())
-    rows = [
-        (
-            "run",
-            "FID ↓",
-            "PSNR ↑",
-            "ℓ1 ↓",
-            "ℓ2 ↓",
-            "SSIM ↑",
-            "codes used",
-            "usage",
-            "perplexity",
-            "bits/image",
-            "entropy bits",
-            "mean image's PSNR",
-            "images",
-        )
-    ]
-    for r in results:
-        used = " + ".join(f"{r['codes_used'][name]}/{r['codes'][name]} {name}s" for name in r["codes"])
-        rows.append(
-            (
-                r["run"],
-                "–" if r["fid"] is None else f"{r['fid']:.2f}",
-                f"{r['psnr']:.2f}",
-                f"{r['l1']:.4f}",
-                f"{r['l2']:.4f}",
-                f"{r['ssim']:.4f}",
-                used,
-                both(r["usage"], "{:.1%}"),
-                both(r["perplexity"], "{:.1f}"),
-                f"{r['bits']:.0f}",
-                f"{r['bits_entropy']:.0f}",
-                f"{r['baseline_psnr']:.2f}",
-                f"{r['images']:,}",
+def blank(width, height):
+    """→ a white image and its pen."""
+    image = Image.new("RGB", (int(width), int(height)), "white")
+    return image, ImageDraw.Draw(image)
+
+
+def picture(x, size):
+    """(3, H, W) in [-1, 1] → a square PIL image of `size` pixels."""
+    return TF.to_pil_image(to_bytes(x)).resize((size, size), Image.Resampling.LANCZOS if size < x.shape[-1] else Image.Resampling.NEAREST)
+
+
+class Axes:
+    """A frame with ticks inside a drawing, linear or logarithmic in x and y.
+
+    Args:
+        box: (left, top, right, bottom) pixels of the frame; x, y: (low, high) ranges.
+        title, labels: text above the frame; of the x and the y axis.
+        log: which of x and y are logarithmic.
+    """
+
+    def __init__(self, draw, box, x, y, title, labels, log=(False, False)):
+        self.draw, self.box, self.log, self.ranges = draw, box, log, []
+        left, top, right, bottom = box
+        draw.rectangle(box, outline="#94a3b8")
+        draw.text((left, top - 28), title, "black", FONT)
+        draw.text(((left + right) / 2, bottom + 32), labels[0], "black", SMALL, anchor="mm")
+        draw.text((left - 8, top - 8), labels[1], "black", SMALL, anchor="rm")
+        for axis, ((low, high), logarithmic) in enumerate(zip((x, y), log)):
+            low, high = (math.log10(low), math.log10(high)) if logarithmic else (low, high)
+            self.ranges.append((low, max(high - low, 1e-9)))
+            step = 1 if logarithmic else 10 ** math.floor(math.log10(max(high - low, 1e-9)))
+            step = (
+                step if logarithmic else next(part * step for part in (0.1, 0.2, 0.5, 1) if (high - low) / (part * step) <= 6 or part == 1)
             )
+            for tick in np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step:
+                value = 10**tick if logarithmic else tick
+                px, py = self.at(value, y[0]) if axis == 0 else self.at(x[0], value)
+                where, anchor = ((px, bottom + 12), "mm") if axis == 0 else ((left - 8, py), "rm")
+                draw.text(where, f"{value:,.6g}", "black", SMALL, anchor=anchor)
+                draw.line((px, py, px, py - 5) if axis == 0 else (px, py, px + 5, py), "#94a3b8")
+
+    def at(self, x, y):
+        """Data → pixels."""
+        left, top, right, bottom = self.box
+        (x_low, x_span), (y_low, y_span) = (*self.ranges, (0, 1), (0, 1))[:2]
+        x, y = (math.log10(max(v, 1e-12)) if log else v for v, log in zip((x, y), self.log))
+        return left + (x - x_low) / x_span * (right - left), bottom - (y - y_low) / y_span * (bottom - top)
+
+
+def draw_figures(path, model, prior, dataset, indices, usage, title):
+    """Fig. 3 and 5 to 7 of one run into its folder `figures`."""
+    folder, names = path / "figures", codebook_names(usage)
+    words = code_words(prior, model.codebook.sizes)
+    draw_usage([(title, usage)], folder / "fig5_usage.png")
+    with np.load(path / "codebook_start.npz", allow_pickle=False) as file:
+        start = [file[name] for name in names]
+    end = [codes.detach().float().cpu().numpy() for codes in model.codebook()]
+    draw_similarity(start, end, usage, words, names, title, folder / "fig6_similarity.png")
+    draw_regions(dataset, indices, words, title, folder / "fig7_regions.png")
+    draw_patches(dataset, indices, usage, words, names, title, folder / "fig7_words.png")
+    if prior is not None:
+        draw_toy(prior, folder / "fig3_toy")
+
+
+def draw_toy(prior, path, words=6, steps=80, seed=0):
+    """Fig. 3: a 2-d codebook in which one code is pulled to one feature, by VQ-VAE and by VQCT.
+
+    Its nodes are the prior's most connected adjective, nouns that it modifies, and adjectives of those. Both systems
+    start from the same codes; each step takes Eq. 1's nearest code and descends Eq. 2's codebook term
+    by Adam. Writes path.png, the whole way, and path.gif. No last ReLU, so that codes fill the plane.
+    """
+    edges = np.asarray(prior["edges"])
+    hub = np.bincount(edges[:, 0]).argmax()
+    nouns = edges[edges[:, 0] == hub, 1]
+    nouns = nouns[evenly(len(nouns), words)]
+    adjectives = np.unique(edges[np.isin(edges[:, 1], nouns), 0])
+    nodes = [sorted({hub, *adjectives[evenly(len(adjectives), words - 1)]}), nouns.tolist()]
+    names = [str(prior[f"{part}_words"][i]) for part, chosen in zip(PARTS, nodes) for i in chosen]
+    kept = [(nodes[0].index(a), len(nodes[0]) + nodes[1].index(n)) for a, n in edges.tolist() if a in nodes[0] and n in nodes[1]]
+    vectors = torch.cat([torch.as_tensor(prior[f"{part}_vectors"])[chosen] for part, chosen in zip(PARTS, nodes)]).float()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transfer = CodebookTransfer((vectors.shape[1], 64, 64, 2), NormalizedAdjacency(kept, len(names)), last_relu=False)
+        generated = Codebook(rescale(vectors, "standard"), (len(names),), transfer=transfer)
+    start = generated()[0].detach()
+    away = (start - start.mean(0)).norm(dim=1)
+    followed = int(away.argsort()[len(away) // 2])
+    feature = start[followed] + (start[followed] - start.mean(0)) * (away.max() / away[followed])
+    learned, ways = Codebook(start, (len(names),), trained=True), {}
+    rate = 1.5 * float((feature - start[followed]).norm()) / steps
+    for name, codebook, lr in (("VQ-VAE: each code is a parameter", learned, rate), ("VQCT: one network makes all codes", generated, 5e-4)):
+        optimizer, way = torch.optim.Adam(codebook.parameters(), lr=lr), []
+        for _ in range(steps):
+            (codes,) = codebook()
+            way.append(codes.detach().numpy().copy())
+            loss = VectorQuantizer(beta=0.0)(feature.view(1, 2, 1, 1), codes)[2]
+            optimizer.zero_grad(), loss.backward(), optimizer.step()
+        ways[name] = np.stack(way)  # (steps, N, 2)
+    frames = [toy_frame(ways, feature.numpy(), names, followed, step) for step in range(steps)]
+    save_png(frames[-1], path.with_suffix(".png"))
+    with whole_file(path.with_suffix(".gif")) as temporary:
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[2::2], duration=100, loop=0)
+
+
+def toy_frame(ways, feature, names, followed, step, size=560):
+    """One moment of Fig. 3."""
+    image, draw = blank(2 * size, size + 40)
+    points = np.concatenate([way.reshape(-1, 2) for way in ways.values()] + [feature[None]])
+    low, high = points.min(0), points.max(0)
+    low, high = low - 0.08 * (high - low), high + 0.08 * (high - low)
+    for panel, (title, way) in enumerate(ways.items()):
+        box, taken = (panel * size + 60, 50, (panel + 1) * size - 40, size - 50), []
+        axes = Axes(draw, box, (low[0], high[0]), (low[1], high[1]), f"{title}, step {step + 1}", ("first dimension", "second"))
+        for code in sorted(range(len(names)), key=lambda code: code != followed):
+            colour = INK[1] if code == followed else INK[0]
+            trail = [axes.at(*point) for point in way[: step + 1, code]]
+            (x0, y0), (x, y) = trail[0], trail[-1]
+            draw.line([*trail, trail[-1]], colour, 2)
+            draw.ellipse((x0 - 4, y0 - 4, x0 + 4, y0 + 4), outline=colour)
+            draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
+            write_free(draw, (x + 7, y - 7), names[code], colour, taken)
+        x, y = axes.at(*feature)
+        draw.line((x - 7, y - 7, x + 7, y + 7), "black", 3), draw.line((x - 7, y + 7, x + 7, y - 7), "black", 3)
+        moved = int((np.abs(way[step] - way[0]).max(1) > 0).sum())
+        draw.text((box[0], size + 8), f"{moved} of {len(names)} codes have moved (circles: start, cross: the feature)", "black", FONT)
+    return image
+
+
+def write_free(draw, at, text, colour, taken):
+    """Write a label below those that stand there already; `taken` keeps their places."""
+    x, y = at
+    while any(abs(y - other) < 14 and abs(x - left) < 90 for left, other in taken):
+        y += 3
+    taken.append((x, y))
+    draw.text((x, y), text, colour, SMALL)
+
+
+def draw_comparison(rows, path, columns=8, size=128):
+    """Fig. 4: originals, and below them what each run makes of them. rows: list of (name, images (3, H, W) in [-1, 1])."""
+    image, draw = blank(190 + columns * (size + 4), len(rows) * (size + 4))
+    for row, (name, images) in enumerate(rows):
+        label = "\n".join(line[i : i + 24] for line in name.split("\n") for i in range(0, len(line), 24))
+        draw.multiline_text((8, row * (size + 4) + size / 2), label, "black", FONT, anchor="lm")
+        for column, x in enumerate(images[:columns]):
+            image.paste(picture(x, size), (190 + column * (size + 4), row * (size + 4)))
+    save_png(image, path)
+
+
+def draw_usage(rows, path, width=430, height=200):
+    """Fig. 5: how often each code was chosen, most used first, and codes used against positions seen.
+
+    Shares of unequal codebooks over unequal sets mislead, so the last panel counts codes, on the same axes for every run.
+
+    Args:
+        rows: list of (title, list of Usage), a row of panels each.
+    """
+    panels = max(len(usage) for _, usage in rows)
+    image, draw = blank((panels + 1) * width + 20, len(rows) * (height + 130))
+    seen = max(int(codebook.counts.sum()) for _, usage in rows for codebook in usage)
+    most = max(len(codebook.growth) for _, usage in rows for codebook in usage)
+    for row, (title, usage) in enumerate(rows):
+        top = row * (height + 130) + 62
+        draw.text((12, top - 56), title, "black", BOLD)
+        right = Axes(
+            draw,
+            (panels * width + 70, top, (panels + 1) * width - 10, top + height),
+            (1, seen),
+            (0, most * 1.05),
+            "codes used so far",
+            ("positions seen", ""),
+            (True, False),
         )
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+        for column, (name, codebook) in enumerate(zip(codebook_names(usage), usage)):
+            ranked, colour = np.sort(codebook.counts)[::-1], INK[column]
+            used = f"{len(codebook.growth):,} of {len(ranked):,} {name}s used ({100 * len(codebook.growth) / len(ranked):.1f} %)"
+            box = (column * width + 70, top, (column + 1) * width - 10, top + height)
+            axes = Axes(draw, box, (0, len(ranked)), (0.8, ranked[0] * 1.3), used, (f"{name}s, most used first", "times"), (False, True))
+            for pixel in range(box[0] + 1, box[2]):
+                times = ranked[int((pixel - box[0]) / (box[2] - box[0]) * len(ranked))]
+                if times:
+                    draw.line((pixel, axes.at(0, times)[1], pixel, box[3] - 1), colour)
+            steps = [(x, y) for i, first in enumerate(codebook.growth) for x, y in ((first, i), (first, i + 1))]
+            draw.line([right.at(*point) for point in [*steps, (codebook.counts.sum(), len(codebook.growth))]], colour, 2)
+            draw.text((right.box[0] + 10, top + 10 + 18 * column), f"{name}s: {len(codebook.growth):,}", colour, SMALL)
+    save_png(image, path)
 
 
-def main(argv=None):
-    """Evaluate every run named, then print one table."""
+def cosines(codes):
+    """(N, D) → (N, N) cosine similarities; a zero code is unlike everything."""
+    unit = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
+    return unit @ unit.T
+
+
+def draw_similarity(start, end, usage, words, names, title, path, codes=10, cell=46):
+    """Fig. 6: cosine similarity of ten codes in use, drawn at random, at the start and at the end of training.
+
+    Under each codebook: the correlation of start and end over all pairs of codes in use (at most 1,000 codes).
+    """
+    side = codes * cell
+    image, draw = blank(2 * (side + 150), len(names) * (side + 90) + 30)
+    draw.text((12, 8), title, "black", BOLD)
+    for row, name in enumerate(names):
+        used = np.flatnonzero(usage[row].counts)
+        rng = np.random.default_rng(0)
+        chosen, many = np.sort(rng.permutation(used)[:codes]), np.sort(rng.permutation(used)[:1000])
+        top = 70 + row * (side + 90)
+        for column, (when, table) in enumerate((("at the start", start[row]), ("at the end", end[row]))):
+            left, similarity = 130 + column * (side + 150), cosines(table[chosen])
+            draw.text((left, top - 24), f"{name}s {when}", "black", FONT)
+            for i, j in np.ndindex(similarity.shape):
+                value = similarity[i, j]
+                fade = int(255 - 175 * min(abs(value), 1))
+                x, y = left + j * cell, top + i * cell
+                draw.rectangle((x, y, x + cell - 2, y + cell - 2), (255, fade, fade) if value > 0 else (fade, fade, 255))
+                draw.text((x + cell / 2, y + cell / 2), f"{value:.2f}", "black", SMALL, anchor="mm")
+            for i, code in enumerate(chosen):
+                draw.text((left - 6, top + (i + 0.5) * cell), str(words[row][code])[:15], "black", SMALL, anchor="rm")
+        pairs = np.triu_indices(len(many), 1)
+        before, after = (cosines(table[many])[pairs] for table in (start[row], end[row]))
+        kept = np.corrcoef(before, after)[0, 1] if len(before) > 1 and before.std() > 0 and after.std() > 0 else float("nan")
+        draw.text(
+            (12, top + side + 6), f"correlation of start and end over all pairs of {len(many):,} {name}s in use: {kept:.2f}", "black", FONT
+        )
+    save_png(image, path)
+
+
+def draw_regions(dataset, indices, words, title, path, images=8, size=288):
+    """Fig. 7: five regions of images and the words of their codes, in green where a caption of the image says the word."""
+    chosen = evenly(len(dataset), images)
+    image, draw = blank(4 * (size + 12), math.ceil(len(chosen) / 4) * (size + 118) + 34)
+    draw.text((12, 6), f"{title}: regions and the words of their codes (green: said in the image's captions)", "black", BOLD)
+    height, width = indices[0].shape[-2:]
+    for place, index in enumerate(chosen):
+        left, top = 6 + place % 4 * (size + 12), 34 + place // 4 * (size + 118)
+        image.paste(picture(to_images(dataset[index]["image"], torch.device("cpu")), size), (left, top))
+        said = " ".join(dataset.captions_of(index)).lower()
+        for number, (row, column) in enumerate(((1, 1), (1, 3), (2, 2), (3, 1), (3, 3)), 1):
+            row, column = min(row * height // 4, height - 1), min(column * width // 4, width - 1)
+            x, y, cell = left + column * size / width, top + row * size / height, size / width
+            draw.rectangle((x, y, x + cell, y + cell), outline="white", width=2)
+            draw.text((x + cell / 2, y + cell / 2), str(number), "white", BOLD, anchor="mm", stroke_width=2, stroke_fill="black")
+            at, line = left, top + size + 4 + 20 * (number - 1)
+            for word in [f"{number}:", *(str(names[i]) for names, codes in zip(words, indices) for i in codes[index, :, row, column])]:
+                draw.text((at, line), word, "#15803d" if word in said.split() else "black", FONT)
+                at += draw.textlength(word + " ", FONT)
+    save_png(image, path)
+
+
+def draw_patches(dataset, indices, usage, words, names, title, path, count=10, patches=14, size=72):
+    """Fig. 7 the other way: for the most used words, patches that chose them, with a margin of one cell around the cell itself."""
+    image, draw = blank(150 + patches * (size + 3), len(names) * (count * (size + 3) + 34) + 34)
+    draw.text((12, 6), f"{title}: patches that chose a word", "black", BOLD)
+    top = 34
+    for name, codes, codebook, listed in zip(names, indices, usage, words):
+        draw.text((12, top + 8), f"most used {name}s", "black", FONT)
+        top += 34
+        for code in np.argsort(-codebook.counts, kind="stable")[: min(count, len(codebook.growth))]:
+            places = np.argwhere(codes[:, 0] == code)
+            draw.text((8, top + size / 2), f"{str(listed[code])[:17]}\n{codebook.counts[code]:,} times", "black", SMALL, anchor="lm")
+            for column, at in enumerate(evenly(len(places), patches) if len(places) else ()):
+                index, row, side = places[at]
+                x, cell = dataset[int(index)]["image"], dataset.resolution // codes.shape[-1]
+                patch = F.pad(x, (cell,) * 4, value=255)[:, row * cell : (row + 3) * cell, side * cell : (side + 3) * cell]
+                patch = TF.to_pil_image(patch).resize((size, size), Image.Resampling.BICUBIC)
+                ImageDraw.Draw(patch).rectangle((size / 3, size / 3, 2 * size / 3, 2 * size / 3), outline="white")
+                image.paste(patch, (150 + column * (size + 3), top))
+            top += size + 3
+    save_png(image, path)
+
+
+def draw_rate_distortion(results, path, size=(900, 560)):
+    """Bits an image, with an ideal code for the empirical frequencies, against PSNR; a point for each run."""
+    image, draw = blank(*size)
+    rate, quality = np.array([result["bits_entropy"] for result in results]), np.array([result["psnr"] for result in results])
+    pad = lambda values: (values.min() - 0.08 * np.ptp(values) - 0.01, values.max() + 0.12 * np.ptp(values) + 0.01)
+    axes = Axes(
+        draw,
+        (80, 50, size[0] - 130, size[1] - 60),
+        pad(rate),
+        pad(quality),
+        "rate and distortion",
+        ("entropy of the codes, bits an image", "PSNR, dB"),
+    )
+    taken = []
+    for (name, group), colour in zip(rows_of(results), INK * len(results)):
+        x, y = np.mean([axes.at(result["bits_entropy"], result["psnr"]) for result in group], axis=0)
+        for result in group:
+            px, py = axes.at(result["bits_entropy"], result["psnr"])
+            draw.ellipse((px - 5, py - 5, px + 5, py + 5), colour)
+        write_free(draw, (x + 9, y - 8), Path(name).name, colour, taken)
+    save_png(image, path)
+
+
+def compare(evaluations, folder):
+    """Fig. 4 and 5, the rate–distortion picture and the table of several runs, into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = short_names([evaluation.result["run"] for evaluation in evaluations])
+    originals = [("originals", evaluations[0].pairs[0::2])]
+    rows = [(f"{name}\n{e.result['psnr']:.2f} dB", e.pairs[1::2]) for name, e in zip(names, evaluations)]
+    draw_comparison(originals + rows, folder / "fig4_reconstructions.png")
+    draw_usage([(name, e.usage) for name, e in zip(names, evaluations)], folder / "fig5_usage.png")
+    draw_rate_distortion([{**e.result, "run": name} for name, e in zip(names, evaluations)], folder / "rate_distortion.png")
+
+
+def short_names(paths):
+    """Run folders without what they all begin with, as labels."""
+    names = [Path(path).name for path in paths]
+    common = os.path.commonprefix(names)
+    return [name[common.rfind("-") + 1 :] for name in names]
+
+
+def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--data", default="", help="where the data set lies now (default: where the run found it)")
@@ -342,22 +822,53 @@ def main(argv=None):
         metavar="FILE",
         help="local copy of FID's weights (default: torch hub's cache, or download; else FID is a dash)",
     )
-    parser.add_argument("--figures", action="store_true", help="also draw Fig. 5, usage.png in each run")
+    parser.add_argument(
+        "--trunk-weights", default="", metavar="FILE", help="local copy of torchvision's SqueezeNet 1.1, for LPIPS (likewise)"
+    )
+    parser.add_argument("--lpips-weights", default="", metavar="FILE", help="local copy of LPIPS v0.1's heads for it (likewise)")
+    parser.add_argument("--figures", action="store_true", help="draw Fig. 3 to 7 into each run's figures/, and comparison/ of several runs")
     parser.add_argument(
         "--save", default=None, metavar="DIR", help="write DIR/originals/*.png and DIR/reconstructions/*.png (several runs: DIR/<run>/…)"
     )
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def load_perceptual(trunk_weights="", lpips_weights=""):
+    """LPIPS on SqueezeNet, or the reason why not. A path that was given and does not work is an error."""
+    config = Config(perceptual_trunk="squeeze", trunk_weights=trunk_weights, lpips_weights=lpips_weights)
+    try:
+        return load_lpips(config), ""
+    except UserError as error:
+        if trunk_weights or lpips_weights:
+            raise
+        return None, str(error)
+
+
+def main(argv=None):
+    """Evaluate every run named, then print one table."""
+    args = parse(argv)
     for path in args.runs:
         if not (Path(path) / f"{args.checkpoint}.pt").is_file():
             raise UserError(f"'{path}' is not a run of train.py: it has no {args.checkpoint}.pt")
-    inception = load_inception(args.inception)
-    results = []
+    pick_device(args.device)
+    inception, lpips = load_inception(args.inception), load_perceptual(args.trunk_weights, args.lpips_weights)
+    evaluations = []
     for path in args.runs:
         save = args.save and (Path(args.save) / Path(path).resolve().name if len(args.runs) > 1 else Path(args.save))
-        results.append(evaluate(path, args.data, args.device, inception, save, args.checkpoint, args.figures))
-        print(f"{path}: evaluation.json, reconstructions.png{', usage.png' if args.figures else ''}{f'; images in {save}' if save else ''}")
+        evaluations.append(evaluate(path, args.data, args.device, inception, lpips, save, args.checkpoint, args.figures))
+        print(f"{path}: evaluation.json, reconstructions.png{', figures/' if args.figures else ''}{f'; images in {save}' if save else ''}")
+    results = [evaluation.result for evaluation in evaluations]
+    if args.figures and len(results) > 1 and len({(r["dataset"], r["resolution"], r["images"]) for r in results}) == 1:
+        folder = Path(args.runs[0]).parent / "comparison"
+        compare(evaluations, folder)
+        print(f"{folder}: fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
     print(f"\n{markdown(results)}")
+    for dataset, images, score in sorted({(r["dataset"], r["images"], f"{r['baseline_psnr']:.2f}") for r in results}):
+        print(f"\n{dataset}: {images:,} evaluation images; predicting the mean training image gives {score} dB")
+    if alignment_table(results):
+        print(f"\n{alignment_table(results)}")
     print(f"\nFID: – ({inception[1]})" if inception[1] else f"\nFID: {results[0]['fid_note']}")
+    print(f"LPIPS: – ({lpips[1]})" if lpips[1] else f"LPIPS: {results[0]['lpips_note']}")
     small = min(result["images"] for result in results)
     if inception[0] is not None and small < FID_IMAGES:
         print(f"FID over {small:,} images is biased upward; compare it only with others over the same images (2,048 or more are usual)")

@@ -18,8 +18,8 @@ import torch
 import torchvision.transforms.v2.functional as TF
 
 from evaluate import to_bytes
-from prior import PARTS, Progress, UserError, checksum, command, whole_file
-from train import codebook_names, load_run, make_dataset, make_loader, pick_device, to_images
+from prior import Progress, UserError, checksum, command, whole_file
+from train import code_words, codebook_names, load_run, make_dataset, make_loader, pick_device, to_images
 
 # ---------------------------------------------------------------------------------------------
 # Tokens
@@ -44,14 +44,6 @@ def decode_tokens(model, indices, folder, device, batch_size):
         for index, image in enumerate(to_bytes(model.decode(batch)).cpu(), start):
             with whole_file(Path(folder) / f"{index:06d}.png") as temporary:
                 TF.to_pil_image(image).save(temporary, "PNG")
-
-
-def code_words(prior, sizes):
-    """A list of words for each codebook: adjectives and nouns, both after each other in a single one, or numbers without a prior."""
-    if prior is None:
-        return [[str(index) for index in range(size)] for size in sizes]
-    words = [prior[f"{part}_words"] for part in PARTS]
-    return words if len(sizes) == 2 else [words[0] + words[1]]
 
 
 def words_of(indices, words):

@@ -290,11 +290,15 @@ class ImageDataset(Dataset):
     def __len__(self):
         return len(self.records)
 
+    def captions_of(self, index):
+        """Yield the captions of an image."""
+        for path in self.records[index].captions:
+            yield from read_captions(path)
+
     def captions(self):
         """Yield every caption of every image."""
-        for record in self.records:
-            for path in record.captions:
-                yield from read_captions(path)
+        for index in range(len(self)):
+            yield from self.captions_of(index)
 
     def label(self, index):
         return self.records[index].label
@@ -467,7 +471,9 @@ def to_images(batch, device):
 def make_loader(dataset, device, workers, **options):
     workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
     options = dict(pin_memory=device.type == "cuda", persistent_workers=workers > 0, **options)
-    return DataLoader(dataset, num_workers=workers, generator=torch.Generator(), **options)  # its own: a resumed run draws no more than a whole one
+    return DataLoader(
+        dataset, num_workers=workers, generator=torch.Generator(), **options
+    )  # its own: a resumed run draws no more than a whole one
 
 
 # ---------------------------------------------------------------------------------------------
@@ -558,7 +564,11 @@ def load_lpips(config):
         f"lpips_{trunk}_v0.1.pth",
         hashed=False,
     )
-    return LPIPS(trunk, trunk_state, head_state)
+    try:
+        return LPIPS(trunk, trunk_state, head_state)
+    except (RuntimeError, KeyError) as error:
+        files = f"{config.trunk_weights or TRUNKS[trunk].url}, {config.lpips_weights or HEADS_URL.format(trunk)}"
+        raise UserError(f"these are not LPIPS's {trunk} trunk and heads: {files}: {str(error).splitlines()[0]}") from None
 
 
 def load_weights(url, local, what, flag, name=None, hashed=True):
@@ -745,6 +755,14 @@ def save_grid(images, path, columns):
 def codebook_names(sizes):
     """("adjective", "noun") for two codebooks, ("code",) for one."""
     return PARTS if len(sizes) == 2 else ("code",)
+
+
+def code_words(prior, sizes):
+    """A list of words for each codebook: adjectives and nouns, both after each other in a single one, or numbers without a prior."""
+    if prior is None:
+        return [[str(index) for index in range(size)] for size in sizes]
+    words = [list(prior[f"{part}_words"]) for part in PARTS]
+    return words if len(sizes) == 2 else [words[0] + words[1]]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1454,9 +1472,14 @@ class DemoDataset(ImageDataset):
     def scene(self, index):
         return sample_scene(self.seed, self.split, index)
 
-    def captions(self):
-        for index in range(len(self)):
-            yield from describe_scene(self.scene(index))
+    def captions_of(self, index):
+        return iter(describe_scene(self.scene(index)))
+
+    def colours_of(self, index):
+        """The colour of each of SEGMENTS in a picture, as its index in COLOURS; −1 where it has no single one."""
+        kind = SPECIES[self.label(index)]
+        painted = {**kind._asdict(), "head": kind.crown}
+        return np.array([list(COLOURS).index(painted[part]) if painted.get(part) in COLOURS else -1 for part in SEGMENTS])
 
     def label(self, index):
         return self.scene(index).species

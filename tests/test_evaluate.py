@@ -14,7 +14,28 @@ from PIL import Image
 
 import evaluate as evaluate_module
 import train as train_module
-from evaluate import InceptionFeatures, code_statistics, evaluate, frechet_distance, load_inception, main, markdown, ssim, to_bytes
+from evaluate import (
+    Axes,
+    InceptionFeatures,
+    alignment_table,
+    blank,
+    caption_alignment,
+    code_statistics,
+    code_usage,
+    cosines,
+    draw_toy,
+    evaluate,
+    frechet_distance,
+    load_inception,
+    main,
+    markdown,
+    mutual_information,
+    position_labels,
+    rows_of,
+    short_names,
+    ssim,
+    to_bytes,
+)
 from prior import UserError
 from test_train import TINY
 from train import DemoDataset, load_lpips, load_weights, resolve, train
@@ -64,12 +85,96 @@ def test_frechet_distance_against_the_general_matrix_root(images):
 
 
 def test_code_statistics_by_hand():
-    statistics = code_statistics([np.array([4, 4, 0, 0]), np.array([2, 2, 2, 2, 0, 0, 0, 0])], positions=64)
+    statistics = code_statistics([np.array([4, 4, 0, 0]), np.array([2, 2, 2, 2, 0, 0, 0, 0])], images=2)
     assert statistics["usage"] == {"adjective": 0.5, "noun": 0.5} and statistics["codes_used"] == {"adjective": 2, "noun": 4}
     assert statistics["perplexity"] == {"adjective": 2.0, "noun": 4.0}
-    assert statistics["bits"] == 64 * (2 + 3) and statistics["bits_entropy"] == 64 * (1 + 2)
-    single = code_statistics([np.array([0, 7])], positions=10)
+    assert statistics["bits"] == 4 * (2 + 3) and statistics["bits_entropy"] == 4 * (1 + 2)  # four tokens an image of each
+    single = code_statistics([np.array([0, 70])], images=7)
     assert single["perplexity"] == {"code": 1.0} and single["bits"] == 10 and single["bits_entropy"] == 0
+
+
+def test_usage_counts_codes_and_when_they_turned_up():
+    (usage,) = code_usage([np.array([[[[2, 2], [0, 2]]], [[[4, 0], [2, 2]]]])], [6])
+    assert usage.counts.tolist() == [2, 0, 5, 0, 1, 0] and usage.growth.tolist() == [1, 3, 5]
+
+
+def test_mutual_information_in_bits():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 20000)
+    told = mutual_information(labels * 3 + rng.integers(0, 3, 20000), labels)
+    assert told["bits"] == pytest.approx(2, abs=0.01) == told["entropy"] and told["chance"] < 0.01
+    untold = mutual_information(rng.integers(0, 12, 20000), labels)
+    assert untold["bits"] == pytest.approx(untold["chance"], abs=2e-3)
+
+
+class Captioned:
+    """A data set of captions: image i says one of five adjectives, and of five nouns."""
+
+    def __init__(self, images):
+        self.rng = np.random.default_rng(0)
+        self.words = self.rng.integers(0, 5, (images, 2))
+
+    def __len__(self):
+        return len(self.words)
+
+    def captions_of(self, index):
+        adjective, noun = self.words[index]
+        yield f"a {CODES['adjective_words'][adjective]} {CODES['noun_words'][noun]}s"  # a plural counts as its noun
+
+
+CODES = {"adjective_words": ["red", "blue", "green", "small", "round"], "noun_words": ["wing", "beak", "tail", "eye", "leg"]}
+
+
+def test_alignment_tells_words_that_are_said_from_words_that_are_not():
+    dataset, everything = Captioned(60), list(range(60))
+    spoken = [np.repeat(dataset.words[:, part], 4).reshape(60, 1, 2, 2) for part in (0, 1)]
+    found = caption_alignment(spoken, CODES, (5, 5), dataset, everything)
+    for part in ("adjective", "noun"):
+        assert found[part]["words"]["ratio"] == pytest.approx(5, rel=0.2)  # a word in five is said of an image
+        assert found[part]["images"]["ratio"] == pytest.approx(5, rel=0.3) and found[part]["images"]["p"] == 0.001
+        assert found[part]["words"]["p"] < 0.05  # 120 permutations of five words, one of which is right
+    other = [np.random.default_rng(1).integers(0, 5, (60, 1, 2, 2)) for _ in range(2)]
+    found = caption_alignment(other, CODES, (5, 5), dataset, everything)
+    assert all(nulls[null]["p"] > 0.05 for nulls in found.values() for null in nulls)
+    together = [np.concatenate([spoken[0], spoken[1] + 5], axis=1)]  # one codebook of adjectives, then nouns
+    assert caption_alignment(together, CODES, (10,), dataset, everything)["noun"]["words"]["ratio"] == pytest.approx(5, rel=0.2)
+    assert caption_alignment(together, CODES, (1024,), dataset, everything) == {}  # codes without words
+
+
+def test_a_code_of_frequent_words_only_passes_one_of_both_tests():
+    """One code everywhere, whose word every caption says, is no knowledge of the image."""
+    dataset = Captioned(60)
+    dataset.words[:] = (2, 3)
+    found = caption_alignment([np.full((60, 1, 2, 2), 2), np.full((60, 1, 2, 2), 3)], CODES, (5, 5), dataset, list(range(60)))
+    assert (
+        found["noun"]["words"]["ratio"] > 3 and found["noun"]["images"]["ratio"] == pytest.approx(1) and found["noun"]["images"]["p"] == 1
+    )
+
+
+def test_labels_of_positions_are_those_of_most_of_their_pixels():
+    class Halves:
+        resolution = 8
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            segmentation = torch.zeros(8, 8, dtype=torch.int64)
+            segmentation[:, 3:] = 7
+            return {"segmentation": segmentation}
+
+    assert position_labels(Halves(), (2, 2))["part"].tolist() == [[[0, 7], [0, 7]]]
+    birds = DemoDataset("val", 64)
+    birds.with_segmentation = True
+    birds.records = birds.records[:3]
+    truth = position_labels(birds, (8, 8))
+    seen = {
+        train_module.SEGMENTS[part]: list(train_module.COLOURS)[colour]
+        for part, colour in zip(truth["part"][0].flat, truth["colour"][0].flat)
+        if colour >= 0
+    }
+    kind = train_module.SPECIES[birds.label(0)]
+    assert seen and all(getattr(kind, "crown" if part == "head" else part) == colour for part, colour in seen.items())
 
 
 def test_bytes_are_rounded():
@@ -181,9 +286,14 @@ def run(tmp_path_factory):
     DemoDataset.SIZES = sizes
 
 
-def test_evaluation_of_a_run(run, tmp_path, capsys, monkeypatch):
+def no_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate_module, "load_perceptual", lambda *files: (None, "no LPIPS weights here"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.setattr(evaluate_module, "INCEPTION_URL", "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
+
+
+def test_evaluation_of_a_run(run, tmp_path, capsys, monkeypatch):
+    no_weights(tmp_path, monkeypatch)
     before = (run / "last.pt").read_bytes()
     main([str(run), "--save", str(tmp_path / "saved"), "--figures"])
     result = json.loads((run / "evaluation.json").read_text())
@@ -197,6 +307,7 @@ def test_evaluation_of_a_run(run, tmp_path, capsys, monkeypatch):
     assert result["bits"] == pytest.approx(16 * 16 * sum(math.log2(k) for k in result["codes"].values()))
     printed = capsys.readouterr().out
     assert f"| {run} | – | {result['psnr']:.2f} |" in printed and "FID: – (pt_inception" in printed
+    assert "LPIPS: – (no LPIPS weights here)" in printed and f"gives {result['baseline_psnr']:.2f} dB" in printed
     names = sorted(p.name for p in (tmp_path / "saved" / "originals").iterdir())
     assert len(names) == 11 and names == sorted(p.name for p in (tmp_path / "saved" / "reconstructions").iterdir())
     pixels = [
@@ -207,8 +318,12 @@ def test_evaluation_of_a_run(run, tmp_path, capsys, monkeypatch):
     assert psnr == pytest.approx(result["psnr"], abs=0.02)
     originals = np.stack([DemoDataset("val", 32)[i]["image"].permute(1, 2, 0).numpy() for i in range(11)])
     assert np.array_equal(np.round((pixels[0] + 1) * 127.5).astype(np.uint8), originals)
-    for name in ("reconstructions.png", "usage.png"):
-        assert Image.open(run / name).size[0] > 100
+    drawn = {path.name: Image.open(path) for path in (run / "figures").iterdir()}
+    assert sorted(drawn) == ["fig3_toy.gif", "fig3_toy.png", "fig5_usage.png", "fig6_similarity.png", "fig7_regions.png", "fig7_words.png"]
+    assert all(image.size[0] > 400 and len(image.convert("RGB").getcolors(2**24)) > 20 for image in drawn.values())
+    assert drawn["fig3_toy.gif"].n_frames == 40
+    assert {"captions", "information"} == set(result["alignment"]) and "adjective in captions" in printed
+    assert set(result["alignment"]["information"]["noun"]) == {"part", "colour"}
 
 
 def test_figures_do_not_depend_on_the_batch_size_or_the_time(run):
@@ -217,15 +332,16 @@ def test_figures_do_not_depend_on_the_batch_size_or_the_time(run):
         state = train_module.load_checkpoint(run / "last.pt")
         state["config"]["batch_size"] = batch_size
         torch.save(state, run / "other.pt")
-        results.append(evaluate(run, checkpoint="other"))
+        results.append(evaluate(run, checkpoint="other").result)
     assert all(abs(r["psnr"] - results[0]["psnr"]) < 1e-3 and r["codes_used"] == results[0]["codes_used"] for r in results)
     assert results[1] == results[2]
+    assert json.dumps(results[1]["alignment"]) == json.dumps(results[3]["alignment"])
 
 
 def test_fid_of_saved_images_is_the_reported_one(run, tmp_path, inception_state):
     """Another reading of the saved files gives the same Fréchet distance."""
     inception = InceptionFeatures(inception_state)
-    result = evaluate(run, inception=(inception, ""), save=tmp_path)
+    result = evaluate(run, inception=(inception, ""), save=tmp_path).result
     features = [
         torch.cat(
             [inception(torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1)[None]) for p in sorted((tmp_path / kind).iterdir())]
@@ -238,10 +354,53 @@ def test_fid_of_saved_images_is_the_reported_one(run, tmp_path, inception_state)
     assert result["fid"] == pytest.approx(expected, rel=1e-3) and "11 images" in result["fid_note"]
 
 
-def test_table_of_two_runs(run):
-    result = evaluate(run)
-    lines = markdown([result, {**result, "fid": 3.456, "run": "other"}]).splitlines()
-    assert len(lines) == 4 and lines[3].startswith("| other | 3.46 |") and len({line.count("|") for line in lines}) == 1
+def test_table_of_runs_that_differ_by_seed_or_more(run):
+    result = evaluate(run).result
+    seeds = [{**result, "fid": fid, "run": f"seed{i}", "config": {**result["config"], "seed": i}} for i, fid in enumerate((3.0, 5.0))]
+    other = {**result, "run": "other", "config": {**result["config"], "beta": 0.5}}
+    assert [name for name, _ in rows_of([result, other, *seeds])] == [f"{run} (3 seeds)", "other"]
+    lines = markdown([*seeds, other]).splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| seed0 (2 seeds) | 4.00 ± 1.41 |") and lines[3].startswith("| other | – |")
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[0].startswith("| run | FID ↓ | PSNR ↑ | ℓ1 ↓ | ℓ2 ↓ |")  # the paper's order
+    assert len(alignment_table([result]).splitlines()) == 2 + 4 + 4 and alignment_table([{**result, "alignment": {}}]) == ""
+
+
+def test_runs_are_compared_in_pictures(run, tmp_path, capsys, monkeypatch):
+    no_weights(tmp_path, monkeypatch)
+    sizes, DemoDataset.SIZES = DemoDataset.SIZES, {"train": 64, "val": 11}
+    other = train(resolve({**TINY, "out": str(run.parent / "run-vqgan"), "steps": 2, "method": "vqgan"}))
+    DemoDataset.SIZES = sizes
+    monkeypatch.setattr(DemoDataset, "SIZES", {"train": 64, "val": 11})
+    main([str(run), str(other), "--figures"])
+    folder = run.parent / "comparison"
+    assert sorted(path.name for path in folder.iterdir()) == ["fig4_reconstructions.png", "fig5_usage.png", "rate_distortion.png"]
+    assert Image.open(folder / "fig4_reconstructions.png").size[1] == 3 * 132  # originals and two runs
+    assert not (other / "figures" / "fig3_toy.png").exists() and (other / "figures" / "fig6_similarity.png").exists()
+
+
+def test_names_lose_what_all_begin_with():
+    assert short_names(["runs/cub-vqct", "runs/cub-vqgan-seed1"]) == ["vqct", "vqgan-seed1"]
+    assert short_names(["runs/a", "other/b"]) == ["a", "b"] and short_names(["runs/cub-vqct"]) == ["vqct"]
+
+
+def test_axes_place_points_linearly_or_by_their_logarithm():
+    axes = Axes(blank(100, 100)[1], (10, 10, 90, 90), (0, 4), (1, 100), "", ("", ""), (False, True))
+    assert axes.at(2, 10) == pytest.approx((50, 50)) and axes.at(4, 1) == pytest.approx((90, 90))
+
+
+def test_cosines_of_codes():
+    assert np.allclose(cosines(np.array([[2.0, 0.0], [1.0, 1.0], [0.0, 0.0]])), [[1, 0.5**0.5, 0], [0.5**0.5, 1, 0], [0, 0, 0]])
+
+
+def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, tmp_path, monkeypatch):
+    seen = []
+    frame = evaluate_module.toy_frame
+    monkeypatch.setattr(evaluate_module, "toy_frame", lambda ways, *rest: seen.append(ways) or frame(ways, *rest))
+    draw_toy(prior, tmp_path / "toy", words=5)
+    learned, generated = (np.abs(way[-1] - way[0]).max(1) > 0 for way in seen[0].values())
+    assert learned.sum() == 1 and generated.mean() > 0.9
+    assert np.allclose(*(way[0] for way in seen[0].values()))  # both from the same codes
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

@@ -300,7 +300,10 @@ def test_regvq_draws_masked_positions_from_their_distribution():
 
 
 def test_regvq_contrast_pulls_a_far_draw_less():
-    features, codebook = torch.eye(4)[:3].clone().requires_grad_(), torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0.5, 1.0, 0], [0, 0.9, 0, 0.9]])
+    features, codebook = (
+        torch.eye(4)[:3].clone().requires_grad_(),
+        torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0.5, 1.0, 0], [0, 0.9, 0, 0.9]]),
+    )
     nearest = torch.tensor([0, 1, 2])
     pulls = []
     for drawn in (torch.tensor([0, 1, 2]), torch.tensor([0, 3, 2])):
@@ -643,7 +646,9 @@ def test_word_vectors_are_scaled_as_asked(prior, small):
 
     words = torch.from_numpy(np.concatenate([prior.adjective_vectors, prior.noun_vectors]))
     assert torch.equal(vectors("none"), words)
-    assert vectors("rms").square().mean().item() == pytest.approx(1) and torch.allclose(vectors("rms") * words.square().mean().sqrt(), words)
+    assert vectors("rms").square().mean().item() == pytest.approx(1) and torch.allclose(
+        vectors("rms") * words.square().mean().sqrt(), words
+    )
     standard = vectors("standard")
     assert standard.mean(0).abs().max() < 1e-6 and torch.allclose(standard.std(0), torch.ones(12))
 

@@ -26,9 +26,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from prior import PARTS, Progress, UserError, WordListSpeech, command, whole_file
+from prior import BOLD, FONT, PARTS, SMALL, Progress, UserError, WordListSpeech, command, save_png, whole_file, write_free
 from train import (
     Config,
     code_words,
@@ -485,13 +485,7 @@ def as_markdown(table):
 # What people look at
 
 
-SMALL, FONT, BOLD = (ImageFont.load_default(size) for size in (13, 15, 18))
 INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569")
-
-
-def save_png(image, path):
-    with whole_file(path) as temporary:
-        image.save(temporary, "PNG")
 
 
 def blank(width, height):
@@ -620,15 +614,6 @@ def toy_frame(ways, feature, names, followed, step, size=560):
         moved = int((np.abs(way[step] - way[0]).max(1) > 0).sum())
         draw.text((box[0], size + 8), f"{moved} of {len(names)} codes have moved (circles: start, cross: the feature)", "black", FONT)
     return image
-
-
-def write_free(draw, at, text, colour, taken):
-    """Write a label below those that stand there already; `taken` keeps their places."""
-    x, y = at
-    while any(abs(y - other) < 14 and abs(x - left) < 90 for left, other in taken):
-        y += 3
-    taken.append((x, y))
-    draw.text((x, y), text, colour, SMALL)
 
 
 def draw_comparison(rows, path, columns=8, size=128):

@@ -56,6 +56,9 @@ def command(main):
     """Run a script's `main`; a UserError or a failed file operation becomes a line on stderr and status 2."""
     try:
         main()
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (UserError, OSError) as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
@@ -880,6 +883,23 @@ def nearest_words(words, vectors, word, count):
     return [(str(words[i]), float(cosine[i])) for i in order[:count]]
 
 
+SMALL, FONT, BOLD = (ImageFont.load_default(size) for size in (13, 15, 18))
+
+
+def save_png(image, path):
+    with whole_file(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def write_free(draw, at, text, colour, taken, font=SMALL):
+    """Write a label below those that stand there already; `taken` keeps their places."""
+    x, y = at
+    while any(abs(y - other) < font.size + 1 and abs(x - left) < 90 for left, other in taken):
+        y += 3
+    taken.append((x, y))
+    draw.text((x, y), text, colour, font)
+
+
 def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
     """The paper's Fig. 1: chosen words and their nearest neighbours, each codebook in its own panel.
 
@@ -890,14 +910,13 @@ def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
         chosen: dict part → words; words without a node are an error.
         path: PNG file to write.
     """
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(19)
     rows = max(len(words) for words in chosen.values())
     image = Image.new("RGB", (2 * size, size + 30 + 24 * rows), "white")
     draw = ImageDraw.Draw(image)
     for panel, part in enumerate(PARTS):
         words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"]
         draw.rectangle((panel * size + 8, 8, (panel + 1) * size - 8, size), outline="#bbbbbb")
-        draw.text((panel * size + 20, 16), f"{part} codebook space ({len(words):,} words)", "black", bold)
+        draw.text((panel * size + 20, 16), f"{part} codebook space ({len(words):,} words)", "black", BOLD)
         near = {word: nearest_words(words, vectors, word, neighbours) for word in chosen[part]}
         if not near:  # words of one part of speech alone were asked for
             continue
@@ -918,16 +937,11 @@ def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
         for word, (x, y) in sorted(place.items(), key=lambda item: (item[0] not in near, item[1][1])):
             colour = "#c2410c" if word in near else "#475569"
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-            label = y - 9
-            while any(abs(label - other) < 18 and abs(x - left) < 90 for left, other in taken):
-                label += 6  # below the labels that stand there already
-            taken.append((x, label))
-            draw.text((x + 7, label), word, colour, bold if word in near else font)
+            write_free(draw, (x + 7, y - 9), word, colour, taken, BOLD if word in near else FONT)
         for row, (word, names) in enumerate(near.items()):
             text = f"{word}: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in names)
-            draw.text((panel * size + 20, size + 12 + 24 * row), text, "black", font)
-    with whole_file(path) as temporary:
-        image.save(temporary, "PNG")
+            draw.text((panel * size + 20, size + 12 + 24 * row), text, "black", FONT)
+    save_png(image, path)
 
 
 EXAMPLES = {"adjective": ("orange", "yellow", "blue"), "noun": ("breast", "belly", "wheel")}  # the paper's Fig. 1

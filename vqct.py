@@ -4,6 +4,7 @@ The file reads in the paper's order:
 
     §3.1         Eq. 1      nearest_code        the code nearest to each feature
                  Eq. 2      VectorQuantizer     straight-through, codebook and commitment terms
+    Tables 1, 6  baselines  GumbelQuantizer, ClusteredQuantizer (CVQ), RegularizedQuantizer (Reg-VQ)
     §3.3 step 2  Â          NormalizedAdjacency the modifying graph of adjectives and nouns
                  Eq. 3      GraphConvolution, CodebookTransfer
                  (C_a, C_n) Codebook            where codes come from, and how they are transferred

@@ -548,7 +548,7 @@ def draw_figures(path, model, prior, dataset, indices, usage, title):
     draw_similarity(start, end, usage, words, names, title, folder / "fig6_similarity.png")
     draw_regions(dataset, indices, words, title, folder / "fig7_regions.png")
     draw_patches(dataset, indices, usage, words, names, title, folder / "fig7_words.png")
-    if prior is not None:
+    if prior is not None and len(prior["edges"]):
         draw_toy(prior, folder / "fig3_toy")
 
 

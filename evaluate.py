@@ -44,7 +44,7 @@ from train import (
     psnr,
     to_images,
 )
-from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, rescale
+from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, nearest_code, rescale
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
@@ -211,14 +211,16 @@ class Usage(NamedTuple):
 
     counts: np.ndarray  # (K,) times each code was chosen
     growth: np.ndarray  # (used,) positions seen when the first, second, … code turned up
+    positions: int  # seen in all
 
 
 def code_usage(indices, sizes):
-    """A list of (N, …) index arrays and of codebook sizes → a list of Usage."""
+    """A list of (N, n, h, w) index arrays and of codebook sizes → a list of Usage."""
     usage = []
     for chosen, size in zip(indices, sizes):
-        first = np.unique(chosen.ravel(), return_index=True)[1]
-        usage.append(Usage(np.bincount(chosen.ravel(), minlength=size), np.sort(first) + 1))
+        by_position = np.moveaxis(chosen, 1, -1).ravel()
+        first = np.unique(by_position, return_index=True)[1] // chosen.shape[1]
+        usage.append(Usage(np.bincount(by_position, minlength=size), np.sort(first) + 1, by_position.size // chosen.shape[1]))
     return usage
 
 
@@ -229,7 +231,8 @@ def code_statistics(counts, images):
         counts: list of (K,) arrays over the whole split; images: of that split.
     Returns:
         dict: usage, codes_used, codes and perplexity by codebook; bits and bits_entropy an image,
-        with a fixed-length code (log2 K a token) and with an ideal one for the empirical frequencies.
+        with a fixed-length code (log2 K a token; averaged neighbours are a token each) and with an ideal
+        one for the empirical frequencies.
     """
     statistics = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
     statistics.update(bits=0.0, bits_entropy=0.0)
@@ -309,7 +312,7 @@ def alignment(indices, prior, sizes, dataset):
     Args:
         indices: list of (N, n, h, w) arrays, one for each codebook.
     Returns:
-        dict: "captions" → part of speech → null hypothesis → ratio, p and images; "information" → codebook → what → bits,
+        dict: "captions" → part of speech → against what → ratio, p and images; "information" → codebook → what → bits,
         chance and entropy (see `mutual_information`); what is not known is left out.
     """
     found, dataset.with_segmentation = {}, True
@@ -325,39 +328,45 @@ def alignment(indices, prior, sizes, dataset):
     return found
 
 
+def words_said(dataset, index, speech):
+    """The (part of speech, word) pairs of an image's captions; regular plurals as their noun."""
+    return {(token.part, token.lemma) for caption in dataset.captions_of(index) for sentence in speech(caption) for token in sentence}
+
+
 def caption_alignment(indices, prior, sizes, dataset, chosen, permutations=999):
     """How much more often the words of an image's codes occur in its captions than by chance.
 
-    The statistic counts, over images and tokens, the tokens whose word the image's captions say; regular
-    plurals count as their noun. It is set against two null hypotheses. "words": a code's word means
-    nothing, so any permutation of the words within a part of speech is as good. "images": words may be
-    common or rare, but say nothing of this image, so the captions may be dealt to the images at random.
+    Counted are, over images and tokens, the tokens whose word the image's captions say. "all": against
+    words dealt at random to the codes of a part of speech. If often used codes bear frequent words, that
+    alone exceeds chance, so "beyond frequency" counts against what the frequencies of codes and words
+    would give, and permutes the words over counts whose means over images are taken away.
 
     Args:
         chosen: images that have captions.
     Returns:
-        dict part → null hypothesis → {"ratio": to the mean of the permutations, "p": share of them at
-        least as large, the observed one included, "images": how many}; empty for codes without words.
+        dict part → "all" and "beyond frequency" → {"ratio": to chance, "p": share of permutations at least
+        as large, the observed one included, "images": how many}.
     """
     words = {part: list(map(str, prior[f"{part}_words"])) for part in PARTS}
-    if sum(sizes) != sum(map(len, words.values())):
-        return {}
-    place, speech = {(part, word): i for part in PARTS for i, word in enumerate(words[part])}, WordListSpeech(*words.values())
-    said = {part: np.zeros((len(chosen), len(words[part])), np.float32) for part in PARTS}
-    for row, index in enumerate(chosen):
-        for token in (token for caption in dataset.captions_of(index) for sentence in speech(caption) for token in sentence):
-            if (token.part, token.lemma) in place:
-                said[token.part][row, place[token.part, token.lemma]] = 1
+    speech, first_noun = WordListSpeech(*words.values()), len(words["adjective"])
+    said = [words_said(dataset, index, speech) for index in chosen]
     shifted = np.concatenate([codes[chosen].reshape(len(chosen), -1) + first for codes, first in zip(indices, (0, sizes[0]))], axis=1)
     tokens = np.stack([np.bincount(row, minlength=sum(sizes)) for row in shifted]).astype(np.float32)  # (images, codes)
     found, rng = {}, np.random.default_rng(0)
-    for part, counts in zip(PARTS, np.split(tokens, [len(words["adjective"])], axis=1)):
-        found[part] = {}
-        for null, together in (("words", counts.T @ said[part]), ("images", counts @ said[part].T)):
-            along, observed = np.arange(len(together)), np.trace(together)
+    for part, counts in zip(PARTS, np.split(tokens, [first_noun], axis=1)):
+        spoken, along = (
+            np.array([[(part, word) in pairs for word in words[part]] for pairs in said], np.float32),
+            np.arange(len(words[part])),
+        )
+        found[part], observed = {}, (counts * spoken).sum()
+        for name, a, b, chance in (
+            ("all", counts, spoken, (counts.sum(1) * spoken.sum(1)).sum() / len(along)),
+            ("beyond frequency", counts - counts.mean(0), spoken - spoken.mean(0), (counts.sum(0) * spoken.mean(0)).sum()),
+        ):
+            together = a.T @ b  # (K, K) of code and word
             dealt = np.array([together[along, rng.permutation(along)].sum() for _ in range(permutations)])
-            ratio, p = observed / max(dealt.mean(), 1e-12), (1 + (dealt >= observed).sum()) / (1 + permutations)
-            found[part][null] = {"ratio": float(ratio), "p": float(p), "images": len(chosen)}
+            p = (1 + (dealt >= np.trace(together)).sum()) / (1 + permutations)
+            found[part][name] = {"ratio": float(observed / chance) if chance else float("nan"), "p": float(p), "images": len(chosen)}
     return found
 
 
@@ -446,33 +455,20 @@ def markdown(results):
 
 
 def alignment_table(results):
-    """Results → a table of what codes have to do with captions and labels; "" where nothing is known."""
+    """Results → a table of what codes have to do with captions and labels, a row for each group of seeds; "" where nothing is known."""
     table = [["run", "codes", "against", "measured", "by chance", "p", "of"]]
-    for result in results:
-        for part, nulls in result["alignment"].get("captions", {}).items():
-            for null, found in nulls.items():
-                row = (
-                    f"{part} in captions",
-                    f"{null} dealt at random",
-                    f"{found['ratio']:.2f} ×",
-                    "1 ×",
-                    f"{found['p']:.3f}",
-                    f"{found['images']} images",
-                )
-                table.append([result["run"], *row])
-        for name, whats in result["alignment"].get("information", {}).items():
-            for what, found in whats.items():
-                table.append(
-                    [
-                        result["run"],
-                        name,
-                        what,
-                        f"{found['bits']:.3f} bits",
-                        f"{found['chance']:.3f} bits",
-                        "",
-                        f"{found['entropy']:.2f} bits",
-                    ]
-                )
+    for name, group in rows_of(results):
+        known = [result["alignment"] for result in group]
+        for part, kinds in known[0].get("captions", {}).items():
+            for kind in kinds:
+                found = [alignment["captions"][part][kind] for alignment in known]
+                ratio, p = (spread([each[column] for each in found], form) for column, form in (("ratio", "{:.2f}"), ("p", "{:.3f}")))
+                table.append([name, part, f"captions, {kind}", f"{ratio} ×", "1 ×", p, f"{found[0]['images']} images"])
+        for part, labels in known[0].get("information", {}).items():
+            for label in labels:
+                found = [alignment["information"][part][label] for alignment in known]
+                bits = [spread([each[column] for each in found], "{:.3f}") + " bits" for column in ("bits", "chance")]
+                table.append([name, part, label, *bits, "", f"{found[0]['entropy']:.2f} bits"])
     return as_markdown(table) if len(table) > 1 else ""
 
 
@@ -509,30 +505,33 @@ class Axes:
     """
 
     def __init__(self, draw, box, x, y, title, labels, log=(False, False)):
-        self.draw, self.box, self.log, self.ranges = draw, box, log, []
+        self.box, self.log = box, log
         left, top, right, bottom = box
         draw.rectangle(box, outline="#94a3b8")
         draw.text((left, top - 28), title, "black", FONT)
         draw.text(((left + right) / 2, bottom + 32), labels[0], "black", SMALL, anchor="mm")
         draw.text((left - 8, top - 8), labels[1], "black", SMALL, anchor="rm")
-        for axis, ((low, high), logarithmic) in enumerate(zip((x, y), log)):
-            low, high = (math.log10(low), math.log10(high)) if logarithmic else (low, high)
-            self.ranges.append((low, max(high - low, 1e-9)))
-            step = 1 if logarithmic else 10 ** math.floor(math.log10(max(high - low, 1e-9)))
-            step = (
-                step if logarithmic else next(part * step for part in (0.1, 0.2, 0.5, 1) if (high - low) / (part * step) <= 6 or part == 1)
-            )
-            for tick in np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step:
+        scaled = [tuple(map(math.log10, ends)) if logarithmic else ends for ends, logarithmic in zip((x, y), log)]
+        self.ranges = [(low, max(high - low, 1e-9)) for low, high in scaled]
+        for axis, ((low, span), logarithmic) in enumerate(zip(self.ranges, log)):
+            unit = 10 ** math.floor(math.log10(span))
+            step = 1 if logarithmic else next(part * unit for part in (0.1, 0.2, 0.5, 1, 2) if span <= 6 * part * unit)
+            for tick in np.arange(math.ceil(low / step - 1e-9), math.floor((low + span) / step + 1e-9) + 1) * step:
                 value = 10**tick if logarithmic else tick
-                px, py = self.at(value, y[0]) if axis == 0 else self.at(x[0], value)
-                where, anchor = ((px, bottom + 12), "mm") if axis == 0 else ((left - 8, py), "rm")
-                draw.text(where, f"{value:,.6g}", "black", SMALL, anchor=anchor)
-                draw.line((px, py, px, py - 5) if axis == 0 else (px, py, px + 5, py), "#94a3b8")
+                if axis == 0:
+                    px, _ = self.at(value, y[0])
+                    (
+                        draw.line((px, bottom, px, bottom - 5), "#94a3b8"),
+                        draw.text((px, bottom + 12), f"{value:,.6g}", "black", SMALL, anchor="mm"),
+                    )
+                else:
+                    _, py = self.at(x[0], value)
+                    draw.line((left, py, left + 5, py), "#94a3b8"), draw.text((left - 8, py), f"{value:,.6g}", "black", SMALL, anchor="rm")
 
     def at(self, x, y):
         """Data → pixels."""
         left, top, right, bottom = self.box
-        (x_low, x_span), (y_low, y_span) = (*self.ranges, (0, 1), (0, 1))[:2]
+        (x_low, x_span), (y_low, y_span) = self.ranges
         x, y = (math.log10(max(v, 1e-12)) if log else v for v, log in zip((x, y), self.log))
         return left + (x - x_low) / x_span * (right - left), bottom - (y - y_low) / y_span * (bottom - top)
 
@@ -546,7 +545,8 @@ def draw_figures(path, model, prior, dataset, indices, usage, title):
         start = [file[name] for name in names]
     end = [codes.detach().float().cpu().numpy() for codes in model.codebook()]
     draw_similarity(start, end, usage, words, names, title, folder / "fig6_similarity.png")
-    draw_regions(dataset, indices, words, title, folder / "fig7_regions.png")
+    speech = WordListSpeech(*(map(str, prior[f"{part}_words"]) for part in PARTS)) if prior else None
+    draw_regions(dataset, indices, words, speech, title, folder / "fig7_regions.png")
     draw_patches(dataset, indices, usage, words, names, title, folder / "fig7_words.png")
     if prior is not None and len(prior["edges"]):
         draw_toy(prior, folder / "fig3_toy")
@@ -555,7 +555,7 @@ def draw_figures(path, model, prior, dataset, indices, usage, title):
 def draw_toy(prior, path, words=6, steps=80, seed=0):
     """Fig. 3: a 2-d codebook in which one code is pulled to one feature, by VQ-VAE and by VQCT.
 
-    Its nodes are the prior's most connected adjective, nouns that it modifies, and adjectives of those. Both systems
+    A toy of a run's prior, not of its weights. Its nodes are the prior's most connected adjective, nouns that it modifies, and adjectives of those. Both systems
     start from the same codes; each step takes Eq. 1's nearest code and descends Eq. 2's codebook term
     by Adam. Writes path.png, the whole way, and path.gif. No last ReLU, so that codes fill the plane.
     """
@@ -573,9 +573,12 @@ def draw_toy(prior, path, words=6, steps=80, seed=0):
         transfer = CodebookTransfer((vectors.shape[1], 64, 64, 2), NormalizedAdjacency(kept, len(names)), last_relu=False)
         generated = Codebook(rescale(vectors, "standard"), (len(names),), transfer=transfer)
     start = generated()[0].detach()
-    away = (start - start.mean(0)).norm(dim=1)
-    followed = int(away.argsort()[len(away) // 2])
-    feature = start[followed] + (start[followed] - start.mean(0)) * (away.max() / away[followed])
+    away = start - start.mean(0)
+    far = away.norm(dim=1)
+    if far.max() < 1e-6:
+        return  # so few edges that Â makes all codes equal
+    feature = start.mean(0) + 1.4 * far.max() * F.normalize(away[far.argsort()[len(far) // 2]], dim=0)
+    followed = nearest_code(feature[None], start).item()
     learned, ways = Codebook(start, (len(names),), trained=True), {}
     rate = 1.5 * float((feature - start[followed]).norm()) / steps
     for name, codebook, lr in (("VQ-VAE: each code is a parameter", learned, rate), ("VQCT: one network makes all codes", generated, 5e-4)):
@@ -586,10 +589,10 @@ def draw_toy(prior, path, words=6, steps=80, seed=0):
             loss = VectorQuantizer(beta=0.0)(feature.view(1, 2, 1, 1), codes)[2]
             optimizer.zero_grad(), loss.backward(), optimizer.step()
         ways[name] = np.stack(way)  # (steps, N, 2)
-    frames = [toy_frame(ways, feature.numpy(), names, followed, step) for step in range(steps)]
+    frames = [toy_frame(ways, feature.numpy(), names, followed, step) for step in (*range(0, steps - 1, 2), steps - 1)]
     save_png(frames[-1], path.with_suffix(".png"))
     with whole_file(path.with_suffix(".gif")) as temporary:
-        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[2::2], duration=100, loop=0)
+        frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
 
 
 def toy_frame(ways, feature, names, followed, step, size=560):
@@ -608,7 +611,7 @@ def toy_frame(ways, feature, names, followed, step, size=560):
             draw.line([*trail, trail[-1]], colour, 2)
             draw.ellipse((x0 - 4, y0 - 4, x0 + 4, y0 + 4), outline=colour)
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-            write_free(draw, (x + 7, y - 7), names[code], colour, taken)
+            write_free(draw, (x, y), names[code], colour, taken)
         x, y = axes.at(*feature)
         draw.line((x - 7, y - 7, x + 7, y + 7), "black", 3), draw.line((x - 7, y + 7, x + 7, y - 7), "black", 3)
         moved = int((np.abs(way[step] - way[0]).max(1) > 0).sum())
@@ -637,7 +640,7 @@ def draw_usage(rows, path, width=430, height=200):
     """
     panels = max(len(usage) for _, usage in rows)
     image, draw = blank((panels + 1) * width + 20, len(rows) * (height + 130))
-    seen = max(int(codebook.counts.sum()) for _, usage in rows for codebook in usage)
+    seen = max(codebook.positions for _, usage in rows for codebook in usage)
     most = max(len(codebook.growth) for _, usage in rows for codebook in usage)
     for row, (title, usage) in enumerate(rows):
         top = row * (height + 130) + 62
@@ -661,7 +664,7 @@ def draw_usage(rows, path, width=430, height=200):
                 if times:
                     draw.line((pixel, axes.at(0, times)[1], pixel, box[3] - 1), colour)
             steps = [(x, y) for i, first in enumerate(codebook.growth) for x, y in ((first, i), (first, i + 1))]
-            draw.line([right.at(*point) for point in [*steps, (codebook.counts.sum(), len(codebook.growth))]], colour, 2)
+            draw.line([right.at(*point) for point in [*steps, (codebook.positions, len(codebook.growth))]], colour, 2)
             draw.text((right.box[0] + 10, top + 10 + 18 * column), f"{name}s: {len(codebook.growth):,}", colour, SMALL)
     save_png(image, path)
 
@@ -705,7 +708,7 @@ def draw_similarity(start, end, usage, words, names, title, path, codes=10, cell
     save_png(image, path)
 
 
-def draw_regions(dataset, indices, words, title, path, images=8, size=288):
+def draw_regions(dataset, indices, words, speech, title, path, images=8, size=288):
     """Fig. 7: five regions of images and the words of their codes, in green where a caption of the image says the word."""
     chosen = evenly(len(dataset), images)
     image, draw = blank(4 * (size + 12), math.ceil(len(chosen) / 4) * (size + 118) + 34)
@@ -714,7 +717,7 @@ def draw_regions(dataset, indices, words, title, path, images=8, size=288):
     for place, index in enumerate(chosen):
         left, top = 6 + place % 4 * (size + 12), 34 + place // 4 * (size + 118)
         image.paste(picture(to_images(dataset[index]["image"], torch.device("cpu")), size), (left, top))
-        said = " ".join(dataset.captions_of(index)).lower()
+        said = {word for _, word in words_said(dataset, index, speech)} if speech else ()
         for number, (row, column) in enumerate(((1, 1), (1, 3), (2, 2), (3, 1), (3, 3)), 1):
             row, column = min(row * height // 4, height - 1), min(column * width // 4, width - 1)
             x, y, cell = left + column * size / width, top + row * size / height, size / width
@@ -722,7 +725,7 @@ def draw_regions(dataset, indices, words, title, path, images=8, size=288):
             draw.text((x + cell / 2, y + cell / 2), str(number), "white", BOLD, anchor="mm", stroke_width=2, stroke_fill="black")
             at, line = left, top + size + 4 + 20 * (number - 1)
             for word in [f"{number}:", *(str(names[i]) for names, codes in zip(words, indices) for i in codes[index, :, row, column])]:
-                draw.text((at, line), word, "#15803d" if word in said.split() else "black", FONT)
+                draw.text((at, line), word, "#15803d" if word in said else "black", FONT)
                 at += draw.textlength(word + " ", FONT)
     save_png(image, path)
 
@@ -736,7 +739,7 @@ def draw_patches(dataset, indices, usage, words, names, title, path, count=10, p
         draw.text((12, top + 8), f"most used {name}s", "black", FONT)
         top += 34
         for code in np.argsort(-codebook.counts, kind="stable")[: min(count, len(codebook.growth))]:
-            places = np.argwhere(codes[:, 0] == code)
+            places = np.argwhere((codes == code).any(1))
             draw.text((8, top + size / 2), f"{str(listed[code])[:17]}\n{codebook.counts[code]:,} times", "black", SMALL, anchor="lm")
             for column, at in enumerate(evenly(len(places), patches) if len(places) else ()):
                 index, row, side = places[at]
@@ -749,26 +752,22 @@ def draw_patches(dataset, indices, usage, words, names, title, path, count=10, p
     save_png(image, path)
 
 
-def draw_rate_distortion(results, path, size=(900, 560)):
-    """Bits an image, with an ideal code for the empirical frequencies, against PSNR; a point for each run."""
+def draw_rate_distortion(results, path, size=(1000, 640)):
+    """Bits an image against PSNR, a pair of points for each run: filled for an ideal code of the frequencies, open for log2 K a token."""
     image, draw = blank(*size)
-    rate, quality = np.array([result["bits_entropy"] for result in results]), np.array([result["psnr"] for result in results])
-    pad = lambda values: (values.min() - 0.08 * np.ptp(values) - 0.01, values.max() + 0.12 * np.ptp(values) + 0.01)
-    axes = Axes(
-        draw,
-        (80, 50, size[0] - 130, size[1] - 60),
-        pad(rate),
-        pad(quality),
-        "rate and distortion",
-        ("entropy of the codes, bits an image", "PSNR, dB"),
-    )
+    points = np.array([[(result[bits], result["psnr"]) for bits in ("bits_entropy", "bits")] for result in results])
+    low, high = points.min((0, 1)), points.max((0, 1))
+    low, high = low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01
+    title = "rate and distortion (filled: entropy of the codes; open: fixed length)"
+    axes = Axes(draw, (80, 50, size[0] - 60, size[1] - 60), (low[0], high[0]), (low[1], high[1]), title, ("bits an image", "PSNR, dB"))
     taken = []
     for (name, group), colour in zip(rows_of(results), INK * len(results)):
-        x, y = np.mean([axes.at(result["bits_entropy"], result["psnr"]) for result in group], axis=0)
         for result in group:
-            px, py = axes.at(result["bits_entropy"], result["psnr"])
-            draw.ellipse((px - 5, py - 5, px + 5, py + 5), colour)
-        write_free(draw, (x + 9, y - 8), Path(name).name, colour, taken)
+            (x, y), (right, _) = axes.at(result["bits_entropy"], result["psnr"]), axes.at(result["bits"], result["psnr"])
+            draw.line((x, y, right, y), "#e2e8f0", 1)
+            draw.ellipse((x - 5, y - 5, x + 5, y + 5), colour)
+            draw.ellipse((right - 5, y - 5, right + 5, y + 5), "white", colour, 2)
+        write_free(draw, (x, y), Path(name).name, colour, taken)
     save_png(image, path)
 
 
@@ -780,7 +779,10 @@ def compare(evaluations, folder):
     rows = [(f"{name}\n{e.result['psnr']:.2f} dB", e.pairs[1::2]) for name, e in zip(names, evaluations)]
     draw_comparison(originals + rows, folder / "fig4_reconstructions.png")
     draw_usage([(name, e.usage) for name, e in zip(names, evaluations)], folder / "fig5_usage.png")
-    draw_rate_distortion([{**e.result, "run": name} for name, e in zip(names, evaluations)], folder / "rate_distortion.png")
+    results = [{**e.result, "run": name} for name, e in zip(names, evaluations)]
+    draw_rate_distortion(results, folder / "rate_distortion.png")
+    with whole_file(folder / "table.md") as temporary:
+        temporary.write_text(f"{markdown(results)}\n\n{alignment_table(results)}\n", encoding="utf-8")
 
 
 def short_names(paths):
@@ -843,10 +845,10 @@ def main(argv=None):
         evaluations.append(evaluate(path, args.data, args.device, inception, lpips, save, args.checkpoint, args.figures))
         print(f"{path}: evaluation.json, reconstructions.png{', figures/' if args.figures else ''}{f'; images in {save}' if save else ''}")
     results = [evaluation.result for evaluation in evaluations]
-    if args.figures and len(results) > 1 and len({(r["dataset"], r["resolution"], r["images"]) for r in results}) == 1:
+    if args.figures and len(results) > 1 and len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1:
         folder = Path(args.runs[0]).parent / "comparison"
         compare(evaluations, folder)
-        print(f"{folder}: fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
+        print(f"{folder}: table.md, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
     print(f"\n{markdown(results)}")
     for dataset, images, score in sorted({(r["dataset"], r["images"], f"{r['baseline_psnr']:.2f}") for r in results}):
         print(f"\n{dataset}: {images:,} evaluation images; predicting the mean training image gives {score} dB")

@@ -892,11 +892,16 @@ def save_png(image, path):
 
 
 def write_free(draw, at, text, colour, taken, font=SMALL):
-    """Write a label below those that stand there already; `taken` keeps their places."""
-    x, y = at
-    while any(abs(y - other) < font.size + 1 and abs(x - left) < 90 for left, other in taken):
+    """Write a label beside a point, below the labels that stand there already and then joined to it by a line.
+
+    `taken` keeps the places of labels.
+    """
+    width, (x, y) = draw.textlength(text, font), (at[0] + 7, at[1] - font.size / 2)
+    while any(abs(y - top) < font.size + 1 and x < right and left < x + width for left, top, right in taken):
         y += 3
-    taken.append((x, y))
+    if y > at[1]:
+        draw.line((*at, x, y + font.size / 2), colour, 1)
+    taken.append((x, y, x + width))
     draw.text((x, y), text, colour, font)
 
 
@@ -937,7 +942,7 @@ def draw_codebook_space(prior, chosen, path, neighbours=4, size=560):
         for word, (x, y) in sorted(place.items(), key=lambda item: (item[0] not in near, item[1][1])):
             colour = "#c2410c" if word in near else "#475569"
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
-            write_free(draw, (x + 7, y - 9), word, colour, taken, BOLD if word in near else FONT)
+            write_free(draw, (x, y), word, colour, taken, BOLD if word in near else FONT)
         for row, (word, names) in enumerate(near.items()):
             text = f"{word}: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in names)
             draw.text((panel * size + 20, size + 12 + 24 * row), text, "black", FONT)

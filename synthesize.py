@@ -4,8 +4,9 @@
     python synthesize.py runs/demo-vqct tokens --words 0             … and what image 0 reads as
     python synthesize.py runs/demo-vqct tokens --decode runs/demo-vqct/tokens.npz     back to images
 
-A token file holds `indices` (N, M, h, w) for M codebooks, each codebook's `words`, `labels`, the names
-of the classes and the checksum of the tokenizer; numpy reads it without pickle. Training a model of
+A token file holds `indices` (N, M, h, w), an adjective and a noun at each position (`--adjective-neighbours`
+adjectives, where they are averaged), each codebook's `words`, `labels`, the names of the classes and the
+checksum of the tokenizer; numpy reads it without pickle. Training a model of
 these tokens is the next step and not here yet.
 """
 
@@ -46,8 +47,13 @@ def decode_tokens(model, indices, folder, device, batch_size):
                 TF.to_pil_image(image).save(temporary, "PNG")
 
 
+def per_token(model, values):
+    """One value for each codebook → one for each of the M tokens of a position."""
+    return [value for value, quantizer in zip(values, model.quantizers) for _ in range(quantizer.neighbours)]
+
+
 def words_of(indices, words):
-    """(M, h, w) indices of an image → h lines of w cells, each the words of its codes: "red breast"."""
+    """(M, h, w) indices of an image and the M lists of words → h lines of w cells, each the words of its codes: "red breast"."""
     cells = [[" ".join(names[index] for names, index in zip(words, pair)) for pair in row] for row in indices.transpose(1, 2, 0)]
     width = max(len(cell) for row in cells for cell in row)
     return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in cells)
@@ -73,7 +79,7 @@ def load_tokens(path, tokenizer, sizes):
     if made_by != tokenizer:
         raise UserError(f"'{path}' was made by another tokenizer (sha256 {made_by[:12]}…, this run's is {tokenizer[:12]}…)")
     if indices.ndim != 4 or indices.shape[1] != len(sizes) or indices.min() < 0 or (indices.max(axis=(0, 2, 3)) >= sizes).any():
-        raise UserError(f"'{path}' holds indices that are not of {len(sizes)} codebooks of {sizes} codes")
+        raise UserError(f"'{path}' holds indices that are not {len(sizes)} tokens a position of {sizes} codes")
     return indices
 
 
@@ -91,7 +97,7 @@ def tokens(args):
     tokenizer, words = checksum(checkpoint), code_words(prior, model.codebook.sizes)
     if args.decode:
         folder = Path(args.output or Path(args.run) / "decoded")
-        indices = load_tokens(args.decode, tokenizer, model.codebook.sizes)
+        indices = load_tokens(args.decode, tokenizer, per_token(model, model.codebook.sizes))
         decode_tokens(model, indices, folder, device, config.batch_size)
         print(f"{folder}: {len(indices):,} images")
     else:
@@ -103,7 +109,7 @@ def tokens(args):
         print(f"{path}: {len(indices):,} images of {indices.shape[2]}×{indices.shape[3]} positions, {' + '.join(codebook_names(words))}")
     check_words(args.words, len(indices))
     for index in args.words:
-        print(f"\nimage {index}\n{words_of(indices[index], words)}")
+        print(f"\nimage {index}\n{words_of(indices[index], per_token(model, words))}")
 
 
 def main(argv=None):

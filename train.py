@@ -55,11 +55,11 @@ class Config(ModelConfig):
     prior: str = option("", "a prior.npz of prior.py; by default made from the data set's own captions")
     method: str = option("vqct", "a system of the paper or a control, as a choice of quantizer, codes, transfer and losses")
     recipe: str = option(
-        "paper", "paper, or official: what the authors' code does otherwise, each a flag of its own", choices=("paper", "official")
+        "paper", "paper, or official: the codebook as the authors' code makes it, each difference a flag too", choices=("paper", "official")
     )
     shuffle: str = option(
         "none",
-        "control: vectors permuted within each part of speech, or edges rewired with every degree kept",
+        "control: vectors permuted within each part of speech, or edges rewired, every word keeping its number of them",
         choices=("none", "vectors", "edges"),
     )
     preset: str = option(
@@ -67,7 +67,7 @@ class Config(ModelConfig):
     )
     out: str = option("", "run folder (default: runs/<dataset>-<method>)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
-    seed: int = option(0, "of weights, data order and the demo's pictures")
+    seed: int = option(0, "of weights, random codes, shuffles and data order; the demo's pictures stay the same")
     steps: int = option(500_000, "generator steps; the paper's 500 epochs of CUB's 5,994 images are 375,000 at batch 8")
     batch_size: int = option(8, "images a device and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
@@ -130,13 +130,13 @@ RECIPES = {
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
 NO_ADVERSARY = dict(gan_weight=0.0, perceptual_weight=0.0)
 METHODS = {
-    "vqct": {},  # Tables 1 to 6
+    "vqct": {},  # every table
     "vqct-vqvae": NO_ADVERSARY,  # Table 4
     "vqvae": {**LEARNED, **NO_ADVERSARY},  # Tables 1, 4, 6
-    "vqgan": LEARNED,  # Tables 1 to 6
+    "vqgan": LEARNED,  # Tables 1, 2 (i), 4 (ii), 5 (i), 6
     "gumbel": {**LEARNED, "codes": "random", "quantizer": "gumbel"},  # Tables 1, 6
     "cvq": {**LEARNED, "quantizer": "cvq"},  # Table 1
-    "regvq": {**LEARNED, "quantizer": "regvq", "kl_weight": 0.1, "contrastive_weight": 0.01},  # Table 6; the weights are our choice
+    "regvq": {**LEARNED, "codes": "random", "quantizer": "regvq", "kl_weight": 0.1, "contrastive_weight": 0.01},  # Table 6
     "random-mlp": dict(codes="random", transfer="mlp"),  # Table 2 (ii)
     "frozen": dict(codebooks=1, transfer="none"),  # Table 3 (i)
     "finetune": dict(codebooks=1, transfer="none", trained=True),  # Table 3 (ii)
@@ -224,13 +224,23 @@ def check_config(config):
         raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
     if config.resolution < 24:
         raise UserError(f"--resolution {config.resolution} is too small: the patch discriminator needs 24 pixels a side")
-    for name in ("lr", "seed", "gan_weight", "perceptual_weight"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must not be negative")
-    for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every", "eval_images"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must be at least 1")
+    for names, fits, what in BOUNDS:
+        for name in names.split():
+            if not fits(getattr(config, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must {what}")
+    if (config.shuffle == "vectors" and config.codes != "words") or (config.shuffle == "edges" and config.transfer != "gcn"):
+        raise UserError(f"--shuffle {config.shuffle} changes nothing here: codes are {config.codes}, transfer is {config.transfer}")
     return config
+
+
+BOUNDS = (
+    ("lr seed gan_weight perceptual_weight beta kl_weight contrastive_weight codebook_size", lambda value: value >= 0, "not be negative"),
+    ("steps batch_size accumulate log_every eval_every eval_images", lambda value: value >= 1, "be at least 1"),
+    ("transfer_layers transfer_width adjective_neighbours code_dim", lambda value: value >= 1, "be at least 1"),
+    ("usage_decay transfer_dropout", lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    ("mask_ratio", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    ("temperature_end", lambda value: 0 < value, "be positive"),
+)
 
 
 def pick_device(name):
@@ -410,7 +420,7 @@ def _label_map(labels, name):
 def make_dataset(config, split):
     """The "train" or "val" split that a Config names."""
     if config.dataset == "demo":
-        return DemoDataset(split, config.resolution, config.seed)
+        return DemoDataset(split, config.resolution, config.seed)  # the seed is that of the flips
     if config.dataset == "folder":
         return ImageDataset(*folder_records(config.data, split, config.labels), config.resolution, config.seed)
     return ImageDataset(*cub_records(config.data, split), config.resolution, config.seed)
@@ -832,7 +842,10 @@ def announce(config, trainer, train_set, val_set, out):
     gan = (
         f"adversary from step {config.gan_start:,}, {count(trainer.discriminator)}" if trainer.discriminator is not None else "no adversary"
     )
-    print(f"losses: {config.pixel_loss} + β {config.beta} commitment, {perceptual}, {gan}", flush=True)
+    codes = (
+        "Gumbel-softmax" if config.quantizer == "gumbel" else f"{config.quantizer} codes with β {config.beta} on the {config.beta_on} term"
+    )
+    print(f"losses: {config.pixel_loss}, {codes}, {perceptual}, {gan}", flush=True)
 
 
 def train(config, resume=False, overwrite=False):
@@ -927,6 +940,7 @@ CHANGEABLE = ("out", "steps", "lr", "device", "data", "workers", "log_every", "e
 
 def resumed(stored, given):
     """The Config of a checkpoint with the flags of a --resume. Raises UserError for one that would make it another run."""
+    stored = dataclasses.asdict(Config(**stored))
     fixed = [name for name, value in given.items() if name not in CHANGEABLE and value != stored[name]]
     if fixed:
         raise UserError(f"--resume cannot change --{fixed[0].replace('_', '-')} from {stored[fixed[0]]!r}; start another run with --out")
@@ -1470,7 +1484,7 @@ class DemoDataset(ImageDataset):
         self.pictures = torch.zeros(len(self), 4, resolution, resolution, dtype=torch.uint8)
 
     def scene(self, index):
-        return sample_scene(self.seed, self.split, index)
+        return sample_scene(0, self.split, index)  # whatever the seed, so that runs can be compared
 
     def captions_of(self, index):
         return iter(describe_scene(self.scene(index)))

@@ -21,6 +21,7 @@ Each class can be lifted out with the imports below. To see the shapes, and Eq. 
 import math
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -146,8 +147,9 @@ class VectorQuantizer(nn.Module):
         if self.neighbours == 1:
             found = nearest_code(rows, codebook)
         else:
-            parts = rows.to(codebook.dtype).split(1024)
-            found = torch.cat([torch.cdist(part, codebook).topk(self.neighbours, largest=False).indices for part in parts])
+            distances = partial(torch.cdist, x2=codebook.detach(), compute_mode="donot_use_mm_for_euclid_dist")  # exact for near ties
+            parts = rows.detach().to(codebook.dtype).split(1024)
+            found = torch.cat([distances(part).topk(self.neighbours, largest=False).indices for part in parts])
         return found.view(*features.shape[:-1], self.neighbours).movedim(-1, 1)
 
     def forward(self, z, codebook):
@@ -206,16 +208,22 @@ class GumbelQuantizer(nn.Module):
             return self.to_logits(z.to(self.to_logits.weight.dtype)).argmax(1, keepdim=True)
 
     def forward(self, z, codebook):
-        """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, 1, H, W), loss ()."""
+        """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), the likeliest indices (B, 1, H, W), loss ()."""
         with torch.autocast(z.device.type, enabled=False):
             logits = self.to_logits(z.to(self.to_logits.weight.dtype))  # (B, K, H, W)
             log_share = logits.log_softmax(1)
             loss = self.kl_weight * (log_share.exp() * (log_share + math.log(logits.shape[1]))).sum(1).mean()
+            indices = logits.argmax(1, keepdim=True)
             if not self.training:
-                indices = logits.argmax(1, keepdim=True)
                 return look_up(indices, codebook), indices, loss
             weights = F.gumbel_softmax(logits, tau=self.temperature, hard=self.straight_through, dim=1)
-            return torch.einsum("bkhw,kd->bdhw", weights, codebook), weights.argmax(1, keepdim=True), loss
+            return torch.einsum("bkhw,kd->bdhw", weights, codebook), indices, loss
+
+
+@torch.no_grad()
+def draw(logits):
+    """(N, K) → (N,) int64, each row one draw from softmax(logits), by the Gumbel trick: no check that waits for the device."""
+    return (logits - torch.empty_like(logits).exponential_().log()).argmax(1)
 
 
 class ClusteredQuantizer(VectorQuantizer):
@@ -258,14 +266,8 @@ class ClusteredQuantizer(VectorQuantizer):
         share.index_add_(0, indices.flatten(), share.new_full((indices.numel(),), 1 / indices.numel()))
         self.usage.lerp_(share, 1 - self.decay)
         alpha = torch.exp(-10 * size * self.usage / (1 - self.decay) - 1e-3)[:, None]  # (K, 1)
-        anchors = torch.cat([self.draw(features, codes) for codes in codebook.split(1024)])
+        anchors = torch.cat([features[draw(-torch.cdist(codes, features).square())] for codes in codebook.split(1024)])
         codebook.lerp_(anchors, alpha)
-
-    @staticmethod
-    def draw(features, codes):
-        """(N, D), (K, D) → (K, D): for each code one of the features, nearer ones likelier."""
-        likelihood = torch.softmax(-torch.cdist(codes, features).square(), dim=1)  # (K, N)
-        return features[torch.multinomial(likelihood, 1).squeeze(1)]
 
     @staticmethod
     def contrast(features, codebook, temperature=0.07):
@@ -302,16 +304,14 @@ class RegularizedQuantizer(VectorQuantizer):
         self.temperature = 1.0
 
     def quantize(self, z, codebook, indices):
-        """As VectorQuantizer, from the nearest indices."""
+        """As VectorQuantizer, but z_q and its loss are of the drawn codes; the indices stay the nearest."""
         if not self.training:
             return super().quantize(z, codebook, indices)
         features, nearest = z.movedim(1, -1).flatten(0, -2), indices.flatten()  # (N, D), (N,)
         logits = -torch.cdist(features, codebook).square() / self.temperature  # (N, K)
-        with torch.no_grad():
-            noise = -torch.empty_like(logits).exponential_().log()
-            masked = torch.rand(len(nearest), device=z.device) < self.mask_ratio
-            chosen = torch.where(masked, (logits + noise).argmax(1), nearest)
-        z_q, indices, loss = super().quantize(z, codebook, chosen.view(indices.shape))
+        masked = torch.rand(len(nearest), device=z.device) < self.mask_ratio
+        chosen = torch.where(masked, draw(logits), nearest)
+        z_q, _, loss = super().quantize(z, codebook, chosen.view(indices.shape))
         loss = loss + self.kl_weight * self.divergence_from_uniform(logits)
         return z_q, indices, loss + self.contrastive_weight * self.contrast(features, codebook, chosen, nearest)
 

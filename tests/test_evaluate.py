@@ -1,5 +1,6 @@
 """Metrics against closed forms, and evaluation of a run."""
 
+import dataclasses
 import http.server
 import json
 import math
@@ -95,7 +96,9 @@ def test_code_statistics_by_hand():
 
 def test_usage_counts_codes_and_when_they_turned_up():
     (usage,) = code_usage([np.array([[[[2, 2], [0, 2]]], [[[4, 0], [2, 2]]]])], [6])
-    assert usage.counts.tolist() == [2, 0, 5, 0, 1, 0] and usage.growth.tolist() == [1, 3, 5]
+    assert usage.counts.tolist() == [2, 0, 5, 0, 1, 0] and usage.growth.tolist() == [1, 3, 5] and usage.positions == 8
+    (pairs,) = code_usage([np.array([[[[0, 1]], [[2, 1]]]])], [3])  # two neighbours at each of two positions
+    assert pairs.counts.tolist() == [1, 2, 1] and pairs.growth.tolist() == [1, 1, 2] and pairs.positions == 2
 
 
 def test_mutual_information_in_bits():
@@ -130,25 +133,29 @@ def test_alignment_tells_words_that_are_said_from_words_that_are_not():
     spoken = [np.repeat(dataset.words[:, part], 4).reshape(60, 1, 2, 2) for part in (0, 1)]
     found = caption_alignment(spoken, CODES, (5, 5), dataset, everything)
     for part in ("adjective", "noun"):
-        assert found[part]["words"]["ratio"] == pytest.approx(5, rel=0.2)  # a word in five is said of an image
-        assert found[part]["images"]["ratio"] == pytest.approx(5, rel=0.3) and found[part]["images"]["p"] == 0.001
-        assert found[part]["words"]["p"] < 0.05  # 120 permutations of five words, one of which is right
-    other = [np.random.default_rng(1).integers(0, 5, (60, 1, 2, 2)) for _ in range(2)]
-    found = caption_alignment(other, CODES, (5, 5), dataset, everything)
-    assert all(nulls[null]["p"] > 0.05 for nulls in found.values() for null in nulls)
+        assert found[part]["all"]["ratio"] == pytest.approx(5)  # one word in five is said of an image
+        assert found[part]["beyond frequency"]["ratio"] == pytest.approx(5, rel=0.2)
+        assert found[part]["all"]["p"] < 0.05 and found[part]["beyond frequency"]["p"] < 0.05  # one of 120 permutations is right
     together = [np.concatenate([spoken[0], spoken[1] + 5], axis=1)]  # one codebook of adjectives, then nouns
-    assert caption_alignment(together, CODES, (10,), dataset, everything)["noun"]["words"]["ratio"] == pytest.approx(5, rel=0.2)
-    assert caption_alignment(together, CODES, (1024,), dataset, everything) == {}  # codes without words
+    assert caption_alignment(together, CODES, (10,), dataset, everything)["noun"]["all"]["ratio"] == pytest.approx(5)
 
 
-def test_a_code_of_frequent_words_only_passes_one_of_both_tests():
-    """One code everywhere, whose word every caption says, is no knowledge of the image."""
+def test_alignments_p_is_uniform_where_codes_mean_nothing():
+    dataset, values = Captioned(30), []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        codes = [rng.permutation(5)[rng.integers(0, 5, (30, 1, 2, 2))] for _ in range(2)]
+        found = caption_alignment(codes, CODES, (5, 5), dataset, list(range(30)), permutations=99)
+        values += [found[part]["beyond frequency"]["p"] for part in found]
+    assert np.mean(values) == pytest.approx(0.5, abs=0.12) and np.mean(np.array(values) <= 0.1) < 0.25
+
+
+def test_a_frequent_word_on_a_frequent_code_is_not_knowledge_of_the_image():
     dataset = Captioned(60)
     dataset.words[:] = (2, 3)
     found = caption_alignment([np.full((60, 1, 2, 2), 2), np.full((60, 1, 2, 2), 3)], CODES, (5, 5), dataset, list(range(60)))
-    assert (
-        found["noun"]["words"]["ratio"] > 3 and found["noun"]["images"]["ratio"] == pytest.approx(1) and found["noun"]["images"]["p"] == 1
-    )
+    assert found["noun"]["all"]["ratio"] == pytest.approx(5)
+    assert found["noun"]["beyond frequency"] == {"ratio": pytest.approx(1), "p": 1.0, "images": 60}
 
 
 def test_labels_of_positions_are_those_of_most_of_their_pixels():
@@ -321,8 +328,8 @@ def test_evaluation_of_a_run(run, tmp_path, capsys, monkeypatch):
     drawn = {path.name: Image.open(path) for path in (run / "figures").iterdir()}
     assert sorted(drawn) == ["fig3_toy.gif", "fig3_toy.png", "fig5_usage.png", "fig6_similarity.png", "fig7_regions.png", "fig7_words.png"]
     assert all(image.size[0] > 400 and len(image.convert("RGB").getcolors(2**24)) > 20 for image in drawn.values())
-    assert drawn["fig3_toy.gif"].n_frames == 40
-    assert {"captions", "information"} == set(result["alignment"]) and "adjective in captions" in printed
+    assert drawn["fig3_toy.gif"].n_frames == 41
+    assert {"captions", "information"} == set(result["alignment"]) and "| adjective | captions, all |" in printed
     assert set(result["alignment"]["information"]["noun"]) == {"part", "colour"}
 
 
@@ -366,6 +373,14 @@ def test_table_of_runs_that_differ_by_seed_or_more(run):
     assert len(alignment_table([result]).splitlines()) == 2 + 4 + 4 and alignment_table([{**result, "alignment": {}}]) == ""
 
 
+def test_the_official_recipe_is_evaluated_and_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(DemoDataset, "SIZES", {"train": 64, "val": 11})
+    out = train(resolve({**TINY, "out": str(tmp_path / "run"), "steps": 2, "recipe": "official"}))
+    result, usage, _ = evaluate(out, figures=True)
+    assert [codebook.counts.sum() for codebook in usage] == [2 * 11 * 256, 11 * 256] and usage[0].positions == usage[1].positions
+    assert result["bits"] == pytest.approx(256 * (2 * math.log2(result["codes"]["adjective"]) + math.log2(result["codes"]["noun"])))
+
+
 def test_runs_are_compared_in_pictures(run, tmp_path, capsys, monkeypatch):
     no_weights(tmp_path, monkeypatch)
     sizes, DemoDataset.SIZES = DemoDataset.SIZES, {"train": 64, "val": 11}
@@ -374,7 +389,12 @@ def test_runs_are_compared_in_pictures(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(DemoDataset, "SIZES", {"train": 64, "val": 11})
     main([str(run), str(other), "--figures"])
     folder = run.parent / "comparison"
-    assert sorted(path.name for path in folder.iterdir()) == ["fig4_reconstructions.png", "fig5_usage.png", "rate_distortion.png"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "fig4_reconstructions.png",
+        "fig5_usage.png",
+        "rate_distortion.png",
+        "table.md",
+    ]
     assert Image.open(folder / "fig4_reconstructions.png").size[1] == 3 * 132  # originals and two runs
     assert not (other / "figures" / "fig3_toy.png").exists() and (other / "figures" / "fig6_similarity.png").exists()
 
@@ -394,13 +414,16 @@ def test_cosines_of_codes():
 
 
 def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, tmp_path, monkeypatch):
-    seen = []
+    seen, followed = [], []
     frame = evaluate_module.toy_frame
-    monkeypatch.setattr(evaluate_module, "toy_frame", lambda ways, *rest: seen.append(ways) or frame(ways, *rest))
+    note = lambda ways, feature, names, code, step: seen.append(ways) or followed.append(code) or frame(ways, feature, names, code, step)
+    monkeypatch.setattr(evaluate_module, "toy_frame", note)
     draw_toy(prior, tmp_path / "toy", words=5)
     learned, generated = (np.abs(way[-1] - way[0]).max(1) > 0 for way in seen[0].values())
-    assert learned.sum() == 1 and generated.mean() > 0.9
+    assert learned.nonzero()[0].tolist() == [followed[0]] and generated.mean() > 0.9  # the one that is drawn as followed
     assert np.allclose(*(way[0] for way in seen[0].values()))  # both from the same codes
+    draw_toy(dataclasses.replace(prior, edges=np.array([[0, 0]])), tmp_path / "none")  # Â makes both codes equal
+    assert (tmp_path / "toy.png").exists() and not (tmp_path / "none.png").exists()
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path):

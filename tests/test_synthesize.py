@@ -12,10 +12,10 @@ from test_train import TINY
 from train import DemoDataset, load_run, resolve, to_images, train
 
 
-@pytest.fixture(scope="module", params=["vqct", "vqgan"])
+@pytest.fixture(scope="module", params=[{"method": "vqct"}, {"method": "vqgan"}, {"recipe": "official"}], ids=str)
 def run(request, tmp_path_factory):
     sizes, DemoDataset.SIZES = DemoDataset.SIZES, {"train": 64, "val": 5}
-    yield train(resolve({**TINY, "method": request.param, "out": str(tmp_path_factory.mktemp("runs") / "run"), "steps": 2}))
+    yield train(resolve({**TINY, **request.param, "out": str(tmp_path_factory.mktemp("runs") / "run"), "steps": 2}))
     DemoDataset.SIZES = sizes
 
 
@@ -25,12 +25,14 @@ def test_tokens_decode_to_the_reconstruction(run, tmp_path, capsys):
     model, config, prior, _ = load_run(run, torch.device("cpu"))
     with np.load(run / "tokens.npz", allow_pickle=False) as file:
         indices, labels, classes = file["indices"], file["labels"], file["classes"]
-    assert indices.shape == (5, len(model.codebook.sizes), 16, 16) and len(classes) == 16
+    tokens = {"vqgan": 1, "vqct": 2}[config.method] + (config.recipe == "official")
+    assert indices.shape == (5, tokens, 16, 16) and len(classes) == 16
     dataset = DemoDataset("val", 32)
     assert labels.tolist() == [dataset.label(i) for i in range(5)]
     if prior is not None:
-        adjective, noun = (prior[f"{part}_words"][index] for part, index in zip(("adjective", "noun"), indices[1, :, 0, 0]))
-        assert printed.split("image 1\n")[1].startswith(f"{adjective} {noun}")
+        *adjectives, noun = indices[1, :, 0, 0]
+        read = [prior["adjective_words"][index] for index in adjectives] + [prior["noun_words"][noun]]
+        assert printed.split("image 1\n")[1].startswith(" ".join(read))
     main([str(run), "tokens", "--decode", str(run / "tokens.npz"), "--output", str(tmp_path)])
     x = to_images(torch.stack([dataset[i]["image"] for i in range(5)]), torch.device("cpu"))
     with torch.no_grad():
@@ -48,7 +50,7 @@ def test_foreign_token_files_are_named(run, tmp_path):
     (tmp_path / "text.npz").write_text("no")
     for name, message in (
         ("other", "another tokenizer"),
-        ("large", "not of . codebooks"),
+        ("large", "not . tokens a position"),
         ("text", "not a token file"),
         ("absent", "does not exist"),
     ):

@@ -271,6 +271,16 @@ def test_recipes_and_controls_are_flags():
     assert resolve({"method": "random-mlp", "codes": "random"}).out == "runs/demo-random-mlp"
 
 
+def test_seeds_share_the_demos_pictures_and_a_step_follows_the_schedules(prior):
+    assert torch.equal(DemoDataset("val", 32, seed=0)[1]["image"], DemoDataset("val", 32, seed=1)[1]["image"])
+    trainer = Trainer(resolve({**TINY, "method": "gumbel", "steps": 2, "gan_weight": 0.0}), None, torch.device("cpu"))
+    temperatures = []
+    for _ in range(2):
+        trainer.train_step([torch.zeros(1, 3, 32, 32)])
+        temperatures.append(trainer.model.quantizers[0].temperature)
+    assert temperatures == [1.0, pytest.approx((1 + 1 / 16) / 2)]
+
+
 def test_a_shuffled_prior_is_the_runs_own(tmp_path):
     plain, edges = (run_tiny(tmp_path / what, shuffle=what, steps=1) for what in ("none", "edges"))
     a, b = Prior.load(plain / "prior.npz"), Prior.load(edges / "prior.npz")
@@ -312,6 +322,10 @@ def test_missing_data_and_missing_cuda_are_a_line_each(tmp_path):
         (dict(method="vqcat"), "unknown method 'vqcat'; methods are vqct"),
         (dict(steps=0), "--steps 0 must be at least 1"),
         (dict(code_dim=9, transfer="none"), "does not divide"),
+        (dict(adjective_neighbours=0), "--adjective-neighbours 0 must be at least 1"),
+        (dict(usage_decay=1.0), "--usage-decay 1.0 must lie in"),
+        (dict(method="vqgan", shuffle="edges"), "--shuffle edges changes nothing here: codes are uniform, transfer is none"),
+        (dict(method="random-mlp", shuffle="vectors"), "--shuffle vectors changes nothing"),
     ],
 )
 def test_bad_choices_are_named(given, message):

@@ -31,6 +31,7 @@ from vqct import (
     VectorQuantizer,
     VQModel,
     adaptive_weight,
+    draw,
     hinge_loss,
     look_up,
     nearest_code,
@@ -201,10 +202,9 @@ def test_gumbel_is_hard_forward_and_soft_backward():
         z_q, indices, loss = quantizer(z, codebook)
         (z_q * torch.linspace(-1, 1, z_q.numel()).view_as(z_q)).sum().backward()
         gradients.append(quantizer.to_logits.weight.grad)
-        if straight_through:
-            torch.testing.assert_close(z_q, look_up(indices, codebook))
-        else:
-            assert (z_q - look_up(indices, codebook)).abs().max() > 0.1
+        to_a_code = torch.cdist(z_q.movedim(1, -1).reshape(-1, 4), codebook).min(1).values
+        assert to_a_code.max() < 1e-5 if straight_through else to_a_code.max() > 0.1
+        assert torch.equal(indices, quantizer.indices(z, codebook))  # the likeliest, whatever was drawn
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().sum() > 0 and loss == 0
 
@@ -212,8 +212,8 @@ def test_gumbel_is_hard_forward_and_soft_backward():
 def test_gumbel_is_deterministic_in_evaluation_and_sharp_when_cold():
     quantizer, z, codebook = GumbelQuantizer(4, 7, straight_through=False), torch.randn(2, 4, 3, 3), torch.randn(7, 4)
     quantizer.temperature = 1e-6
-    z_q, indices, _ = quantizer(z, codebook)
-    torch.testing.assert_close(z_q, look_up(indices, codebook), atol=1e-2, rtol=0)  # soft weights near one
+    z_q = quantizer(z, codebook)[0]
+    assert torch.cdist(z_q.movedim(1, -1).reshape(-1, 4), codebook).min(1).values.max() < 1e-2  # soft weights near one
     quantizer.eval()
     z_q, indices, _ = quantizer(z, codebook)
     assert torch.equal(indices, quantizer.indices(z, codebook)) and torch.equal(z_q, look_up(indices, codebook))
@@ -260,10 +260,19 @@ def test_cvq_writes_to_the_codebook_it_was_given_and_its_gradient_is_equation_2s
 
 def test_cvq_draws_nearer_features_more_often():
     features = torch.tensor([[0.0], [1.0], [3.0]])
-    drawn = ClusteredQuantizer.draw(features, torch.zeros(4000, 1)).flatten()
+    codebook = torch.zeros(4000, 1)
+    quantizer = ClusteredQuantizer(4000)
+    quantizer.re_anchor(features, torch.full((3,), 3999), codebook)  # all codes but the last unused
+    anchors = codebook[:3999, 0] / math.exp(-1e-3)  # e = 0, so the code is α ẑ
     expected = torch.softmax(-features.flatten().square(), 0)
     for value, share in zip((0.0, 1.0), expected):
-        assert (drawn == value).float().mean().item() == pytest.approx(share.item(), abs=0.03)
+        assert ((anchors - value).abs() < 1e-3).float().mean().item() == pytest.approx(share.item(), abs=0.03)
+
+
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, -2.0]])
+    shares = torch.bincount(draw(logits.expand(20000, 3)), minlength=3) / 20000
+    torch.testing.assert_close(shares, logits[0].softmax(0), atol=0.015, rtol=0)
 
 
 def test_cvq_contrast_by_hand():
@@ -294,28 +303,42 @@ def test_regvq_draws_masked_positions_from_their_distribution():
     z, codebook = torch.zeros(1, 1, 100, 100), torch.tensor([[0.0], [1.0], [-1.5]])
     quantizer = RegularizedQuantizer(mask_ratio=0.5)
     quantizer.temperature = 2.0
-    drawn = torch.bincount(quantizer(z, codebook)[1].flatten(), minlength=3) / 1e4
+    z_q, indices, _ = quantizer(z, codebook)
+    assert (indices == 0).all()  # the nearest, whatever was drawn
+    drawn = torch.bincount(torch.cdist(z_q.reshape(-1, 1), codebook).argmin(1), minlength=3) / 1e4
     expected = 0.5 * torch.softmax(-codebook.flatten().square() / 2, 0) + 0.5 * torch.tensor([1.0, 0.0, 0.0])
     torch.testing.assert_close(drawn, expected, atol=0.03, rtol=0)
 
 
+def test_regvq_adds_its_terms_by_their_weights():
+    z, codebook = torch.randn(2, 3, 4, 4), torch.randn(9, 3)
+
+    def loss(*weights):
+        torch.manual_seed(3)
+        return RegularizedQuantizer(*weights)(z, codebook)[2]
+
+    features = z.movedim(1, -1).flatten(0, -2)
+    nearest = nearest_code(features, codebook)
+    divergence = RegularizedQuantizer.divergence_from_uniform(-torch.cdist(features, codebook).square())
+    contrast = RegularizedQuantizer.contrast(features, codebook, nearest, nearest)
+    torch.testing.assert_close(loss(0.5, 0.0, 0.25) - loss(0.0, 0.0, 0.0), 0.5 * divergence + 0.25 * contrast)
+    assert divergence > 0 and contrast > 0 and loss(0.0, 1.0, 0.0) > loss(0.0, 0.0, 0.0)  # drawn codes are farther
+
+
 def test_regvq_contrast_pulls_a_far_draw_less():
-    features, codebook = (
-        torch.eye(4)[:3].clone().requires_grad_(),
-        torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0.5, 1.0, 0], [0, 0.9, 0, 0.9]]),
-    )
-    nearest = torch.tensor([0, 1, 2])
-    pulls = []
-    for drawn in (torch.tensor([0, 1, 2]), torch.tensor([0, 3, 2])):
-        codes = codebook[drawn]
-        cosine = F.normalize(features, dim=1) @ F.normalize(codes, dim=1).T / 0.07
-        weight = torch.ones(3) if drawn[1] == 1 else torch.tensor([1.0, math.exp(-1), 1.0])  # the only noise is its own mean
-        logits = cosine - torch.diag(cosine.diag() * (1 - weight))
-        expected = F.cross_entropy(logits, torch.arange(3))
+    features = torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.2], [0.3, 0.0, 1.0]], requires_grad=True)
+    codebook = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [0.1, 0.9, 0.1], [0.6, 0.6, 0.6]])
+    nearest, pulls = torch.tensor([0, 1, 2]), {}
+    for drawn in ([0, 1, 2], [0, 3, 4]):  # the third far from its nearest, the second close to it
+        drawn = torch.tensor(drawn)
+        noise = (codebook[drawn] - codebook[nearest]).square().sum(1)
+        weight = torch.exp(-noise / noise[noise > 0].mean()) if noise.any() else torch.ones(3)
+        cosine = (F.normalize(features, dim=1) @ F.normalize(codebook[drawn], dim=1).T / 0.07).detach().requires_grad_()
+        expected = F.cross_entropy(cosine * (1 - torch.eye(3)) + torch.diag(cosine.diag() * weight), torch.arange(3))
         loss = RegularizedQuantizer.contrast(features, codebook, drawn, nearest)
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-        pulls.append(torch.autograd.grad(loss, features)[0])
-    assert all(torch.isfinite(pull).all() for pull in pulls)
+        pulls[drawn.tolist()[2]] = weight
+    assert pulls[2].tolist() == [1, 1, 1] and pulls[4][0] == 1 > pulls[4][1] > pulls[4][2]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -638,6 +661,14 @@ def test_shared_codebooks_put_adjectives_and_nouns_in_one(prior, small):
     x = torch.randn(1, 3, 16, 16)
     assert single.encode(x).shape == (1, 1, 8, 8) and double.encode(x).shape == (1, 2, 8, 8)
     assert single.encode(x).max() < 16 and double.encode(x)[:, 0].max() < 7
+
+
+def test_edges_are_weighted_when_asked(prior, small):
+    prior = dataclasses.replace(prior, edge_counts=np.arange(1, len(prior.edges) + 1))
+    weighted, binary = (VQModel(ModelConfig(**small, weighted_edges=which), prior).codebook.transfer.adjacency for which in (True, False))
+    edges = torch.from_numpy(prior.edges) + torch.tensor([0, 7])
+    assert torch.equal(weighted.value, NormalizedAdjacency(edges, 16, prior.edge_counts).value)
+    assert torch.equal(binary.value, NormalizedAdjacency(edges, 16).value) and not torch.equal(weighted.value, binary.value)
 
 
 def test_word_vectors_are_scaled_as_asked(prior, small):

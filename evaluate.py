@@ -518,15 +518,10 @@ class Axes:
             step = 1 if logarithmic else next(part * unit for part in (0.1, 0.2, 0.5, 1, 2) if span <= 6 * part * unit)
             for tick in np.arange(math.ceil(low / step - 1e-9), math.floor((low + span) / step + 1e-9) + 1) * step:
                 value = 10**tick if logarithmic else tick
-                if axis == 0:
-                    px, _ = self.at(value, y[0])
-                    (
-                        draw.line((px, bottom, px, bottom - 5), "#94a3b8"),
-                        draw.text((px, bottom + 12), f"{value:,.6g}", "black", SMALL, anchor="mm"),
-                    )
-                else:
-                    _, py = self.at(x[0], value)
-                    draw.line((left, py, left + 5, py), "#94a3b8"), draw.text((left - 8, py), f"{value:,.6g}", "black", SMALL, anchor="rm")
+                px, py = self.at(value, y[0]) if axis == 0 else self.at(x[0], value)
+                draw.line((px, py, px, py - 5) if axis == 0 else (px, py, px + 5, py), "#94a3b8")
+                label = (px, py + 12) if axis == 0 else (px - 8, py)
+                draw.text(label, f"{value:,.6g}", "black", SMALL, anchor="mm" if axis == 0 else "rm")
 
     def at(self, x, y):
         """Data → pixels."""
@@ -552,25 +547,16 @@ def draw_figures(path, model, prior, dataset, indices, usage, title):
         draw_toy(prior, folder / "fig3_toy")
 
 
-def draw_toy(prior, path, words=6, steps=80, seed=0):
+def draw_toy(prior, path, steps=80, seed=0):
     """Fig. 3: a 2-d codebook in which one code is pulled to one feature, by VQ-VAE and by VQCT.
 
-    A toy of a run's prior, not of its weights. Its nodes are the prior's most connected adjective, nouns that it modifies, and adjectives of those. Both systems
-    start from the same codes; each step takes Eq. 1's nearest code and descends Eq. 2's codebook term
-    by Adam. Writes path.png, the whole way, and path.gif. No last ReLU, so that codes fill the plane.
+    A toy of a run's prior, not of its weights. Both systems start from the same codes. No last ReLU,
+    so that codes fill the plane. Writes path.png, the whole way, and path.gif.
     """
-    edges = np.asarray(prior["edges"])
-    hub = np.bincount(edges[:, 0]).argmax()
-    nouns = edges[edges[:, 0] == hub, 1]
-    nouns = nouns[evenly(len(nouns), words)]
-    adjectives = np.unique(edges[np.isin(edges[:, 1], nouns), 0])
-    nodes = [sorted({hub, *adjectives[evenly(len(adjectives), words - 1)]}), nouns.tolist()]
-    names = [str(prior[f"{part}_words"][i]) for part, chosen in zip(PARTS, nodes) for i in chosen]
-    kept = [(nodes[0].index(a), len(nodes[0]) + nodes[1].index(n)) for a, n in edges.tolist() if a in nodes[0] and n in nodes[1]]
-    vectors = torch.cat([torch.as_tensor(prior[f"{part}_vectors"])[chosen] for part, chosen in zip(PARTS, nodes)]).float()
+    names, vectors, edges = toy_graph(prior)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        transfer = CodebookTransfer((vectors.shape[1], 64, 64, 2), NormalizedAdjacency(kept, len(names)), last_relu=False)
+        transfer = CodebookTransfer((vectors.shape[1], 64, 64, 2), NormalizedAdjacency(edges, len(names)), last_relu=False)
         generated = Codebook(rescale(vectors, "standard"), (len(names),), transfer=transfer)
     start = generated()[0].detach()
     away = start - start.mean(0)
@@ -579,20 +565,44 @@ def draw_toy(prior, path, words=6, steps=80, seed=0):
         return  # so few edges that Â makes all codes equal
     feature = start.mean(0) + 1.4 * far.max() * F.normalize(away[far.argsort()[len(far) // 2]], dim=0)
     followed = nearest_code(feature[None], start).item()
-    learned, ways = Codebook(start, (len(names),), trained=True), {}
-    rate = 1.5 * float((feature - start[followed]).norm()) / steps
-    for name, codebook, lr in (("VQ-VAE: each code is a parameter", learned, rate), ("VQCT: one network makes all codes", generated, 5e-4)):
-        optimizer, way = torch.optim.Adam(codebook.parameters(), lr=lr), []
-        for _ in range(steps):
-            (codes,) = codebook()
-            way.append(codes.detach().numpy().copy())
-            loss = VectorQuantizer(beta=0.0)(feature.view(1, 2, 1, 1), codes)[2]
-            optimizer.zero_grad(), loss.backward(), optimizer.step()
-        ways[name] = np.stack(way)  # (steps, N, 2)
+    rate = 1.5 * (feature - start[followed]).norm().item() / steps
+    ways = {
+        "VQ-VAE: each code is a parameter": pull(Codebook(start, (len(names),), trained=True), feature, rate, steps),
+        "VQCT: one network makes all codes": pull(generated, feature, 5e-4, steps),
+    }
     frames = [toy_frame(ways, feature.numpy(), names, followed, step) for step in (*range(0, steps - 1, 2), steps - 1)]
     save_png(frames[-1], path.with_suffix(".png"))
     with whole_file(path.with_suffix(".gif")) as temporary:
         frames[0].save(temporary, "GIF", save_all=True, append_images=frames[1:], duration=100, loop=0)
+
+
+def toy_graph(prior, words=6):
+    """The prior's most connected adjective, some nouns that it modifies and adjectives of those → names, vectors (N, d), edges."""
+    edges = np.asarray(prior["edges"])
+    hub = np.bincount(edges[:, 0]).argmax()
+    nouns = edges[edges[:, 0] == hub, 1]
+    nouns = nouns[evenly(len(nouns), words)].tolist()
+    adjectives = np.unique(edges[np.isin(edges[:, 1], nouns), 0])
+    adjectives = sorted({hub, *adjectives[evenly(len(adjectives), words - 1)]})
+    chosen = list(zip(PARTS, (adjectives, nouns)))
+    names = [str(prior[f"{part}_words"][i]) for part, nodes in chosen for i in nodes]
+    vectors = torch.cat([torch.as_tensor(prior[f"{part}_vectors"])[nodes] for part, nodes in chosen]).float()
+    return (
+        names,
+        vectors,
+        [(adjectives.index(a), len(adjectives) + nouns.index(n)) for a, n in edges.tolist() if a in adjectives and n in nouns],
+    )
+
+
+def pull(codebook, feature, lr, steps):
+    """Each step takes Eq. 1's code nearest to one feature and descends Eq. 2's codebook term by Adam → (steps, N, D) codes before each."""
+    optimizer, way = torch.optim.Adam(codebook.parameters(), lr=lr), []
+    for _ in range(steps):
+        (codes,) = codebook()
+        way.append(codes.detach().numpy().copy())
+        loss = VectorQuantizer(beta=0.0)(feature.view(1, -1, 1, 1), codes)[2]
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    return np.stack(way)
 
 
 def toy_frame(ways, feature, names, followed, step, size=560):

@@ -418,7 +418,7 @@ def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, tmp_path, monkeypatc
     frame = evaluate_module.toy_frame
     note = lambda ways, feature, names, code, step: seen.append(ways) or followed.append(code) or frame(ways, feature, names, code, step)
     monkeypatch.setattr(evaluate_module, "toy_frame", note)
-    draw_toy(prior, tmp_path / "toy", words=5)
+    draw_toy(prior, tmp_path / "toy")
     learned, generated = (np.abs(way[-1] - way[0]).max(1) > 0 for way in seen[0].values())
     assert learned.nonzero()[0].tolist() == [followed[0]] and generated.mean() > 0.9  # the one that is drawn as followed
     assert np.allclose(*(way[0] for way in seen[0].values()))  # both from the same codes

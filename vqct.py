@@ -255,7 +255,7 @@ class ClusteredQuantizer(VectorQuantizer):
             features = z.movedim(1, -1).flatten(0, -2)  # (N, D)
             if self.contrastive_weight > 0:
                 loss = loss + self.contrastive_weight * self.contrast(features, codebook.clone())  # the original is about to change
-            self.re_anchor(features.detach(), indices, codebook.detach())
+            self.re_anchor(features.detach(), indices, codebook.data)  # autograd need not know: nothing saved for it depends on the codes
         return z_q, indices, loss
 
     @torch.no_grad()

@@ -684,6 +684,21 @@ def test_word_vectors_are_scaled_as_asked(prior, small):
     assert standard.mean(0).abs().max() < 1e-6 and torch.allclose(standard.std(0), torch.ones(12))
 
 
+@pytest.mark.parametrize("quantizer", ["nearest", "gumbel", "cvq", "regvq"])
+@pytest.mark.parametrize("generated", [True, False])
+def test_every_quantizer_trains_two_codebooks(quantizer, generated, prior, small):
+    if quantizer == "cvq" and generated:
+        return  # refused: see below
+    origin = {} if generated else dict(codes="random", trained=True, transfer="none")
+    model = VQModel(ModelConfig(**small, **origin, quantizer=quantizer, contrastive_weight=0.1, kl_weight=0.1), prior)
+    x = torch.randn(2, 3, 16, 16)
+    output = model(x)
+    (F.mse_loss(output.x_hat, x) + output.quantizer_loss).backward()
+    assert all(p.grad.isfinite().all() and p.grad.abs().sum() > 0 for p in model.codebook.parameters())
+    model.eval()
+    assert torch.equal(model.decode(model.encode(x)), model(x).x_hat)
+
+
 def test_temperature_goes_from_one_to_its_end(prior, small):
     model = build("gumbel", prior, small)
     for progress, expected in ((0.0, 1.0), (0.5, (1 + 1 / 16) / 2), (1.0, 1 / 16)):

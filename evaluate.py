@@ -366,7 +366,8 @@ def caption_alignment(indices, prior, sizes, dataset, chosen, permutations=999):
             together = a.T @ b  # (K, K) of code and word
             dealt = np.array([together[along, rng.permutation(along)].sum() for _ in range(permutations)])
             p = (1 + (dealt >= np.trace(together)).sum()) / (1 + permutations)
-            found[part][name] = {"ratio": float(observed / chance) if chance else float("nan"), "p": float(p), "images": len(chosen)}
+            known = {"ratio": float(observed / chance), "p": float(p)} if chance else {"ratio": None, "p": 1.0}  # no code's word is said
+            found[part][name] = {**known, "images": len(chosen)}
     return found
 
 
@@ -455,21 +456,25 @@ def markdown(results):
 
 
 def alignment_table(results):
-    """Results → a table of what codes have to do with captions and labels, a row for each group of seeds; "" where nothing is known."""
-    table = [["run", "codes", "against", "measured", "by chance", "p", "of"]]
+    """Results → a table of what codes have to do with captions and labels; "" where nothing is known."""
+    rows, columns = {}, {}
     for name, group in rows_of(results):
         known = [result["alignment"] for result in group]
         for part, kinds in known[0].get("captions", {}).items():
             for kind in kinds:
                 found = [alignment["captions"][part][kind] for alignment in known]
-                ratio, p = (spread([each[column] for each in found], form) for column, form in (("ratio", "{:.2f}"), ("p", "{:.3f}")))
-                table.append([name, part, f"captions, {kind}", f"{ratio} ×", "1 ×", p, f"{found[0]['images']} images"])
+                p = ", ".join(f"{each['p']:.3f}" for each in found)
+                cell = f"{spread([each['ratio'] for each in found], '{:.2f}')} × (p {p})"
+                rows.setdefault((name, part), {})[columns.setdefault(kind, f"words said in captions, {kind}")] = cell
         for part, labels in known[0].get("information", {}).items():
             for label in labels:
                 found = [alignment["information"][part][label] for alignment in known]
-                bits = [spread([each[column] for each in found], "{:.3f}") + " bits" for column in ("bits", "chance")]
-                table.append([name, part, label, *bits, "", f"{found[0]['entropy']:.2f} bits"])
-    return as_markdown(table) if len(table) > 1 else ""
+                bits, chance = (spread([each[column] for each in found], "{:.3f}") for column in ("bits", "chance"))
+                cell = f"{bits} of {found[0]['entropy']:.2f} bits (chance {chance})"
+                rows.setdefault((name, part), {})[columns.setdefault(label, f"information on {label}")] = cell
+    table = [["run", "codes", *columns.values()]]
+    table += [[*key, *(cells.get(column, "–") for column in columns.values())] for key, cells in rows.items()]
+    return as_markdown(table) if rows else ""
 
 
 def as_markdown(table):

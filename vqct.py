@@ -293,9 +293,9 @@ class RegularizedQuantizer(VectorQuantizer):
         kl_weight: of (1); mask_ratio: of (2); contrastive_weight: of (3).
         others: as VectorQuantizer.
 
-    The paper publishes no code; the softmax over squared distances, w, the temperature 0.07, at most
-    1,024 positions in (3), and the defaults of all three arguments are our choice. `temperature` τ is
-    the trainer's to anneal.
+    Our choice, not the paper's: the softmax over squared distances, w, the temperature 0.07, at most
+    1,024 positions in (3), and the defaults of all three arguments. `temperature` τ is the trainer's to
+    anneal.
     """
 
     def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):

@@ -480,10 +480,9 @@ def to_images(batch, device):
 
 def make_loader(dataset, device, workers, **options):
     workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
-    options = dict(pin_memory=device.type == "cuda", persistent_workers=workers > 0, **options)
-    return DataLoader(
-        dataset, num_workers=workers, generator=torch.Generator(), **options
-    )  # its own: a resumed run draws no more than a whole one
+    own = torch.Generator()  # a resumed run draws no more from the global one than a whole run does
+    pinned, kept = device.type == "cuda", workers > 0
+    return DataLoader(dataset, num_workers=workers, generator=own, pin_memory=pinned, persistent_workers=kept, **options)
 
 
 # ---------------------------------------------------------------------------------------------

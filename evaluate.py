@@ -808,6 +808,7 @@ def short_names(paths):
 
 
 def parse(argv):
+    """The command line; every weight file has a flag that points at a local copy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--data", default="", help="where the data set lies now (default: where the run found it)")

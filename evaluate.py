@@ -592,11 +592,8 @@ def toy_graph(prior, words=6):
     chosen = list(zip(PARTS, (adjectives, nouns)))
     names = [str(prior[f"{part}_words"][i]) for part, nodes in chosen for i in nodes]
     vectors = torch.cat([torch.as_tensor(prior[f"{part}_vectors"])[nodes] for part, nodes in chosen]).float()
-    return (
-        names,
-        vectors,
-        [(adjectives.index(a), len(adjectives) + nouns.index(n)) for a, n in edges.tolist() if a in adjectives and n in nouns],
-    )
+    kept = [(adjectives.index(a), len(adjectives) + nouns.index(n)) for a, n in edges.tolist() if a in adjectives and n in nouns]
+    return names, vectors, kept
 
 
 def pull(codebook, feature, lr, steps):
@@ -756,7 +753,7 @@ def draw_patches(dataset, indices, usage, words, names, title, path, count=10, p
         for code in np.argsort(-codebook.counts, kind="stable")[: min(count, len(codebook.growth))]:
             places = np.argwhere((codes == code).any(1))
             draw.text((8, top + size / 2), f"{str(listed[code])[:17]}\n{codebook.counts[code]:,} times", "black", SMALL, anchor="lm")
-            for column, at in enumerate(evenly(len(places), patches) if len(places) else ()):
+            for column, at in enumerate(evenly(len(places), patches)):
                 index, row, side = places[at]
                 x, cell = dataset[int(index)]["image"], dataset.resolution // codes.shape[-1]
                 patch = F.pad(x, (cell,) * 4, value=255)[:, row * cell : (row + 3) * cell, side * cell : (side + 3) * cell]
@@ -788,7 +785,6 @@ def draw_rate_distortion(results, path, size=(1000, 640)):
 
 def compare(evaluations, folder):
     """Fig. 4 and 5, the rate–distortion picture and the table of several runs, into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
     names = short_names([evaluation.result["run"] for evaluation in evaluations])
     originals = [("originals", evaluations[0].pairs[0::2])]
     rows = [(f"{name}\n{e.result['psnr']:.2f} dB", e.pairs[1::2]) for name, e in zip(names, evaluations)]

@@ -21,7 +21,6 @@ Each class can be lifted out with the imports below. To see the shapes, and Eq. 
 import math
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -140,6 +139,7 @@ class VectorQuantizer(nn.Module):
         self.neighbours = neighbours
         self.codebook_weight, self.commitment_weight = (1.0, beta) if beta_on == "commitment" else (beta, 1.0)
 
+    @torch.no_grad()
     def indices(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, Eq. 1; n neighbours, nearest first."""
         features = z.movedim(1, -1)  # (B, H, W, D)
@@ -147,9 +147,9 @@ class VectorQuantizer(nn.Module):
         if self.neighbours == 1:
             found = nearest_code(rows, codebook)
         else:
-            distances = partial(torch.cdist, x2=codebook.detach(), compute_mode="donot_use_mm_for_euclid_dist")  # exact for near ties
-            parts = rows.detach().to(codebook.dtype).split(1024)
-            found = torch.cat([distances(part).topk(self.neighbours, largest=False).indices for part in parts])
+            mode = "donot_use_mm_for_euclid_dist"  # exact for near ties
+            distances = (torch.cdist(part, codebook, compute_mode=mode) for part in rows.to(codebook.dtype).split(1024))
+            found = torch.cat([part.topk(self.neighbours, largest=False).indices for part in distances])
         return found.view(*features.shape[:-1], self.neighbours).movedim(-1, 1)
 
     def forward(self, z, codebook):

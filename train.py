@@ -1,10 +1,11 @@
 """Train the first stage: encoder, codebooks and decoder (paper §3.3, §4.1).
 
-    python train.py                                     built-in birds, minutes on a CPU, no download
-    python train.py --dataset cub --device cuda         data/CUB_200_2011, the paper's f16 network
+    python train.py                                            built-in birds, minutes on a CPU, no download
+    python train.py --dataset cub --download --device cuda     data/CUB_200_2011, the paper's f16 network
+    python train.py --dataset coco --init vqgan_imagenet_f16_1024.ckpt --device cuda   from published weights
     python train.py --dataset folder --data DIR --prior prior.npz --preset tiny
-    python train.py --method vqgan                      the baseline: 1,024 learned codes
-    python train.py --resume                            go on where the last run stopped
+    python train.py --method vqgan                             the baseline: 1,024 learned codes
+    python train.py --resume                                   go on where the last run stopped
 
 One step is: one forward pass of the generator; the gradient of its losses at the reconstruction;
 their balance by the adaptive weight; one backward pass; then the discriminator on the same images.
@@ -14,14 +15,23 @@ step 0, and reconstructions/*.png (originals above reconstructions).
 
 import argparse
 import dataclasses
+import functools
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
+import tarfile
+import tempfile
 import time
-from collections import deque
+import zipfile
+import zlib
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,8 +44,24 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from prior import PARTS, Prior, Progress, UserError, WordListSpeech, build_from_corpora, command, read_captions, shuffled, whole_file
-from vqct import LPIPS, Discriminator, ModelConfig, VQModel, adaptive_weight, hinge_loss, needs_prior, option
+from prior import (
+    CORES,
+    PARTS,
+    Prior,
+    PriorConfig,
+    Progress,
+    UserError,
+    WordListSpeech,
+    add_flags,
+    build_from_corpora,
+    command,
+    option,
+    read_captions,
+    read_tensors,
+    shuffled,
+    whole_file,
+)
+from vqct import LPIPS, Discriminator, ModelConfig, VQModel, adaptive_weight, hinge_loss, load_taming, needs_prior
 
 CHECKPOINT_VERSION = 1
 
@@ -48,11 +74,16 @@ class Config(ModelConfig):
     """A run. Defaults are the paper's f16 network with VQGAN's training; presets and methods change some."""
 
     dataset: str = option(
-        "demo", "demo: birds drawn by code; folder: any tree of images; cub: CUB-200-2011", choices=("demo", "folder", "cub")
+        "demo",
+        "demo: birds drawn by code; folder: any tree of images; or a published one in its own layout",
+        choices=("demo", "folder", "cub", "ade20k", "celebahq", "coco"),
     )
-    data: str = option("", "folder of the data set (cub: data/CUB_200_2011)")
+    data: str = option("", "folder of the data set (default: data/ and the published folder's name)")
+    download: bool = option(False, "fetch the data set's public archives, where its folder is not there (cub, ade20k, coco)")
+    skip_broken: bool = option(False, "leave out images that are missing or cannot be read, instead of stopping")
     labels: str = option("", "folder of label maps with the images' relative names, for --dataset folder")
-    prior: str = option("", "a prior.npz of prior.py; by default made from the data set's own captions")
+    prior: str = option("", "a prior.npz of prior.py, or a corpus to make one from; by default made from the data set's own captions")
+    init: str = option("", "published VQGAN weights to start from: a checkpoint of taming-transformers (.ckpt, .pt, .safetensors)")
     method: str = option("vqct", "a system of the paper or a control, as a choice of quantizer, codes, transfer and losses")
     recipe: str = option(
         "paper", "paper, or official: the codebook as the authors' code makes it, each difference a flag too", choices=("paper", "official")
@@ -148,31 +179,6 @@ METHODS = {
 }
 
 
-def add_flags(parser, defaults):
-    """A flag for each field of a dataclass instance: --batch-size for batch_size, help and type from the field."""
-    for item in dataclasses.fields(defaults):
-        value, flag = getattr(defaults, item.name), "--" + item.name.replace("_", "-")
-        more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']} (default: {_shown(value)})".replace("%", "%%")}
-        if isinstance(value, bool):
-            more["action"] = argparse.BooleanOptionalAction
-        else:
-            more.update(type=_integers if isinstance(value, tuple) else type(value), metavar=item.name.upper().split("_")[-1])
-            if item.metadata.get("choices"):
-                more.update(choices=item.metadata["choices"], metavar=None)
-        parser.add_argument(flag, **more)
-
-
-def _shown(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value if value != "" else "none"
-
-
-def _integers(text):
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 1,2,4") from None
-
-
 def parse(argv=None):
     """Command line → (Config, given flags, resume, overwrite); explicit flags win over method, method over preset."""
     parser = argparse.ArgumentParser(
@@ -202,8 +208,8 @@ def resolve(given):
     config = Config(**{**PRESETS[preset], **recipe, **METHODS[method], **given, "preset": preset})
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
     config.out = config.out or "runs/" + "-".join([config.dataset, config.method, *variant(config)])
-    if config.dataset == "cub":
-        config.data = config.data or "data/CUB_200_2011"
+    if config.dataset in DATASETS:
+        config.data = config.data or f"data/{DATASETS[config.dataset].folder}"
     return check_config(config)
 
 
@@ -211,13 +217,17 @@ def variant(config):
     """What tells a run from others of its data set and method, for its folder's name: recipe, shuffle, other codes, seed."""
     usual = lambda name: METHODS[config.method].get(name, getattr(Config, name))
     names = [str(getattr(config, name)) for name in ("recipe", "shuffle", "codes") if getattr(config, name) != usual(name)]
-    return names + ([f"seed{config.seed}"] if config.seed != Config.seed else [])
+    return names + ["init"] * bool(config.init) + [f"seed{config.seed}"] * (config.seed != Config.seed)
 
 
 def check_config(config):
     """The Config itself. Raises UserError naming a value that cannot be."""
     if config.dataset == "demo" and (config.data or config.labels):
         raise UserError("--data and --labels do nothing for the demo; add --dataset folder or --dataset cub")
+    if config.labels and config.dataset != "folder":
+        raise UserError(f"--labels is for --dataset folder; {config.dataset} has its label maps in its own layout")
+    if config.download and not (config.dataset in DATASETS and DATASETS[config.dataset].archives):
+        raise UserError(f"--download: {config.dataset} has no public archive (cub, ade20k and coco have)")
     if config.dataset == "folder" and not config.data:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
     if config.transfer == "none" and config.code_dim % config.codebooks:
@@ -274,8 +284,8 @@ class Record(NamedTuple):
 
     path: Path
     label: int = -1  # index into the data set's classes; −1: none
-    captions: tuple = ()  # text files, a caption a line
-    segmentation: Path | None = None  # label map, integers
+    captions: Callable = tuple  # () → iterable of captions
+    segmentation: Path | tuple | None = None  # label map, or masks as (label, path) that are painted in this order
 
 
 class ImageDataset(Dataset):
@@ -301,9 +311,8 @@ class ImageDataset(Dataset):
         return len(self.records)
 
     def captions_of(self, index):
-        """Yield the captions of an image."""
-        for path in self.records[index].captions:
-            yield from read_captions(path)
+        """The captions of an image, an iterable."""
+        return self.records[index].captions()
 
     def captions(self):
         """Yield every caption of every image."""
@@ -314,19 +323,11 @@ class ImageDataset(Dataset):
         return self.records[index].label
 
     def read(self, index):
-        """→ image (3, h, w) uint8 and segmentation (1, h, w) uint8 or None, shorter sides at least the resolution."""
+        """→ image (3, h, w) uint8 and segmentation (1, h, w) integers or None, shorter sides at least the resolution."""
         record = self.records[index]
-        try:
-            with Image.open(record.path) as file:
-                file.draft("RGB", (2 * self.resolution,) * 2)  # JPEG decodes at a fraction of its size
-                image = TF.resize(ImageOps.exif_transpose(file).convert("RGB"), self.resolution, antialias=True)
-            segmentation = None
-            if record.segmentation and self.with_segmentation:
-                with Image.open(record.segmentation) as file:
-                    segmentation = ImageOps.exif_transpose(file).resize(image.size, Image.Resampling.NEAREST)
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"image '{record.path}' cannot be read: {error}") from None
-        return TF.pil_to_tensor(image), None if segmentation is None else TF.pil_to_tensor(segmentation)
+        image = TF.resize(read_image(record.path, 2 * self.resolution), self.resolution, antialias=True)
+        wanted = record.segmentation and self.with_segmentation
+        return TF.pil_to_tensor(image), TF.pil_to_tensor(read_label_map(record.segmentation, image.size)) if wanted else None
 
     def __getitem__(self, key):
         """→ dict: image (3, R, R) uint8, label, index, and segmentation (R, R) int64 where asked for."""
@@ -347,34 +348,300 @@ class ImageDataset(Dataset):
         return item
 
 
-def cub_records(root, split):
-    """CUB-200-2011 in its published layout and split; captions of Reed et al. where `text/` is there.
+def read_image(path, side):
+    """An RGB image as it is meant to be seen; a JPEG is decoded at the fraction of its size that keeps `side` pixels a side.
 
-    Args:
-        root: folder that holds images.txt; split: "train" or "val" (the published test images).
-    Returns:
-        records, class names.
     Raises:
-        UserError: naming the first file of the layout that is missing.
+        UserError: if it is missing, damaged or truncated.
     """
-    root = Path(root)
-    needed = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
-    missing = [name for name in (*needed, "images") if not (root / name).exists()]
+    try:
+        with Image.open(path) as file:
+            file.draft("RGB", (side, side))
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # Pillow raises half a dozen types for damaged files
+        reason = "missing" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
+        raise UserError(f"image '{path}' cannot be read: {reason}") from None
+
+
+def read_label_map(source, size):
+    """A Record's segmentation as a PIL image of integers, resized to (width, height) by nearest neighbour."""
+    try:
+        if not isinstance(source, tuple):
+            with Image.open(source) as file:
+                return ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
+        labels = np.zeros(size[::-1], np.uint8)
+        for label, mask in source:
+            with Image.open(mask) as file:
+                labels[np.asarray(file.convert("L").resize(size, Image.Resampling.NEAREST)) > 127] = label
+        return Image.fromarray(labels)
+    except Exception as error:
+        raise UserError(f"label map '{source if isinstance(source, Path) else mask}' cannot be read: {error}") from None
+
+
+def readable(records, split, skip_broken=False, shown=10):
+    """The records whose images can be decoded to their end and whose label maps are there.
+
+    Raises:
+        UserError: listing the first broken ones and their number, unless they are to be skipped.
+    """
+
+    def fault(record):
+        try:
+            read_image(record.path, 1)  # at an eighth of its size: all of a JPEG's data is read, little is computed
+        except UserError as error:
+            return str(error)
+        if isinstance(record.segmentation, Path) and not record.segmentation.is_file():
+            return f"label map '{record.segmentation}' is missing"
+        return None
+
+    faults, progress = [], Progress()
+    with ThreadPool(CORES) as pool:
+        for found in pool.imap(fault, records, chunksize=16):
+            faults.append(found)
+            progress(f"checking {split} images: {len(faults):,} of {len(records):,}, {sum(map(bool, faults)):,} broken")
+    broken = [found for found in faults if found]
+    if broken:
+        rest = [f"… and {len(broken) - shown:,} more"] if len(broken) > shown else []
+        count = f"{len(broken):,} of {len(records):,} {split} images"
+        if not skip_broken:
+            raise UserError("\n".join([*broken[:shown], *rest, f"{count} are broken: mend them, or leave them out with --skip-broken"]))
+        print("\n".join([*(f"skipped: {found}" for found in broken[:shown]), *rest, f"skipped {count}, which are broken"]))
+    return [record for record, found in zip(records, faults) if not found]
+
+
+# Published layouts. Each function takes the folder and "train" or "val", and gives records and names of classes
+
+
+def cub_records(root, split):
+    """CUB-200-2011, the published split: val are the test images.
+
+    Captions are Reed et al.'s where text/ is there, otherwise the published attributes of an image as phrases.
+    """
+    names = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
+    require("cub", root, *names, "images")
+    images, splits, labels, classes = (
+        dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in names
+    )
+    has_text, records = (root / "text").is_dir(), []
+    for key, name in images.items():
+        if (splits[key].strip() == "1") == (split == "train"):
+            text = (root / "text" / name.strip()).with_suffix(".txt")
+            captions = functools.partial(cub_attributes, root, key) if not has_text else functools.partial(read_captions, text)
+            records.append(
+                Record(root / "images" / name.strip(), int(labels[key]) - 1, captions if not has_text or text.exists() else tuple)
+            )
+    return records, [classes[key].strip() for key in sorted(classes, key=int)]
+
+
+def cub_attributes(root, key):
+    """Phrases of the attributes that an image of CUB has: `has_wing_color::blue` is "a blue wing"."""
+    return _cub_attributes(root).get(key, [])
+
+
+@functools.lru_cache(1)
+def _cub_attributes(root):
+    """dict image → phrases; empty where the attributes are not there."""
+    listed = next(
+        (path for path in (root / "attributes.txt", root / "attributes/attributes.txt", root.parent / "attributes.txt") if path.is_file()),
+        None,
+    )
+    labels = root / "attributes" / "image_attribute_labels.txt"
+    if listed is None or not labels.is_file():
+        return {}
+    phrases, found = {}, defaultdict(list)
+    for line in listed.read_text().splitlines():
+        number, _, fact = line.strip().partition(" ")
+        group, _, value = fact.partition("::")
+        noun = re.sub(r"^has_|_?(color|shape|pattern|length|size|primary)\b|primary_", "", group).replace("_", " ").strip() or "bird"
+        adjective = re.sub(r"[_-]" + noun + r"s?$|_\(.*|\(.*", "", value).replace("_", " ")
+        phrases[number] = f"a {adjective} {noun}"
+    with open(labels) as lines:
+        for line in lines:
+            key, number, present = line.split(maxsplit=3)[:3]
+            if present == "1":
+                found[key].append(phrases[number])
+    return dict(found)
+
+
+def ade20k_records(root, split):
+    """ADE20K's scene parsing benchmark; label maps of 150 classes, 0 for anything else; classes are the scenes."""
+    folder = {"train": "training", "val": "validation"}[split]
+    require("ade20k", root, f"images/{folder}", f"annotations/{folder}")
+    stems = {
+        path.stem for kind in ("images", "annotations") for path in (root / kind / folder).iterdir() if path.suffix in (".jpg", ".png")
+    }
+    scenes = root / "sceneCategories.txt"
+    scene = dict(line.split(maxsplit=1) for line in scenes.read_text().splitlines() if line.strip()) if scenes.is_file() else {}
+    classes = sorted(set(scene.values()))
+    label = lambda stem: classes.index(scene[stem]) if stem in scene else -1
+    image, labels = (lambda stem: root / "images" / folder / f"{stem}.jpg"), root / "annotations" / folder
+    return [Record(image(stem), label(stem), segmentation=labels / f"{stem}.png") for stem in sorted(stems)], classes
+
+
+# Parts of CelebAMask-HQ in the order in which its authors paint them; 0 is the background
+FACE_PARTS = tuple("skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split())
+
+
+def celebahq_records(root, split):
+    """CelebA-HQ as CelebAMask-HQ lays it out, split as CelebA is by the original's number: 24,183 / 2,993 (and 2,824 to test)."""
+    require("celebahq", root, "CelebA-HQ-img", "CelebA-HQ-to-CelebA-mapping.txt")
+    masks = defaultdict(dict)
+    for path in (root / "CelebAMask-HQ-mask-anno").glob("*/*.png"):
+        number, _, part = path.stem.partition("_")
+        masks[int(number)][part] = path
+    first, end = {"train": (0, 162_771), "val": (162_771, 182_638)}[split]
+    records = []
+    for line in (root / "CelebA-HQ-to-CelebA-mapping.txt").read_text().splitlines()[1:]:
+        number, original = map(int, line.split()[:2])
+        if first <= original < end:
+            painted = tuple((label, masks[number][part]) for label, part in enumerate(FACE_PARTS, 1) if part in masks[number])
+            records.append(Record(root / "CelebA-HQ-img" / f"{number}.jpg", segmentation=painted or None))
+    return records, []
+
+
+def coco_records(root, split):
+    """MS-COCO 2017 (or 2014): captions of annotations/, label maps of stuffthingmaps/ where they are there, 255 for unlabeled."""
+    year = 2014 if (root / f"{split}2014").is_dir() else 2017
+    require("coco", root, f"{split}{year}")
+    listed = root / "annotations" / f"captions_{split}{year}.json"
+    files = {path.name: None for path in (root / f"{split}{year}").glob("*.jpg")}
+    files.update({name: number for number, name in _coco_captions(listed)[0].items()} if listed.is_file() else {})
+    maps = root / "stuffthingmaps" / f"{split}{year}"
+    return [
+        Record(
+            root / f"{split}{year}" / name,
+            captions=tuple if number is None else functools.partial(coco_captions, listed, number),
+            segmentation=(maps / name).with_suffix(".png") if maps.is_dir() else None,
+        )
+        for name, number in sorted(files.items())
+    ], []
+
+
+def coco_captions(path, number):
+    """The captions of one image of a COCO captions file."""
+    return _coco_captions(path)[1].get(number, [])
+
+
+@functools.lru_cache(2)
+def _coco_captions(path):
+    """dict image → file name, and dict image → captions."""
+    try:
+        content, captions = json.loads(path.read_text(encoding="utf-8")), defaultdict(list)
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
+        return {image["id"]: image["file_name"] for image in content["images"]}, dict(captions)
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"'{path}' is not COCO's captions file, or is damaged") from None
+
+
+class Archive(NamedTuple):
+    """A public archive: what it holds, and where that belongs in the data set's folder."""
+
+    url: str
+    md5: str | None  # where one is known
+    moves: tuple  # of (path in the archive, path in the folder)
+
+
+class Layout(NamedTuple):
+    """A published data set: its records, its folder's usual name, how it is had."""
+
+    records: Callable  # (root, split) → records, names of classes
+    folder: str
+    get: str  # for people
+    archives: tuple = ()
+
+
+COCO_URL = "http://images.cocodataset.org"
+DATASETS = {
+    "cub": Layout(
+        cub_records,
+        "CUB_200_2011",
+        "--download fetches it (1.2 GB), or unpack CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158",
+        (
+            Archive(
+                "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+                "97eceeb196236b17998738112f37df78",
+                (("attributes.txt", "../attributes.txt"), ("CUB_200_2011", ".")),
+            ),
+        ),
+    ),
+    "ade20k": Layout(
+        ade20k_records,
+        "ADEChallengeData2016",
+        "--download fetches it (0.9 GB), or unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+        (
+            Archive(
+                "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                "7328b3957e407ddae1d3cbf487f149ef",
+                (("ADEChallengeData2016", "."),),
+            ),
+        ),
+    ),
+    "celebahq": Layout(
+        celebahq_records,
+        "CelebAMask-HQ",
+        """its terms ask for three steps by hand:
+    1. get CelebAMask-HQ.zip by the links on https://github.com/switchablenorms/CelebAMask-HQ
+    2. unzip CelebAMask-HQ.zip -d data
+    3. python train.py --dataset celebahq --data data/CelebAMask-HQ --prior CAPTIONS.txt""",
+    ),
+    "coco": Layout(
+        coco_records,
+        "coco",
+        f"--download fetches it (21 GB), or unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from {COCO_URL}",
+        (
+            Archive(f"{COCO_URL}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", (("train2017", "train2017"),)),
+            Archive(f"{COCO_URL}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", (("val2017", "val2017"),)),
+            Archive(
+                f"{COCO_URL}/annotations/annotations_trainval2017.zip",
+                "f4bbac642086de4f52a3fdda2de5fa2c",
+                (("annotations", "annotations"),),
+            ),
+            Archive(
+                "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip",
+                None,
+                (("train2017", "stuffthingmaps/train2017"), ("val2017", "stuffthingmaps/val2017")),
+            ),
+        ),
+    ),
+}
+
+
+def require(dataset, root, *names):
+    """Raise UserError, with how to get the data set, for the first of the names that its folder lacks."""
+    missing = next((name for name in names if not (root / name).exists()), None)
     if missing:
         raise UserError(
-            f"CUB-200-2011 is not at '{root}' (no {missing[0]}): unpack CUB_200_2011.tgz from "
-            "https://data.caltech.edu/records/65de6-vp158 and point --data at its CUB_200_2011 folder"
+            f"{dataset} is not at '{root}' (no {missing}): point --data at its {DATASETS[dataset].folder} folder; {DATASETS[dataset].get}"
         )
-    table = {name: dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in needed}
-    classes = [table["classes.txt"][key].strip() for key in sorted(table["classes.txt"], key=int)]
-    records = []
-    for key, name in table["images.txt"].items():
-        if (table["train_test_split.txt"][key].strip() == "1") == (split == "train"):
-            text = (root / "text" / name.strip()).with_suffix(".txt")
-            records.append(
-                Record(root / "images" / name.strip(), int(table["image_class_labels.txt"][key]) - 1, (text,) if text.exists() else ())
-            )
-    return records, classes
+
+
+def download(archives, root):
+    """Fetch and unpack archives whose contents a data set's folder lacks; each arrives whole, or not at all.
+
+    Raises:
+        UserError: for one that cannot be had, is broken, or holds something else.
+    """
+    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # older torchvision leaves the choice to Python
+    for archive in archives:
+        moves = [(inside, Path(os.path.normpath(root / target))) for inside, target in archive.moves]
+        if all(target.exists() for _, target in moves):
+            continue
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root.parent, prefix=".download-") as folder:
+            try:
+                torchvision.datasets.utils.download_and_extract_archive(archive.url, folder, md5=archive.md5)
+            except (OSError, EOFError, RuntimeError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+                raise UserError(
+                    f"{archive.url} cannot be had: {error or type(error).__name__}; nothing of it was kept, try again"
+                ) from None
+            absent = [inside for inside, _ in moves if not (Path(folder) / inside).exists()]
+            if absent:
+                raise UserError(f"{archive.url} does not hold '{absent[0]}'; nothing of it was kept")
+            for inside, target in moves:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.exists():
+                    os.replace(Path(folder) / inside, target)
 
 
 def folder_records(root, split, labels=""):
@@ -403,7 +670,8 @@ def folder_records(root, split, labels=""):
     for path in paths:
         label, text = str(path.parent.relative_to(base)), path.with_suffix(".txt")
         label_map = _label_map(labels, path.relative_to(root)) if labels else None
-        records.append(Record(path, classes.index(label) if label != "." else -1, (text,) if text.exists() else (), label_map))
+        captions = functools.partial(read_captions, text) if text.exists() else tuple
+        records.append(Record(path, classes.index(label) if label != "." else -1, captions, label_map))
     return records, classes
 
 
@@ -418,12 +686,18 @@ def _label_map(labels, name):
 
 
 def make_dataset(config, split):
-    """The "train" or "val" split that a Config names."""
+    """The "train" or "val" split that a Config names, every image of it decoded once."""
     if config.dataset == "demo":
         return DemoDataset(split, config.resolution, config.seed)  # the seed is that of the flips
+    root = Path(config.data)
     if config.dataset == "folder":
-        return ImageDataset(*folder_records(config.data, split, config.labels), config.resolution, config.seed)
-    return ImageDataset(*cub_records(config.data, split), config.resolution, config.seed)
+        records, classes = folder_records(root, split, config.labels)
+    else:
+        layout = DATASETS[config.dataset]
+        if config.download:
+            download(layout.archives, root)
+        records, classes = layout.records(root, split)
+    return ImageDataset(readable(records, split, config.skip_broken), classes, config.resolution, config.seed)
 
 
 def make_prior(config, dataset):
@@ -434,17 +708,30 @@ def make_prior(config, dataset):
 
 
 def find_prior(config, dataset):
-    """The prior as it was before any shuffling."""
-    if config.prior:
+    """The prior as it was before any shuffling: the file named, or one that is made once and kept beside the runs."""
+    if config.prior.endswith(".npz"):
         return Prior.load(config.prior)
-    if config.dataset == "demo":
-        return build_from_corpora([("demo captions", dataset.captions())], "corpus", speech=DEMO_SPEECH)
-    if next(dataset.captions(), None) is None:
+    if config.dataset == "demo" and not config.prior:
+        return build_from_corpora([("demo captions", dataset.captions())], PriorConfig(min_count=1), speech=DEMO_SPEECH)
+    if config.prior:
+        name, captions, version = config.prior, read_captions(config.prior), os.stat(config.prior) if os.path.exists(config.prior) else ""
+        key = f"{Path(config.prior).resolve()} {version and (version.st_size, version.st_mtime_ns)}"
+    else:
+        name, captions = f"{config.dataset} captions", dataset.captions()
+        key = "\n".join(str(record.path.resolve()) for record in dataset.records)
+    if next(iter(captions), None) is None:
         raise UserError(
-            f"'{config.data}' has no captions to make a prior from; make one with: python prior.py CORPUS --out prior.npz, then --prior prior.npz"
+            f"'{config.data}' has no captions to make a prior from: give a corpus of any text, --prior CORPUS, or a finished --prior prior.npz"
         )
-    print("prior: none given, made from the data set's captions with vectors of that corpus")
-    return build_from_corpora([(f"{config.dataset} captions", dataset.captions())], "corpus", min_count=10)
+    path = Path(config.out).parent / f"prior-{config.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npz"
+    if path.is_file():
+        print(f"prior: {path}, made earlier from {name}; delete it to make it anew")
+        return Prior.load(path)
+    print(f"prior: none given, made from {name} with PPMI + SVD vectors of that corpus, and kept as {path}")
+    captions = read_captions(config.prior) if config.prior else dataset.captions()
+    prior = build_from_corpora([(name, captions)], PriorConfig(), workers=CORES)
+    prior.save(path)
+    return prior
 
 
 class TrainBatches:
@@ -535,7 +822,7 @@ def load_run(path, device, checkpoint="last"):
         checkpoint: "last" or "best".
     """
     state = load_checkpoint(Path(path) / f"{checkpoint}.pt")
-    config = Config(**state["config"])
+    config = Config(**{**state["config"], "download": False})  # whoever looks at a run has its data, or is told where it should be
     model = VQModel(config, state["prior"])
     model.load_state_dict(state["model"])
     return model.to(device).eval(), config, state["prior"], state["step"]
@@ -826,6 +1113,17 @@ def trim_metrics(path, step):
         temporary.write_text("".join(kept))
 
 
+def start_from(trainer, path):
+    """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError where it does not fit."""
+    try:
+        state = {name: torch.from_numpy(value) for name, value in read_tensors(path).items()}
+        left = load_taming(trainer.model, trainer.discriminator, state)
+    except ValueError as error:
+        fits = "; the f16 networks published fit --preset f16" if not isinstance(error, UserError) else ""
+        raise UserError(f"--init {path}: {error}{fits}") from None
+    print(f"init: encoder and decoder of {path}" + (f"; not in it, or of another shape: {', '.join(left)}" if left else ", and all else"))
+
+
 def announce(config, trainer, train_set, val_set, out):
     """Three lines before the first step: data, network and codes, losses."""
     count = lambda network: f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"
@@ -863,6 +1161,8 @@ def train(config, resume=False, overwrite=False):
         check_folder(out, overwrite)
         prior = make_prior(config, train_set)
         trainer = Trainer(config, portable(prior), device)
+        if config.init:
+            start_from(trainer, config.init)
         start_run(config, out, trainer, prior)  # nothing was touched before all this succeeded
     announce(config, trainer, train_set, val_set, out)
     batches = TrainBatches(
@@ -880,8 +1180,8 @@ def run_steps(trainer, loader, validation, out, log):
     """The loop: step, log, validate, save."""
     config, progress = trainer.config, Progress()
     epoch_steps = math.ceil(len(loader.dataset) / (config.batch_size * config.accumulate))
-    images, waited, before = iter(loader), 0.0, time.monotonic()
-    recent = deque([(trainer.step, before)], maxlen=20)  # speed is that of the latest lines
+    images, waited = iter(loader), 0.0
+    recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
     while trainer.step < config.steps:
         began = time.monotonic()
         batches = [to_images(next(images)["image"], trainer.device) for _ in range(config.accumulate)]
@@ -890,7 +1190,7 @@ def run_steps(trainer, loader, validation, out, log):
         last = trainer.step == config.steps
         if trainer.step % config.log_every == 0 or last:
             metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
-            now = time.monotonic()
+            now, since = time.monotonic(), trainer.step - recent[-1][0]
             recent.append((trainer.step, now))
             steps_done, seconds = trainer.step - recent[0][0], now - recent[0][1]
             line = {
@@ -898,9 +1198,9 @@ def run_steps(trainer, loader, validation, out, log):
                 **metrics,
                 "codes_used": trainer.codes_used(epoch_steps),
                 "images_per_second": round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2),
-                "data_wait": round(waited / max(now - before, 1e-9), 3),
+                "data_wait": round(waited / since, 4),  # seconds a step
             }
-            waited, before = 0.0, now
+            waited = 0.0
             log.write(json.dumps(line) + "\n")
             if not math.isfinite(line["loss"]):
                 raise UserError(
@@ -930,11 +1230,11 @@ def progress_line(trainer, line, seconds_a_step):
     codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
     return (
         f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "
-        f"data {100 * line['data_wait']:.0f} % left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        f"waits {1000 * line['data_wait']:.0f} ms/step for data, left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     )
 
 
-CHANGEABLE = ("out", "steps", "lr", "device", "data", "workers", "log_every", "eval_every", "eval_images", "amp", "compile")
+CHANGEABLE = ("out", "steps", "lr", "device", "data", "download", "workers", "log_every", "eval_every", "eval_images", "amp", "compile")
 
 
 def resumed(stored, given):

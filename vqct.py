@@ -11,6 +11,7 @@ The file reads in the paper's order:
     §4.1         E, G       Encoder, Decoder    VQGAN's network
     losses       VQ-GAN     Discriminator, LPIPS, hinge_loss, adaptive_weight
     §3.3 step 3             VQModel             image → indices → image
+    published weights       load_taming         VQGAN's, in the names of taming-transformers
 
 Nothing here reads a configuration file or a corpus; `prior.py` makes the graph, `train.py` trains.
 Each class can be lifted out with the imports below. To see the shapes, and Eq. 3, 1 and 2 on four words:
@@ -20,13 +21,15 @@ Each class can be lifted out with the imports below. To see the shapes, and Eq. 
 
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+
+from prior import PARTS, option
 
 # torch calls its compressed sparse rows a beta on first use; the one product taken here is tested
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
@@ -763,11 +766,6 @@ class LPIPS(nn.Module):
 # §3.3 step 3: the model
 
 
-def option(default, reason, **more):
-    """A dataclass field whose `reason` becomes the help of its command-line flag."""
-    return field(default=default, metadata={"help": reason, **more})
-
-
 @dataclass
 class ModelConfig:
     """Shape of the network and origin of its codes; the defaults are the paper's f16 network."""
@@ -928,7 +926,7 @@ def make_codebook(config, prior=None):
     if needs_prior(config) and prior is None:
         raise ValueError(f"codes from '{config.codes}' with transfer '{config.transfer}' need a prior of adjectives and nouns")
     if needs_prior(config):
-        words = torch.cat([torch.as_tensor(prior[f"{part}_vectors"], dtype=torch.float32) for part in ("adjective", "noun")])
+        words = torch.cat([torch.as_tensor(prior[f"{part}_vectors"], dtype=torch.float32) for part in PARTS])
         sizes = (len(prior["adjective_vectors"]), len(prior["noun_vectors"]))
         sizes = sizes if config.codebooks == 2 else (sum(sizes),)
     else:
@@ -963,6 +961,78 @@ def rescale(vectors, how):
     if how == "standard":
         return (vectors - vectors.mean(0)) / vectors.std(0).clamp_min(1e-12)
     return vectors
+
+
+# ---------------------------------------------------------------------------------------------
+# Published weights: VQGAN's, in the names of taming-transformers
+
+
+def taming_names(config):
+    """A function from a parameter's name here to those in taming-transformers whose concatenation it is, or () for none.
+
+    Args:
+        config: ModelConfig; the network's levels and blocks.
+    """
+    levels, middle = range(len(config.multipliers)), ["mid.block_1", "mid.attn_1", "mid.block_2"]
+    down, up = [], []
+    for level in levels:
+        for block in range(config.blocks):
+            down += [f"down.{level}.block.{block}", f"down.{level}.attn.{block}"][: 1 + (level == levels[-1])]
+        down += [f"down.{level}.downsample"] * (level < levels[-1])
+    for level in reversed(levels):
+        for block in range(config.blocks + 1):
+            up += [f"up.{level}.block.{block}", f"up.{level}.attn.{block}"][: 1 + (level == levels[-1])]
+        up += [f"up.{level}.upsample"] * (level > 0)
+    layers = {"encoder": ["conv_in", *down, *middle, "norm_out", "", "conv_out"], "decoder": ["conv_in", *middle, *up, "norm_out"]}
+    whole = {"to_codes": "quant_conv", "from_codes": "post_quant_conv", "decoder.to_image": "decoder.conv_out"}
+    inner = {"query_key_value": ("q", "k", "v"), "project": ("proj_out",), "shortcut": ("nin_shortcut",)}
+
+    def names(name):
+        if name == "codebook.vectors":
+            return ("quantize.embedding.weight",)
+        module, _, kind = name.rpartition(".")
+        if module in whole:
+            return (f"{whole[module]}.{kind}",)
+        network, _, rest = module.partition(".layers.")
+        if network not in layers:
+            return ()
+        index, _, part = rest.partition(".")
+        return tuple(".".join(filter(None, (network, layers[network][int(index)], theirs, kind))) for theirs in inner.get(part, (part,)))
+
+    return names
+
+
+def load_taming(model, discriminator, state):
+    """Copy the encoder, decoder and discriminator of a taming-transformers VQ-GAN (Esser et al. 2021), by its state dict.
+
+    The 1×1 convolutions beside the codes are taken where they have the shape of ours, and learned codes where they
+    are of one codebook of the same shape, so a VQ-GAN of ours computes what theirs does.
+
+    Args:
+        model: VQModel; discriminator: Discriminator or None.
+        state: dict name → tensor.
+    Returns:
+        names of our parameters that were not in it.
+    Raises:
+        ValueError: naming the first parameter of encoder or decoder that is missing or of another shape.
+    """
+    left, learned = [], isinstance(model.codebook.vectors, nn.Parameter) and len(model.codebook.sizes) == 1
+    # the discriminator's layers are numbered alike
+    networks = [(model, taming_names(model.config)), (discriminator, lambda name: (f"loss.discriminator.main.{name[7:]}",))]
+    for network, names in networks if discriminator is not None else networks[:1]:
+        taken = {}
+        for name, value in network.state_dict().items():
+            found = [state[key] for key in names(name) if key in state]
+            found = found[0] if len(found) == 1 else torch.cat(found) if found else None
+            if found is not None and found.shape == value.shape and (learned or not name.startswith("codebook")):
+                taken[name] = found
+            elif name.startswith(("encoder", "decoder")):
+                shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
+                raise ValueError(f"{names(name)[0]} is {shape}, this network's is of shape {tuple(value.shape)}")
+            else:
+                left.append(name)
+        network.load_state_dict(taken, strict=False)
+    return left
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,9 +1,14 @@
 """Shared fixtures. Real data beside the checkout is used where it is there; the suite passes without."""
 
+import http.server
+import json
 import os
+import re
 import shutil
 import stat
+import struct
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +76,67 @@ def prior():
 def small():
     """Overrides that make any method a network of a few thousand weights."""
     return dict(resolution=16, channels=8, multipliers=(1, 2), blocks=1, z_channels=8, code_dim=8, transfer_width=16)
+
+
+class Foreign:
+    """An object that a published checkpoint may carry beside its tensors."""
+
+
+class Server:
+    """Files over HTTP on this machine, with the faults of servers: set `ignores_ranges`, or `cuts_after` bytes of a body."""
+
+    def __init__(self):
+        self.files, self.ignores_ranges, self.cuts_after, self.requests = {}, False, None, []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_HEAD(self):
+                self.do_GET(body=False)
+
+            def do_GET(self, body=True):
+                server.requests.append((self.path, self.headers.get("Range")))
+                data = server.files.get(self.path)
+                if data is None:
+                    return self.send_error(404)
+                asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+                if asked and not server.ignores_ranges:
+                    first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+                    data = data[first : last + 1]
+                else:
+                    self.send_response(200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                if body:
+                    try:
+                        self.wfile.write(data[: server.cuts_after])
+                    except OSError:  # who asked has what it wants
+                        pass
+
+            def log_message(self, *args):
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    server = Server()
+    yield server
+    server.http.shutdown()
+
+
+def safetensors_bytes(tensors):
+    """A file of the published format, by hand: length, JSON header, raw bytes. tensors: name → (dtype, shape, bytes)."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + data

@@ -1,6 +1,8 @@
 """Corpora, parts of speech, the graph and word vectors, on text whose answer is known by hand."""
 
 import gzip
+import hashlib
+import itertools
 import json
 import math
 import subprocess
@@ -10,16 +12,22 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 import prior as prior_module
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 from prior import (
+    BYTES,
     Counts,
     Prior,
+    PriorConfig,
+    TokenModel,
     UserError,
     WordListSpeech,
     build_from_corpora,
     build_prior,
+    clip_tokens,
+    clip_vocabulary,
     corpus_vectors,
     count_captions,
     count_corpus,
@@ -29,10 +37,12 @@ from prior import (
     nearest_words,
     random_vectors,
     read_captions,
+    read_tensors,
     resolve_parts,
     rewired,
     shuffled,
     whole_file,
+    word_vectors,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -208,7 +218,7 @@ def test_homographs_are_two_nodes():
     for text in ("a/DT bright/JJ orange/NN breast/NN", "a/DT ripe/JJ orange/NN", "a/DT ripe/JJ orange/NN on/IN a/DT table/NN"):
         tokens = resolve_parts([tuple(token.rsplit("/", 1)) for token in text.split()], Excerpt())
         counts.add(Counts(1, Counter((t.lemma, t.part) for t in tokens if t.part), Counter(modifying_pairs(tokens, Excerpt()))))
-    prior = build_prior(counts, "random", dim=4)
+    prior = build_prior(counts, PriorConfig("random", dim=4, min_count=1))
     adjectives, nouns = prior.adjective_words.tolist(), prior.noun_words.tolist()
     assert "orange" in adjectives and "orange" in nouns
     edges = {(adjectives[a], nouns[n]): c for (a, n), c in zip(prior.edges.tolist(), prior.edge_counts.tolist())}
@@ -217,7 +227,7 @@ def test_homographs_are_two_nodes():
 
 def test_homographs_are_two_nodes_to_the_real_tagger(speech):
     captions = ["a bright orange breast", "an orange breast", "a ripe orange", "a ripe orange on a table"]
-    prior = build_from_corpora([("hand", captions)], "random", min_count=1, dim=4, speech=speech)
+    prior = build_from_corpora([("hand", captions)], PriorConfig("random", dim=4, min_count=1), speech=speech)
     adjectives, nouns = prior.adjective_words.tolist(), prior.noun_words.tolist()
     assert "orange" in adjectives and "orange" in nouns
     edges = {(adjectives[a], nouns[n]): c for (a, n), c in zip(prior.edges.tolist(), prior.edge_counts.tolist())}
@@ -363,7 +373,7 @@ def counts():
 
 
 def test_prior_keeps_frequent_words_with_vectors():
-    prior = build_prior(counts(), "random", min_count=2, dim=3)
+    prior = build_prior(counts(), PriorConfig("random", min_count=2, dim=3))
     assert prior.adjective_words.tolist() == ["white", "orange"] and prior.noun_words.tolist() == ["wing", "orange"]
     assert prior.edges.tolist() == [[0, 0], [0, 1], [1, 0]] and prior.edge_counts.tolist() == [3, 1, 1]
     assert np.array_equal(prior.adjective_vectors[1], prior.noun_vectors[1])  # one word, one vector, two nodes
@@ -371,7 +381,7 @@ def test_prior_keeps_frequent_words_with_vectors():
 
 def test_prior_without_a_part_of_speech_is_an_error():
     with pytest.raises(UserError, match="no adjective is left"):
-        build_prior(counts(), "random", min_count=6)
+        build_prior(counts(), PriorConfig("random", min_count=6))
 
 
 def test_prior_file_round_trip(tmp_path, prior):
@@ -426,7 +436,9 @@ def test_command_builds_and_shows(tmp_path, speech):
     corpus = tmp_path / "c.txt"
     corpus.write_text("this small brown bird has a bright orange breast.\nits belly is white\na ripe orange\n" * 12)
     built = command(corpus, "--out", tmp_path / "p.npz", "--dim", "3")
-    assert built.returncode == 0 and "6 adjectives, 4 nouns, 6 edges from 36 captions" in built.stdout, built.stderr
+    assert built.returncode == 0 and "6 adjectives, 4 nouns, 6 edges, corpus vectors of 3 dimensions from 36 captions" in built.stdout, (
+        built.stderr
+    )
     shown = command("show", tmp_path / "p.npz", "--figure", tmp_path / "f.png", "--caption", "a bright orange wheel")
     assert shown.returncode == 0 and "orange           NN     adjective" in shown.stdout and (tmp_path / "f.png").exists()
 
@@ -475,3 +487,367 @@ def test_shuffling_destroys_one_thing_and_keeps_the_rest(prior):
     assert np.array_equal(vectors.edges, prior.edges) and not np.array_equal(edges.edges, prior.edges)
     assert vectors.provenance["shuffled"] == "vectors" and "shuffled" not in prior.provenance
     assert np.array_equal(shuffled(prior, "vectors", seed=3).noun_vectors, shuffled(prior, "vectors", seed=3).noun_vectors)
+
+
+# ---------------------------------------------------------------------------------------------
+# Counting in parts
+
+
+def test_the_tagger_gives_nltks_own_tags(speech):
+    from nltk.tag.perceptron import PerceptronTagger
+
+    captions = ["this small bird has a bright orange breast, striped wings and a short sharp beak", "Two dogs ran into zqxv 4 times!", ""]
+    if (SHARED / "captions").is_dir():
+        captions += list(itertools.islice(read_captions(SHARED / "captions" / "flickr30k.txt.gz"), 300))
+    theirs = PerceptronTagger()
+    for caption in captions:
+        words = speech.tokenizer.tokenize(caption)
+        assert speech.tagger.tag(words) == theirs.tag(words)
+
+
+def test_merging_any_split_of_a_corpus_gives_the_same_bytes(tmp_path, speech):
+    text = [f"a {a} {n} with a {b} beak" for a in ("small", "red", "white") for b in ("sharp", "long") for n in ("bird", "gull", "wing")]
+    for i, part in enumerate((text[:5], text[5:6], text[6:])):
+        (tmp_path / f"{i}.txt").write_text("\n".join(part) + "\n")
+    corpora, counted = [tmp_path / f"{i}.txt" for i in range(3)], [tmp_path / f"c{i}.npz" for i in range(4)]
+    prior_module.main([*map(str, corpora), "--min-count", "2", "--dim", "4", "--out", str(tmp_path / "whole.npz")])
+    for corpus, counts in zip(corpora, counted):
+        prior_module.main(["count", str(corpus), "--workers", "1", "--out", str(counts)])
+    prior_module.main(["count", str(corpora[2]), str(corpora[0]), "--out", str(counted[3])])
+    for order in ((0, 1, 2), (2, 0, 1), (1, 3), (3, 1)):
+        merged = tmp_path / "merged.npz"
+        prior_module.main(["merge", *(str(counted[i]) for i in order), "--min-count", "2", "--dim", "4", "--out", str(merged)])
+        assert merged.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_counts_that_do_not_belong_together_are_refused(tmp_path, speech):
+    (tmp_path / "c.txt").write_text("a small bird\n" * 12)
+    prior_module.main(["count", str(tmp_path / "c.txt"), "--no-contexts", "--out", str(tmp_path / "a.npz")])
+    counts, notes = Counts.load(tmp_path / "a.npz")
+    counts.save(tmp_path / "b.npz", {**notes, "part_of_speech": "another"})
+    (tmp_path / "junk.npz").write_bytes(b"PK nothing")
+    for paths, message in (
+        (["a.npz"], "--no-contexts"),
+        (["a.npz", "a.npz"], "given twice"),
+        (["a.npz", "b.npz"], "another way"),
+        (["junk.npz"], "not a counts file"),
+        (["absent.npz"], "do not exist"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prior_module.main(["merge", *(str(tmp_path / path) for path in paths), "--out", str(tmp_path / "p.npz")])
+    assert not (tmp_path / "p.npz").exists()
+    prior_module.main(["merge", str(tmp_path / "a.npz"), "--embeddings", "random", "--out", str(tmp_path / "p.npz")])
+    assert Prior.load(tmp_path / "p.npz").adjective_words.tolist() == ["small"]
+
+
+def test_the_vocabulary_of_contexts_is_bounded(speech):
+    counted = count_captions(["a small bird near a zqxvism and a krtlblp"], speech, contexts=True)
+    words = {word for pair in counted.contexts for word in pair}
+    assert {"small", "bird", "near"} <= words and not {"zqxvism", "krtlblp"} & words
+
+
+# ---------------------------------------------------------------------------------------------
+# Language models, on files written in the published formats
+
+# Byte-pair merges after CLIP's first line: "red", "wing" and "bird" become whole words, "titmouse" "tit" + "mouse"
+MERGES = [
+    "r e",
+    "re d</w>",
+    "w i",
+    "n g</w>",
+    "wi ng</w>",
+    "b i",
+    "r d</w>",
+    "bi rd</w>",
+    "t i",
+    "ti t",
+    "m o",
+    "u s",
+    "mo us",
+    "mous e</w>",
+]
+MERGES += ["a</w> x", "p h", "ph o", "pho t", "phot o</w>", "o f</w>", "o b", "ob j", "e c", "obj ec", "objec t</w>", "re d"]
+
+
+def merges_file(folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "bpe_simple_vocab_16e6.txt.gz"
+    path.write_bytes(gzip.compress(("#version: 0.2\n" + "\n".join(MERGES) + "\n").encode()))
+    return path
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    return clip_vocabulary(merges_file(tmp_path / "merges"))
+
+
+def clip_folder(folder, ids, table, weights="model.safetensors"):
+    """Hugging Face's layout, with the text model's table among others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(ids))
+    key = "text_model.embeddings.token_embedding.weight"
+    if weights.endswith(".bin"):
+        torch.save({"logit_scale": torch.ones(()), key: torch.from_numpy(table)}, folder / weights)
+    else:
+        other = np.ones((3, 2), np.float16)
+        tensors = {
+            "a.weight": ("F16", (3, 2), other.tobytes()),
+            key: ("F32", table.shape, table.tobytes()),
+            "z": ("F16", (3, 2), other.tobytes()),
+        }
+        (folder / weights).write_bytes(safetensors_bytes(tensors))
+    return folder
+
+
+def test_clips_vocabulary_has_bytes_words_merges_and_marks(vocabulary):
+    assert len(vocabulary) == 512 + len(MERGES) + 2 and list(vocabulary.values()) == list(range(len(vocabulary)))
+    assert vocabulary["!"] == 0 and vocabulary["!</w>"] == 256 and vocabulary["re"] == 512 and vocabulary["red</w>"] == 513
+    assert vocabulary["<|endoftext|>"] == len(vocabulary) - 1
+    assert len(set(BYTES.values())) == 256 and BYTES[ord(" ")] == "Ġ"  # the table that GPT-2 made common
+
+
+def test_byte_pairs_join_as_the_merges_say(vocabulary):
+    model = TokenModel(vocabulary, np.zeros((len(vocabulary), 2)), {"file": "test"})
+    spelled = lambda word: [list(vocabulary)[row] for row in model.rows(word)]
+    assert spelled("red") == ["red</w>"] and spelled("bird") == ["bird</w>"] and spelled("titmouse") == ["tit", "mouse</w>"]
+    assert spelled("redwing") == ["red", "wing</w>"] and spelled("red-wing") == ["red</w>", "-</w>", "wing</w>"]
+    assert spelled("é") == ["Ã", "©</w>"] and "redwing" not in model.words() and {"red", "wing"} <= set(model.words())
+    ranks = {tuple(merge.split()): rank for rank, merge in enumerate(MERGES)}
+    rng = np.random.default_rng(0)
+    for word in ("".join(rng.choice(list("redwingbtmousph"), rng.integers(1, 12))) for _ in range(300)):
+        parts = [*word[:-1], word[-1] + "</w>"]  # the merges one by one, each over the whole word, as published
+        while pairs := [pair for pair in zip(parts, parts[1:]) if pair in ranks]:
+            best, joined, i = min(pairs, key=ranks.get), [], 0
+            while i < len(parts):
+                step = 2 if tuple(parts[i : i + 2]) == best else 1
+                joined.append("".join(parts[i : i + step]))
+                i += step
+            parts = joined
+        assert spelled(word) == parts
+
+
+def test_word_pieces_take_the_longest_from_the_left():
+    ids = {token: row for row, token in enumerate(["[UNK]", "tit", "##mouse", "##mo", "red", "##ding", "bird", "-"])}
+    model = TokenModel(ids, np.eye(8), {"file": "test"})
+    assert (
+        model.rows("titmouse") == [1, 2]
+        and model.rows("redding") == [4, 5]
+        and model.rows("red-bird") == [4, 7, 6]
+        and model.rows("xyz") == []
+    )
+    kept, several = model.vectors(["bird", "titmouse", "xyz"])
+    assert list(kept) == ["bird"] and several == ["titmouse"]
+    kept, _ = model.vectors(["bird", "titmouse", "xyz"], "mean")
+    assert set(kept) == {"bird", "titmouse"} and kept["titmouse"].tolist() == [0, 0.5, 0.5, 0, 0, 0, 0, 0]
+    with pytest.raises(UserError, match="no row for each"):
+        TokenModel(ids, np.eye(7), {"file": "test"})
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_clip_from_a_folder(tmp_path, vocabulary, weights):
+    table = np.random.default_rng(0).standard_normal((len(vocabulary), 6), dtype=np.float32)
+    folder = clip_folder(tmp_path / "clip", vocabulary, table, weights)
+    model = clip_tokens(folder)
+    assert np.array_equal(model.vectors(["red"])[0]["red"], table[513]) and model.source["file"] == weights
+    (folder / "vocab.json").unlink()
+    with pytest.raises(UserError, match="holds no vocab.json"):
+        clip_tokens(folder)
+
+
+def test_bert_from_a_folder_makes_a_prior(tmp_path, speech):
+    tokens = ["[PAD]", "small", "red", "bird", "wing", "tit", "##mouse", "green", "elbow", "the"]
+    table = np.random.default_rng(0).standard_normal((len(tokens), 5), dtype=np.float32)
+    bfloat = (table.view("<u4") >> 16).astype("<u2")
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    key = "bert.embeddings.word_embeddings.weight"
+    (tmp_path / "bert" / "model.safetensors").write_bytes(safetensors_bytes({key: ("BF16", table.shape, bfloat.tobytes())}))
+    captions = ["a small red bird", "the titmouse has a red wing"] * 5
+    build = lambda **more: build_from_corpora([("c", captions)], PriorConfig("bert", str(tmp_path / "bert"), **more), speech=speech)
+    prior = build(min_count=2)
+    assert prior.noun_words.tolist() == ["bird", "wing"] and set(prior.adjective_words) == {"red", "small"}
+    row = tokens.index("bird")
+    assert np.array_equal(prior.noun_vectors[0].view("<u4"), table[row].view("<u4") & 0xFFFF0000)
+    assert prior.provenance["vectors"]["several_tokens"] == {"words": 1, "treatment": "dropped"}
+    assert "titmouse" in build(min_count=2, multi_token="mean").noun_words
+    everything = build(min_count=0)  # also what the vocabulary holds and the captions do not say
+    assert "green" in everything.adjective_words and "elbow" in everything.noun_words and "the" not in everything.noun_words
+
+
+def text_archive(path, ids, width=4, length=12):
+    """A scripted TorchScript archive with the published key and method, its device and half precision frozen as by tracing on a GPU."""
+
+    class Text(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.token_embedding = torch.nn.Embedding(len(ids), width)
+            self.positional_embedding = torch.nn.Parameter(torch.randn(length, width))
+
+        def forward(self, x: torch.Tensor):
+            return x
+
+        @torch.jit.export
+        def encode_text(self, text: torch.Tensor):
+            x = self.token_embedding(text).to(torch.float16) + self.positional_embedding.to(torch.float16)
+            rows = torch.arange(text.shape[0], device=torch.device("cuda:0"))
+            return x.cumsum(1)[rows, text.argmax(dim=-1)]
+
+    torch.manual_seed(0)
+    module = Text().half().eval()
+    torch.jit.script(module).save(str(path))
+    return module.float(), prior_module.checksum(path)
+
+
+def test_clip_from_the_archive_and_its_prompts(tmp_path, monkeypatch):
+    ids = clip_vocabulary(merges_file(tmp_path))
+    module, sha256 = text_archive(tmp_path / "ViT-B-32.pt", ids)
+    with pytest.raises(UserError, match="not the published archive"):  # before anything in it runs
+        clip_tokens(tmp_path / "ViT-B-32.pt")
+    model = clip_tokens(tmp_path / "ViT-B-32.pt", sha256=sha256)
+    assert np.allclose(model.vectors(["red"])[0]["red"], module.token_embedding.weight[ids["red</w>"]].detach())
+    words, config = (
+        {"adjective": ["red", "titmouse"], "noun": ["red", "bird"]},
+        PriorConfig("clip-text", str(tmp_path / "ViT-B-32.pt"), sha256=sha256),
+    )
+    vectors, notes = word_vectors(words, Counts(), config)
+    assert {part: sorted(found) for part, found in vectors.items()} == {"adjective": ["red"], "noun": ["bird", "red"]}
+    for part, prompt in (("adjective", "a photo of red object"), ("noun", "a photo of red")):
+        text = [ids["<|startoftext|>"], *(ids[f"{word}</w>"] for word in prompt.split()), ids["<|endoftext|>"]]
+        expected = (module.token_embedding.weight[text] + module.positional_embedding[: len(text)]).sum(0)
+        assert np.allclose(vectors[part]["red"], expected.detach(), atol=1e-5) and vectors[part]["red"].dtype == np.float32
+    assert notes["several_tokens"]["words"] == 1 and notes["sha256"] == sha256
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").unlink()
+    monkeypatch.setattr(prior_module, "CLIP_MERGES", "http://127.0.0.1:9/merges.gz")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    with pytest.raises(UserError, match="merges.gz .CLIP's vocabulary. cannot be had.*put it beside the archive"):
+        clip_tokens(tmp_path / "ViT-B-32.pt", sha256=sha256)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda data: data[:5], "not a safetensors file"),
+        (lambda data: b"\xff" * 8 + data[8:], "not a safetensors file"),
+        (lambda data: data[:-40], "does not fit its bytes"),
+        (lambda data: data.replace(b'"F32"', b'"F16"'), "does not fit its bytes"),
+        (lambda data: data.replace(b'"F32"', b'"X32"'), "does not fit its bytes"),
+    ],
+)
+def test_damaged_safetensors_are_a_line(tmp_path, change, message):
+    whole = safetensors_bytes({"embeddings.word_embeddings.weight": ("F32", (4, 3), np.arange(12, dtype="<f4").tobytes())})
+    (tmp_path / "x.safetensors").write_bytes(whole)
+    assert read_tensors(tmp_path / "x.safetensors")["embeddings.word_embeddings.weight"].tolist() == np.arange(12).reshape(4, 3).tolist()
+    (tmp_path / "x.safetensors").write_bytes(change(whole))
+    with pytest.raises(UserError, match=message):
+        read_tensors(tmp_path / "x.safetensors")
+
+
+def test_foreign_objects_are_refused_with_the_lines_that_strip_them(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(2)}, "callbacks": {"checkpoint": Foreign()}}, tmp_path / "last.ckpt")
+    with pytest.raises(UserError, match="conftest.Foreign") as error:
+        read_tensors(tmp_path / "last.ckpt")
+    lines = str(error.value).splitlines()[1:]
+    assert len(lines) == 3
+    code = "\n".join(line.strip() for line in lines).replace('"stripped.pt"', repr(str(tmp_path / "stripped.pt")))
+    exec(code)  # the three lines do what they say
+    assert read_tensors(tmp_path / "stripped.pt")["w"].tolist() == [1, 1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+
+
+@pytest.fixture
+def published(server, vocabulary, tmp_path, monkeypatch):
+    """The server holds CLIP's folder at one revision; returns the table."""
+    table = np.random.default_rng(1).standard_normal((len(vocabulary), 6), dtype=np.float32)
+    folder = clip_folder(tmp_path / "published", vocabulary, table)
+    for name in ("model.safetensors", "vocab.json"):
+        server.files[f"/{prior_module.CLIP_FOLDER}/refs%2Fpr%2F15/{name}"] = (folder / name).read_bytes()
+    monkeypatch.setattr(prior_module, "CLIP_SHAPE", table.shape)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    return table
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_one_tensor_of_a_published_file_is_downloaded_and_kept(server, published, ignores):
+    server.ignores_ranges = ignores
+    model = clip_tokens()
+    assert np.array_equal(model.table, published)
+    assert model.source["sha256"] == hashlib.sha256(published.tobytes()).hexdigest()
+    asked = [range_ for path, range_ in server.requests if path.endswith("safetensors")]
+    assert len(asked) == 3 and asked[0] == "bytes=0-7"
+    first, last = map(int, asked[2].removeprefix("bytes=").split("-"))
+    assert last + 1 - first == published.nbytes  # the other tensors were not asked for
+    server.requests.clear()
+    assert np.array_equal(clip_tokens().table, published) and not server.requests  # from the cache
+    (cached,) = prior_module.cache_folder().iterdir()
+    cached.write_bytes(cached.read_bytes()[:-200])
+    assert np.array_equal(clip_tokens().table, published) and server.requests  # a damaged one is had again
+
+
+@pytest.mark.parametrize("cut", [4, 200])
+def test_a_cut_connection_leaves_an_error_and_no_file(server, published, cut):
+    server.cuts_after = cut
+    with pytest.raises(UserError, match="connection was cut|not a safetensors"):
+        clip_tokens()
+    assert not prior_module.cache_folder().exists() or not list(prior_module.cache_folder().iterdir())
+
+
+def test_a_table_of_another_shape_or_an_absent_server_is_a_line(server, published, monkeypatch):
+    monkeypatch.setattr(prior_module, "CLIP_SHAPE", (49408, 512))
+    with pytest.raises(UserError, match="expected one token table of shape"):
+        clip_tokens()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match="cannot be had.*--weights"):
+        clip_tokens()
+
+
+def test_where_the_revision_lacks_safetensors_the_archive_comes_whole(server, published, tmp_path, monkeypatch):
+    ids = clip_vocabulary(merges_file(tmp_path / "a"))
+    module, sha256 = text_archive(tmp_path / "a" / "ViT-B-32.pt", ids)
+    merges = (tmp_path / "a" / "bpe_simple_vocab_16e6.txt.gz").read_bytes()
+    server.files["/ViT-B-32.pt"], server.files["/bpe_simple_vocab_16e6.txt.gz"] = (tmp_path / "a" / "ViT-B-32.pt").read_bytes(), merges
+    for name, value in {
+        "CLIP_ARCHIVE": f"{server.url}/ViT-B-32.pt",
+        "CLIP_SHA256": sha256,
+        "CLIP_MERGES": f"{server.url}/bpe_simple_vocab_16e6.txt.gz",
+        "CLIP_MERGES_SHA256": hashlib.sha256(merges).hexdigest(),
+    }.items():
+        monkeypatch.setattr(prior_module, name, value)
+    model = clip_tokens(revision="main")
+    assert np.allclose(model.table, module.token_embedding.weight.detach())
+    kept = prior_module.cache_folder() / "ViT-B-32.pt"
+    kept.write_bytes(b"another file")  # is not trusted for its name
+    server.files["/ViT-B-32.pt"] = b"what the server sends now"
+    with pytest.raises(UserError, match="ViT-B-32.pt .*cannot be had.*--weights FILE"):
+        clip_tokens(revision="main")
+    assert kept.read_bytes() == b"another file" and len(list(kept.parent.iterdir())) == 2
+    server.files["/ViT-B-32.pt"] = (tmp_path / "a" / "ViT-B-32.pt").read_bytes()
+    server.cuts_after = 100
+    with pytest.raises(UserError, match="cannot be had"):
+        clip_tokens(revision="main")
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("--embeddings", "bert"), "needs --weights DIR"),
+        (("--embeddings", "clip", "--weights", "absent"), "weights 'absent' do not exist"),
+        (("--multi-token", "mean"), "averages tokens of clip and bert"),
+        (("--weights", "x"), "does nothing for corpus"),
+        (("--min-count", "0"), "must be at least 1"),
+    ],
+)
+def test_choices_that_cannot_be_are_a_line_before_the_corpus_is_read(tmp_path, args, message):
+    (tmp_path / "c.txt").write_text("a small bird\n")
+    result = command(tmp_path / "c.txt", *args)
+    assert result.returncode == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(not (SHARED / "vectors").is_dir(), reason="no real vectors on this machine")
+def test_glove_says_when_its_file_has_another_dimension():
+    with pytest.raises(UserError, match="have 100 dimensions, --dim asks for 50"):
+        glove_vectors(SHARED / "vectors" / "glove.6B.100d.zip", {"bird"}, 50)

@@ -927,22 +927,26 @@ def cache_folder():
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
-def fetch(url, sha256, what, flag):
-    """A published file, whole: from the cache or downloaded, its checksum verified each time → path.
+def fetch(url, what, advice, sha256=None, name=None):
+    """A published file, whole: from the cache or downloaded → path.
 
+    Args:
+        what: its use; advice: how to give a local copy. Both are for the error.
+        sha256: hexadecimal; of its start alone, which torchvision puts into names, only a download is held to it.
+        name: of the cached file, by default the last part of the URL.
     Raises:
-        UserError: one line with the file, its use, its source and the flag for a local copy.
+        UserError: one line with the file, its use, its source and the advice.
     """
     import torch
 
-    path = cache_folder() / url.rsplit("/", 1)[-1]
-    if path.is_file() and checksum(path) == sha256:
+    path = cache_folder() / (name or url.rsplit("/", 1)[-1])
+    if path.is_file() and (len(sha256 or "") < 64 or checksum(path) == sha256):
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256)  # complete and verified, or not there
     except Exception as error:
-        raise UserError(f"{path.name} ({what}) cannot be had: {str(error).splitlines()[0]}; get it from {url} and {flag}") from None
+        raise UserError(f"{path.name} ({what}) cannot be had: {str(error).splitlines()[0]}; get it from {url} and {advice}") from None
     return path
 
 
@@ -1085,7 +1089,7 @@ def open_archive(path, sha256=""):
 def archive_tokens(path, archive):
     """TokenModel of an open archive; CLIP's merges file lies beside it, or is downloaded."""
     beside = Path(path).parent / CLIP_MERGES.rsplit("/", 1)[-1]
-    merges = beside if beside.is_file() else fetch(CLIP_MERGES, CLIP_MERGES_SHA256, "CLIP's vocabulary", "put it beside the archive")
+    merges = beside if beside.is_file() else fetch(CLIP_MERGES, "CLIP's vocabulary", "put it beside the archive", CLIP_MERGES_SHA256)
     tables = {name: value for name, value in archive.state_dict().items() if name == "token_embedding.weight"}
     if not tables:
         raise UserError(f"'{path}' holds no token_embedding.weight; it is not a CLIP archive")
@@ -1113,7 +1117,7 @@ def clip_tokens(weights="", revision="refs/pr/15", sha256=""):
                     f"CLIP's token table cannot be had from {url}: {error}; point --weights at a local copy of that folder"
                 ) from None
             print(f"{url} has no model.safetensors at revision {revision}; taking the archive of 354 MB")
-            weights, sha256 = fetch(CLIP_ARCHIVE, CLIP_SHA256, "CLIP ViT-B/32's archive", "pass --weights FILE"), CLIP_SHA256
+            weights, sha256 = fetch(CLIP_ARCHIVE, "CLIP ViT-B/32's archive", "pass --weights FILE", CLIP_SHA256), CLIP_SHA256
         except urllib.error.URLError as error:
             raise UserError(
                 f"CLIP's token table (model.safetensors and vocab.json) cannot be had from {url}: {error.reason}; "
@@ -1306,7 +1310,7 @@ def word_vectors(words, counts, config, tokens=None):
     """
     wanted, notes, several = sorted({word for part in PARTS for word in words[part]}), {"name": config.embeddings}, []
     if config.embeddings == "clip-text":
-        path = config.weights or fetch(CLIP_ARCHIVE, CLIP_SHA256, "CLIP ViT-B/32's archive", "pass --weights FILE")
+        path = config.weights or fetch(CLIP_ARCHIVE, "CLIP ViT-B/32's archive", "pass --weights FILE", CLIP_SHA256)
         archive = open_archive(path, config.sha256)
         tokens = archive_tokens(path, archive)
         vectors = prompt_vectors(archive, tokens, words)

@@ -55,6 +55,7 @@ from prior import (
     add_flags,
     build_from_corpora,
     command,
+    fetch,
     option,
     read_captions,
     read_tensors,
@@ -551,60 +552,26 @@ class Layout(NamedTuple):
     archives: tuple = ()
 
 
-COCO_URL = "http://images.cocodataset.org"
+# fmt: off
+CUB_URL, COCO_URL = "https://data.caltech.edu/records/65de6-vp158", "http://images.cocodataset.org"
+ADE_URL, STUFF_URL = "http://data.csail.mit.edu/places/ADEchallenge", "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
 DATASETS = {
-    "cub": Layout(
-        cub_records,
-        "CUB_200_2011",
-        "--download fetches it (1.2 GB), or unpack CUB_200_2011.tgz from https://data.caltech.edu/records/65de6-vp158",
-        (
-            Archive(
-                "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-                "97eceeb196236b17998738112f37df78",
-                (("attributes.txt", "../attributes.txt"), ("CUB_200_2011", ".")),
-            ),
-        ),
-    ),
-    "ade20k": Layout(
-        ade20k_records,
-        "ADEChallengeData2016",
-        "--download fetches it (0.9 GB), or unpack http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-        (
-            Archive(
-                "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
-                "7328b3957e407ddae1d3cbf487f149ef",
-                (("ADEChallengeData2016", "."),),
-            ),
-        ),
-    ),
-    "celebahq": Layout(
-        celebahq_records,
-        "CelebAMask-HQ",
-        """its terms ask for three steps by hand:
+    "cub": Layout(cub_records, "CUB_200_2011", f"--download fetches it (1.2 GB), or unpack CUB_200_2011.tgz from {CUB_URL}", (
+        Archive(f"{CUB_URL}/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78",
+                (("attributes.txt", "../attributes.txt"), ("CUB_200_2011", "."))),)),
+    "ade20k": Layout(ade20k_records, "ADEChallengeData2016", f"--download fetches it (1 GB), or unpack {ADE_URL}/ADEChallengeData2016.zip", (
+        Archive(f"{ADE_URL}/ADEChallengeData2016.zip", "7328b3957e407ddae1d3cbf487f149ef", (("ADEChallengeData2016", "."),)),)),
+    "celebahq": Layout(celebahq_records, "CelebAMask-HQ", """its terms ask for three steps by hand:
     1. get CelebAMask-HQ.zip by the links on https://github.com/switchablenorms/CelebAMask-HQ
     2. unzip CelebAMask-HQ.zip -d data
-    3. python train.py --dataset celebahq --data data/CelebAMask-HQ --prior CAPTIONS.txt""",
-    ),
-    "coco": Layout(
-        coco_records,
-        "coco",
-        f"--download fetches it (21 GB), or unpack train2017.zip, val2017.zip and annotations_trainval2017.zip from {COCO_URL}",
-        (
-            Archive(f"{COCO_URL}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", (("train2017", "train2017"),)),
-            Archive(f"{COCO_URL}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", (("val2017", "val2017"),)),
-            Archive(
-                f"{COCO_URL}/annotations/annotations_trainval2017.zip",
-                "f4bbac642086de4f52a3fdda2de5fa2c",
-                (("annotations", "annotations"),),
-            ),
-            Archive(
-                "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset/stuffthingmaps_trainval2017.zip",
-                None,
-                (("train2017", "stuffthingmaps/train2017"), ("val2017", "stuffthingmaps/val2017")),
-            ),
-        ),
-    ),
-}
+    3. python train.py --dataset celebahq --data data/CelebAMask-HQ --prior CAPTIONS.txt"""),
+    "coco": Layout(coco_records, "coco", f"--download fetches it (21 GB), or unpack train2017, val2017 and annotations from {COCO_URL}", (
+        Archive(f"{COCO_URL}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", (("train2017", "train2017"),)),
+        Archive(f"{COCO_URL}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", (("val2017", "val2017"),)),
+        Archive(f"{COCO_URL}/annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", (("annotations", "annotations"),)),
+        Archive(f"{STUFF_URL}/stuffthingmaps_trainval2017.zip", None,
+                (("train2017", "stuffthingmaps/train2017"), ("val2017", "stuffthingmaps/val2017")))))}
+# fmt: on
 
 
 def require(dataset, root, *names):
@@ -843,23 +810,20 @@ def portable(prior):
 
 
 HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{}.pth"
+HEADS_SHA256 = {
+    "vgg": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    "squeeze": "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
+}
 TRUNKS = {"vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1, "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1}
 
 
 def load_lpips(config):
     """LPIPS with published weights. Raises UserError naming each file and flag where one cannot be had."""
     trunk = config.perceptual_trunk
-    trunk_state = load_weights(
-        TRUNKS[trunk].url, config.trunk_weights, f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", "--trunk-weights"
-    )
-    head_state = load_weights(
-        HEADS_URL.format(trunk),
-        config.lpips_weights,
-        f"LPIPS v0.1's linear heads for {trunk}",
-        "--lpips-weights",
-        f"lpips_{trunk}_v0.1.pth",
-        hashed=False,
-    )
+    what = f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", f"LPIPS v0.1's linear heads for {trunk}"
+    trunk_state = load_weights(TRUNKS[trunk].url, config.trunk_weights, what[0], "--trunk-weights")
+    name, sha256 = f"lpips_{trunk}_v0.1.pth", HEADS_SHA256[trunk]
+    head_state = load_weights(HEADS_URL.format(trunk), config.lpips_weights, what[1], "--lpips-weights", name, sha256)
     try:
         return LPIPS(trunk, trunk_state, head_state)
     except (RuntimeError, KeyError) as error:
@@ -867,25 +831,19 @@ def load_lpips(config):
         raise UserError(f"these are not LPIPS's {trunk} trunk and heads: {files}: {str(error).splitlines()[0]}") from None
 
 
-def load_weights(url, local, what, flag, name=None, hashed=True):
-    """A published state dict: the local file, torch hub's cache, or a download.
-
-    Args:
-        what: its use, for the error; flag: the flag that names a local copy.
-        name: of the cached file, by default the last part of the URL.
-        hashed: whether that name ends in the start of the file's sha256, which is then checked.
+def load_weights(url, local, what, flag, name=None, sha256=None):
+    """A published state dict: the local file, or `prior.fetch` with the checksum given, or the start of it in the URL's name.
 
     Raises:
         UserError: one line with the file, its use, its source and the flag for a local copy.
     """
-    name = name or url.rsplit("/", 1)[-1]
+    in_name = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+    path = local or fetch(url, what, f"pass {flag} FILE", sha256 or in_name and in_name[1], name)
     try:
-        if local:
-            return torch.load(local, map_location="cpu", weights_only=True)
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", file_name=name, check_hash=hashed, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{local or name} ({what}) cannot be had: {reason}; get it from {url} and pass {flag} FILE") from None
+        raise UserError(f"{path} ({what}) cannot be had: {reason}; get it from {url} and pass {flag} FILE") from None
 
 
 def psnr(x_hat, x):
@@ -1116,7 +1074,7 @@ def trim_metrics(path, step):
 def start_from(trainer, path):
     """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError where it does not fit."""
     try:
-        state = {name: torch.from_numpy(value) for name, value in read_tensors(path).items()}
+        state = {name: torch.tensor(value) for name, value in read_tensors(path).items()}
         left = load_taming(trainer.model, trainer.discriminator, state)
     except ValueError as error:
         fits = "; the f16 networks published fit --preset f16" if not isinstance(error, UserError) else ""

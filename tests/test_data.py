@@ -214,14 +214,8 @@ def test_cubs_attributes_stand_in_for_captions(cub, inside):
     records, _ = cub_records(cub, "train")
     expected = "a curved bill,a forked tail,a white upper tail,a small bird,a rounded wing,a perching-like bird".split(",")
     assert list(records[0].captions()) == expected  # image 1: attributes 1, 3, 4, 6, 7, 9
-    assert cub_attributes(cub, "2") == [
-        "a curved bill",
-        "a blue wing",
-        "a white upper tail",
-        "a red bird",
-        "a rounded wing",
-        "a unique pattern head",
-    ]
+    second = "a blue wing,a forked tail,a red bird,a small bird,a unique pattern head,a perching-like bird".split(",")
+    assert cub_attributes(cub, "2") == second
     text = cub / "text" / "001.Bird_1" / "Bird_1_0.txt"
     text.parent.mkdir(parents=True)
     text.write_text("a small bird\n")

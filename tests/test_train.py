@@ -13,8 +13,9 @@ from scipy.linalg import norm
 
 import prior as prior_module
 import train as train_module
-from conftest import ROOT, SHARED
+from conftest import ROOT, SHARED, safetensors_bytes
 from prior import Prior, UserError, count_captions
+from test_vqct import Published
 from train import (
     DEMO_ADJECTIVES,
     DEMO_NOUNS,
@@ -525,6 +526,25 @@ def test_an_image_that_breaks_while_a_worker_reads_is_one_line(tmp_path, capsys)
         prior_module.command(lambda: next(iter(loader)))
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: image '") and "0.png' cannot be read" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
+def test_training_starts_from_published_weights(tmp_path, capsys, suffix):
+    theirs, path = Published(), tmp_path / f"last{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"epoch": 3, "state_dict": theirs.state}, path)
+    else:
+        path.write_bytes(safetensors_bytes({name: ("F32", value.shape, value.numpy().tobytes()) for name, value in theirs.state.items()}))
+    sizes = dict(channels=128, multipliers=(1, 2), blocks=1, z_channels=16, code_dim=8, resolution=32, batch_size=2)
+    chosen = resolve({"init": str(path), **sizes, "steps": 1, "eval_images": 2, "lr": 1e-12, "out": str(tmp_path / "run")})
+    assert resolve({"init": "x"}).out == "runs/demo-vqct-init"
+    train(chosen)
+    state = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
+    assert torch.allclose(state["encoder.layers.0.weight"], theirs.state["encoder.conv_in.weight"], atol=1e-9)
+    assert f"init: encoder and decoder of {path}" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"encoder.conv_in.weight is of shape.*fit --preset f16"):
+        train(resolve({"init": str(path), "out": str(tmp_path / "other")}))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")

@@ -33,6 +33,7 @@ from vqct import (
     adaptive_weight,
     draw,
     hinge_loss,
+    load_taming,
     look_up,
     nearest_code,
 )
@@ -781,3 +782,129 @@ def test_module_prints_its_shapes(capsys):
     assert "29.3 M weights" in printed and "42.4 M weights" in printed
     assert "[0.3333, 0.4082, 0.0000, 0.3333]" in printed  # beak: degree 3, orange's 3, sharp's 2
     assert "s = 0" in printed and "= 0.2483" in printed
+
+
+# ---------------------------------------------------------------------------------------------
+# Published weights: taming-transformers' network written out by its own names, two levels deep
+
+
+class Published:
+    """VQGAN as its published state dict names it: 128 channels, multipliers 1 and 2, one residual block a level, random weights."""
+
+    def __init__(self):
+        self.state = {}
+        self.convolution("encoder.conv_in", 128, 3)
+        self.residual("encoder.down.0.block.0", 128, 128)
+        self.convolution("encoder.down.0.downsample.conv", 128, 128)
+        self.residual("encoder.down.1.block.0", 256, 128)
+        self.attention("encoder.down.1.attn.0", 256)
+        for network in ("encoder", "decoder"):
+            self.residual(f"{network}.mid.block_1", 256, 256)
+            self.attention(f"{network}.mid.attn_1", 256)
+            self.residual(f"{network}.mid.block_2", 256, 256)
+        self.norm("encoder.norm_out", 256)
+        self.convolution("encoder.conv_out", 16, 256)
+        self.convolution("quant_conv", 8, 16, 1)
+        self.convolution("post_quant_conv", 16, 8, 1)
+        self.state["quantize.embedding.weight"] = torch.randn(12, 8)
+        self.convolution("decoder.conv_in", 256, 16)
+        for block, before in enumerate((256, 256)):
+            self.residual(f"decoder.up.1.block.{block}", 256, before)
+            self.attention(f"decoder.up.1.attn.{block}", 256)
+        self.convolution("decoder.up.1.upsample.conv", 256, 256)
+        for block, before in enumerate((256, 128)):
+            self.residual(f"decoder.up.0.block.{block}", 128, before)
+        self.norm("decoder.norm_out", 128)
+        self.convolution("decoder.conv_out", 3, 128)
+
+    def convolution(self, name, after, before, size=3):
+        self.state[f"{name}.weight"] = torch.randn(after, before, size, size) / math.sqrt(before * size * size)
+        self.state[f"{name}.bias"] = 0.1 * torch.randn(after)
+
+    def norm(self, name, width):
+        self.state[f"{name}.weight"], self.state[f"{name}.bias"] = 1 + 0.1 * torch.randn(width), 0.1 * torch.randn(width)
+
+    def residual(self, name, after, before):
+        self.norm(f"{name}.norm1", before), self.convolution(f"{name}.conv1", after, before)
+        self.norm(f"{name}.norm2", after), self.convolution(f"{name}.conv2", after, after)
+        if after != before:
+            self.convolution(f"{name}.nin_shortcut", after, before, 1)
+
+    def attention(self, name, width):
+        self.norm(f"{name}.norm", width)
+        for part in ("q", "k", "v", "proj_out"):
+            self.convolution(f"{name}.{part}", width, width, 1)
+
+    def conv(self, x, name, **more):
+        weight = self.state[f"{name}.weight"]
+        return F.conv2d(x, weight, self.state[f"{name}.bias"], **{"padding": weight.shape[-1] // 2, **more})
+
+    def act(self, x, name):
+        x = F.group_norm(x, 32, self.state[f"{name}.weight"], self.state[f"{name}.bias"], 1e-6)
+        return x * torch.sigmoid(x)
+
+    def block(self, x, name):
+        hidden = self.conv(self.act(self.conv(self.act(x, f"{name}.norm1"), f"{name}.conv1"), f"{name}.norm2"), f"{name}.conv2")
+        return hidden + (self.conv(x, f"{name}.nin_shortcut") if f"{name}.nin_shortcut.weight" in self.state else x)
+
+    def attend(self, x, name):
+        normal = F.group_norm(x, 32, self.state[f"{name}.norm.weight"], self.state[f"{name}.norm.bias"], 1e-6)
+        q, k, v = (self.conv(normal, f"{name}.{part}").flatten(2) for part in "qkv")
+        weights = (q.mT @ k / math.sqrt(q.shape[1])).softmax(dim=2)
+        return x + self.conv((v @ weights.mT).view_as(x), f"{name}.proj_out")
+
+    def middle(self, x, network):
+        return self.block(self.attend(self.block(x, f"{network}.mid.block_1"), f"{network}.mid.attn_1"), f"{network}.mid.block_2")
+
+    def encode(self, x):
+        x = self.block(self.conv(x, "encoder.conv_in"), "encoder.down.0.block.0")
+        x = self.conv(F.pad(x, (0, 1, 0, 1)), "encoder.down.0.downsample.conv", stride=2, padding=0)
+        x = self.middle(self.attend(self.block(x, "encoder.down.1.block.0"), "encoder.down.1.attn.0"), "encoder")
+        return self.conv(self.conv(self.act(x, "encoder.norm_out"), "encoder.conv_out"), "quant_conv")
+
+    def decode(self, z):
+        x = self.middle(self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in"), "decoder")
+        for block in range(2):
+            x = self.attend(self.block(x, f"decoder.up.1.block.{block}"), f"decoder.up.1.attn.{block}")
+        x = self.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3), "decoder.up.1.upsample.conv")
+        for block in range(2):
+            x = self.block(x, f"decoder.up.0.block.{block}")
+        return self.conv(self.act(x, "decoder.norm_out"), "decoder.conv_out")
+
+
+PUBLISHED = dict(resolution=16, multipliers=(1, 2), blocks=1, z_channels=16, code_dim=8)
+
+
+def test_published_weights_compute_what_the_published_network_does():
+    theirs = Published()
+    ours = VQModel(ModelConfig(**PUBLISHED, codes="uniform", codebooks=1, codebook_size=12, trained=True, transfer="none")).eval()
+    ours.codebook()  # the codes kept for evaluation are not those of before
+    assert load_taming(ours, None, theirs.state) == []
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        z, (features,) = theirs.encode(x), ours.features(x)
+        assert features.std() > 0.1 and (features - z).abs().max() < 1e-5
+        output, codes = ours(x), theirs.state["quantize.embedding.weight"]
+        indices = (z.permute(0, 2, 3, 1)[..., None, :] - codes).square().sum(-1).argmin(-1)
+        assert torch.equal(output.indices[:, 0], indices) and len(indices.unique()) > 2
+        x_hat = theirs.decode(codes[indices].permute(0, 3, 1, 2))
+        assert x_hat.std() > 0.1 and (output.x_hat - x_hat).abs().max() < 1e-5
+
+
+def test_published_weights_serve_word_codes_and_name_what_does_not_fit(prior):
+    theirs = Published().state
+    model, discriminator = VQModel(ModelConfig(**PUBLISHED), prior), Discriminator()
+    theirs["loss.discriminator.main.0.weight"] = torch.full_like(discriminator.layers[0].weight, 0.25)
+    before = {name: value.clone() for name, value in model.codebook.state_dict().items()}
+    left = load_taming(model, discriminator, theirs)
+    assert (discriminator.layers[0].weight == 0.25).all() and "layers.2.weight" in left
+    assert all(torch.equal(value, model.codebook.state_dict()[name]) for name, value in before.items()) and "codebook.vectors" in left
+    assert torch.equal(model.to_codes.weight, theirs["quant_conv.weight"])
+    assert not any(name.startswith(("encoder", "decoder", "to_codes", "from_codes")) for name in left)
+    with pytest.raises(
+        ValueError, match=r"encoder.conv_in.weight is of shape \(128, 3, 3, 3\), this network's is of shape \(64, 3, 3, 3\)"
+    ):
+        load_taming(VQModel(ModelConfig(**PUBLISHED, channels=64), prior), None, theirs)
+    del theirs["decoder.up.1.attn.1.k.bias"]
+    with pytest.raises(ValueError, match="decoder.up.1.attn.1.q.bias is"):
+        load_taming(model, None, theirs)

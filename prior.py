@@ -970,12 +970,13 @@ class TokenModel:
         ids: dict token → row; CLIP's byte-pair tokens end a word with `</w>`, BERT's word pieces go on with `##`.
         table: (V, d) array, V at least the vocabulary's.
         source: what a prior's provenance says of them.
+        archive: CLIP's, where it came from one.
     Raises:
         UserError: if there are fewer rows than tokens.
     """
 
-    def __init__(self, ids, table, source):
-        self.ids, self.table, self.source = ids, np.asarray(table, dtype=np.float32), source
+    def __init__(self, ids, table, source, archive=None):
+        self.ids, self.table, self.source, self.archive = ids, np.asarray(table, dtype=np.float32), source, archive
         self.byte_pairs = any(token.endswith("</w>") for token in ids)
         if self.table.ndim != 2 or len(self.table) <= max(ids.values(), default=0):
             raise UserError(f"{source['file']}: a table of shape {self.table.shape} has no row for each of {len(ids):,} tokens")
@@ -1037,9 +1038,9 @@ BYTES.update((byte, chr(256 + i)) for i, byte in enumerate(byte for byte in rang
 
 
 def clip_vocabulary(path):
-    """dict token → row from CLIP's merges file: bytes, bytes that end a word, a token for each merge, two marks."""
+    """dict token → row from CLIP's merges file: 256 bytes, these at a word's end, a token for each merge, two marks."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        merges = file.read().splitlines()[1 : 49152 - 512 + 256 - 1]
+        merges = file.read().splitlines()[1 : 1 + CLIP_SHAPE[0] - 512 - 2]  # after a line with the version; CLIP takes the first of many
     tokens = [*BYTES.values(), *(byte + "</w>" for byte in BYTES.values()), *(merge.replace(" ", "") for merge in merges)]
     return {token: row for row, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
 
@@ -1069,33 +1070,35 @@ def folder_tokens(folder, vocabulary):
     return TokenModel(ids, tables[0], {"file": weights.name, "sha256": checksum(weights)})
 
 
-def open_archive(path, sha256=""):
-    """CLIP's published TorchScript archive, which is opened only after its checksum is verified."""
+def archive_tokens(path="", sha256=""):
+    """TokenModel of CLIP's published TorchScript archive, which is opened only after its checksum is verified.
+
+    Args:
+        path: of a local copy, with CLIP's merges file beside it; what is not there is downloaded.
+        sha256: of an archive other than ViT-B/32's.
+    Raises:
+        UserError: if it is another file, or cannot be had.
+    """
     import torch
 
-    path, expected = Path(path), sha256 or CLIP_SHA256
+    path = Path(path or fetch(CLIP_ARCHIVE, "CLIP ViT-B/32's archive", "pass --weights FILE", CLIP_SHA256))
     if not path.is_file():
-        raise UserError(f"weights '{path}' do not exist: CLIP's archive or folder; get {CLIP_ARCHIVE} and point --weights at it")
-    if (found := checksum(path)) != expected:
-        raise UserError(f"'{path}' is not the published archive: its sha256 is {found}, not {expected} (another one's: --sha256)")
+        raise UserError(f"'{path}' is no file: CLIP's archive is wanted; get {CLIP_ARCHIVE} and point --weights at it")
+    if (found := checksum(path)) != (sha256 or CLIP_SHA256):
+        raise UserError(
+            f"'{path}' is not the published archive: its sha256 is {found}, not {sha256 or CLIP_SHA256} "
+            "(for another archive give --sha256; a Hugging Face model is named by its folder)"
+        )
+    beside = path.parent / CLIP_MERGES.rsplit("/", 1)[-1]
+    merges = beside if beside.is_file() else fetch(CLIP_MERGES, "CLIP's vocabulary", "put it beside the archive", CLIP_MERGES_SHA256)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch advises against writing new archives; this one is published
-            return torch.jit.load(path, map_location="cpu").eval()
-    except RuntimeError:
-        raise UserError(f"'{path}' is not a TorchScript archive") from None
-
-
-def archive_tokens(path, archive):
-    """TokenModel of an open archive; CLIP's merges file lies beside it, or is downloaded."""
-    beside = Path(path).parent / CLIP_MERGES.rsplit("/", 1)[-1]
-    merges = beside if beside.is_file() else fetch(CLIP_MERGES, "CLIP's vocabulary", "put it beside the archive", CLIP_MERGES_SHA256)
-    tables = {name: value for name, value in archive.state_dict().items() if name == "token_embedding.weight"}
-    if not tables:
-        raise UserError(f"'{path}' holds no token_embedding.weight; it is not a CLIP archive")
-    return TokenModel(
-        clip_vocabulary(merges), tables["token_embedding.weight"].float().numpy(), {"file": Path(path).name, "sha256": checksum(path)}
-    )
+            archive = torch.jit.load(path, map_location="cpu").eval()
+        table = archive.state_dict()["token_embedding.weight"].float().numpy()
+    except (RuntimeError, KeyError):
+        raise UserError(f"'{path}' is not a TorchScript archive with a token_embedding.weight, as CLIP's is") from None
+    return TokenModel(clip_vocabulary(merges), table, {"file": path.name, "sha256": found}, archive)
 
 
 def clip_tokens(weights="", revision="refs/pr/15", sha256=""):
@@ -1104,26 +1107,19 @@ def clip_tokens(weights="", revision="refs/pr/15", sha256=""):
     Args:
         revision: of the published folder; where it holds no model.safetensors, the archive is downloaded whole.
     """
-    if weights and Path(weights).is_dir():
-        return folder_tokens(weights, "vocab.json")
-    if not weights:
-        name = f"clip-vit-base-patch32-{re.sub(r'[^A-Za-z0-9]+', '-', revision)}-tokens.npz"
-        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{CLIP_FOLDER}"
-        try:
-            return _downloaded_tokens(f"{url}/{revision.replace('/', '%2F')}", cache_folder() / name)
-        except urllib.error.HTTPError as error:
-            if error.code != 404:
-                raise UserError(
-                    f"CLIP's token table cannot be had from {url}: {error}; point --weights at a local copy of that folder"
-                ) from None
-            print(f"{url} has no model.safetensors at revision {revision}; taking the archive of 354 MB")
-            weights, sha256 = fetch(CLIP_ARCHIVE, "CLIP ViT-B/32's archive", "pass --weights FILE", CLIP_SHA256), CLIP_SHA256
-        except urllib.error.URLError as error:
+    if weights:
+        return folder_tokens(weights, "vocab.json") if Path(weights).is_dir() else archive_tokens(weights, sha256)
+    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{CLIP_FOLDER}/{revision.replace('/', '%2F')}"
+    try:
+        return _downloaded_tokens(url, cache_folder() / f"clip-vit-base-patch32-{re.sub('[^A-Za-z0-9]+', '-', revision)}-tokens.npz")
+    except urllib.error.URLError as error:
+        if getattr(error, "code", None) != 404:
             raise UserError(
-                f"CLIP's token table (model.safetensors and vocab.json) cannot be had from {url}: {error.reason}; "
+                f"CLIP's token table (model.safetensors and vocab.json of {url}) cannot be had: {error.reason}; "
                 "point --weights at a local copy of that folder, or of the archive ViT-B-32.pt"
             ) from None
-    return archive_tokens(weights, open_archive(weights, sha256))
+    print(f"{url} holds no model.safetensors; taking the archive of 354 MB")
+    return archive_tokens()
 
 
 def _downloaded_tokens(url, cache):
@@ -1155,20 +1151,20 @@ def _downloaded_tokens(url, cache):
     return model
 
 
-def prompt_vectors(archive, tokens, words, batch_size=256):
+def prompt_vectors(tokens, words, batch_size=256):
     """What the authors' code takes: CLIP's `encode_text` of a prompt for each word that is one token.
 
     Args:
-        archive: of `open_archive`; it runs on the CPU in float32.
-        tokens: its TokenModel.
+        tokens: of `archive_tokens`; the archive runs on the CPU in float32.
         words: dict part → words.
     Returns:
         dict part → dict word → (d,) float32: an adjective's and a noun's vectors differ, as their prompts do.
     """
     import torch
 
-    _free_of_cuda(archive.float())
-    length, vectors, progress = archive.state_dict()["positional_embedding"].shape[0], {}, Progress()
+    archive, vectors, progress = tokens.archive.float(), {}, Progress()
+    _free_of_cuda(archive)
+    length = archive.state_dict()["positional_embedding"].shape[0]
     for part in PARTS:
         before, after = (sum((tokens.rows(word) for word in text.split()), []) for text in PROMPTS[part])
         single = [word for word in words[part] if len(tokens.rows(word)) == 1]
@@ -1297,49 +1293,45 @@ def language_model(config):
     """The TokenModel that a PriorConfig names, or None where vectors do not come from a token table."""
     if config.embeddings == "bert":
         return folder_tokens(config.weights, "vocab.txt")
+    if config.embeddings == "clip-text":
+        return archive_tokens(config.weights, config.sha256)
     return clip_tokens(config.weights, config.revision, config.sha256) if config.embeddings == "clip" else None
 
 
 def word_vectors(words, counts, config, tokens=None):
-    """Vectors of words from a PriorConfig's language model: the one place where a new one is added.
+    """Vectors of words from a PriorConfig's language model: with `language_model`, the one place where a new one is added.
 
     Args:
         words: dict part → words; counts: Counts; tokens: of `language_model`.
     Returns:
         dict part → dict word → (d,) float32, some words missing; notes for the prior's provenance.
     """
-    wanted, notes, several = sorted({word for part in PARTS for word in words[part]}), {"name": config.embeddings}, []
-    if config.embeddings == "clip-text":
-        path = config.weights or fetch(CLIP_ARCHIVE, "CLIP ViT-B/32's archive", "pass --weights FILE", CLIP_SHA256)
-        archive = open_archive(path, config.sha256)
-        tokens = archive_tokens(path, archive)
-        vectors = prompt_vectors(archive, tokens, words)
-        several = [word for word in wanted if len(tokens.rows(word)) > 1]
-        notes.update(tokens.source, prompts=PROMPTS)
+    wanted, notes, several, vectors = sorted({word for part in PARTS for word in words[part]}), {"name": config.embeddings}, [], None
+    if tokens is not None:
+        shared, several = tokens.vectors(wanted, config.multi_token)
+        vectors = prompt_vectors(tokens, words) if config.embeddings == "clip-text" else None
+        notes.update(tokens.source)
+    elif config.embeddings == "glove":
+        shared = glove_vectors(config.weights, set(wanted), config.dim)
+        notes.update(file=Path(config.weights).name, sha256=checksum(config.weights))
+    elif config.embeddings == "corpus":
+        shared = corpus_vectors(counts.contexts, config.min_count, config.dim or 100)
     else:
-        if tokens is not None:
-            shared, several = tokens.vectors(wanted, config.multi_token)
-            notes.update(tokens.source)
-        elif config.embeddings == "glove":
-            shared = glove_vectors(config.weights, set(wanted), config.dim)
-            notes.update(file=Path(config.weights).name, sha256=checksum(config.weights))
-        elif config.embeddings == "corpus":
-            shared = corpus_vectors(counts.contexts, config.min_count, config.dim or 100)
-        else:
-            shared = random_vectors(wanted, config.dim or 100, config.seed)
-        vectors = {part: shared for part in PARTS}
+        shared = random_vectors(wanted, config.dim or 100, config.seed)
     if several:
-        notes["several_tokens"] = {"words": len(several), "treatment": "mean" if config.multi_token == "mean" else "dropped"}
-        print(f"{len(several):,} words are several tokens: {notes['several_tokens']['treatment']} ({', '.join(several[:8])} …)")
-    return vectors, notes
+        treatment = "averaged" if config.multi_token == "mean" else "dropped"
+        notes["several_tokens"] = {treatment: len(several)}
+        print(f"{len(several):,} words are several tokens and {treatment}: {', '.join(several[:8])}{' …' if len(several) > 8 else ''}")
+    return vectors or {part: shared for part in PARTS}, notes
 
 
-def build_prior(counts, config, speech=None, notes=None):
+def build_prior(counts, config, tokens=None, speech=None, notes=None):
     """Step 1 and the graph of step 2, from counts.
 
     Args:
         counts: Counts of the corpora, with contexts for `corpus` vectors.
         config: PriorConfig.
+        tokens: of `language_model`, where the config names a token table.
         speech: WordNetSpeech, which a `min_count` of 0 needs for the vocabulary's words.
         notes: dict kept in the file beside what this function adds.
     Returns:
@@ -1347,7 +1339,7 @@ def build_prior(counts, config, speech=None, notes=None):
     Raises:
         UserError: if no adjective or no noun is left.
     """
-    tokens, seen = language_model(config), Counter(counts.words)
+    seen = Counter(counts.words)
     if config.min_count == 0:
         listed = [word for word in tokens.words() if word.isalpha() and len(word) > 2]
         seen.update({(word, "adjective"): 0 for word in listed if speech.is_adjective(word)})
@@ -1407,9 +1399,9 @@ def build_from_corpora(corpora, config, workers=1, speech=None, download=False):
         speech: parts of speech; by default WordNetSpeech, which needs NLTK's data.
     """
     check_prior_config(config, workers)
-    speech = speech or WordNetSpeech(download)
+    tokens, speech = language_model(config), speech or WordNetSpeech(download)
     counts, notes = count_corpora(corpora, speech, config.embeddings == "corpus", workers)
-    return build_prior(counts, config, speech, notes)
+    return build_prior(counts, config, tokens, speech, notes)
 
 
 def shuffled(prior, what, seed=0):
@@ -1663,21 +1655,21 @@ def main(argv=None):
         return show_prior(parse_show(argv))
     args, config = parse(argv, task)
     start = time.monotonic()
+    check_prior_config(config, getattr(args, "workers", 1))
+    for path in args.inputs if task != "merge" else ():
+        next(read_captions(path), None)  # a wrong path is known before the tagging starts, and so is a model that cannot be had
+    tokens = language_model(config)
+    speech = WordNetSpeech(args.download) if task != "merge" or config.min_count == 0 else None
     if task == "merge":
-        check_prior_config(config)
         counts, notes = merge_counts(args.inputs, config.embeddings == "corpus")
-        speech = WordNetSpeech(args.download) if config.min_count == 0 else None
     else:
-        check_prior_config(config, args.workers)
-        for path in args.inputs:
-            next(read_captions(path), None)  # a wrong path is known before the tagging starts
-        speech, contexts = WordNetSpeech(args.download), not args.no_contexts if task == "count" else config.embeddings == "corpus"
+        contexts = not args.no_contexts if task == "count" else config.embeddings == "corpus"
         counts, notes = count_corpora([(str(path), read_captions(path)) for path in args.inputs], speech, contexts, args.workers)
     if task == "count":
         counts.save(args.out, {**notes, "contexts": contexts})
         what = f"{len(counts.words):,} words, {len(counts.pairs):,} pairs"
     else:
-        prior = build_prior(counts, config, speech, notes)
+        prior = build_prior(counts, config, tokens, speech, notes)
         prior.save(args.out)
         nodes = f"{len(prior.adjective_words):,} adjectives, {len(prior.noun_words):,} nouns"
         what = f"{nodes}, {len(prior.edges):,} edges, {config.embeddings} vectors of {prior.provenance['dim']} dimensions"

@@ -33,6 +33,7 @@ from prior import (
     count_corpus,
     draw_codebook_space,
     glove_vectors,
+    language_model,
     modifying_pairs,
     nearest_words,
     random_vectors,
@@ -669,7 +670,7 @@ def test_bert_from_a_folder_makes_a_prior(tmp_path, speech):
     assert prior.noun_words.tolist() == ["bird", "wing"] and set(prior.adjective_words) == {"red", "small"}
     row = tokens.index("bird")
     assert np.array_equal(prior.noun_vectors[0].view("<u4"), table[row].view("<u4") & 0xFFFF0000)
-    assert prior.provenance["vectors"]["several_tokens"] == {"words": 1, "treatment": "dropped"}
+    assert prior.provenance["vectors"]["several_tokens"] == {"dropped": 1}
     assert "titmouse" in build(min_count=2, multi_token="mean").noun_words
     everything = build(min_count=0)  # also what the vocabulary holds and the captions do not say
     assert "green" in everything.adjective_words and "elbow" in everything.noun_words and "the" not in everything.noun_words
@@ -710,13 +711,13 @@ def test_clip_from_the_archive_and_its_prompts(tmp_path, monkeypatch):
         {"adjective": ["red", "titmouse"], "noun": ["red", "bird"]},
         PriorConfig("clip-text", str(tmp_path / "ViT-B-32.pt"), sha256=sha256),
     )
-    vectors, notes = word_vectors(words, Counts(), config)
+    vectors, notes = word_vectors(words, Counts(), config, language_model(config))
     assert {part: sorted(found) for part, found in vectors.items()} == {"adjective": ["red"], "noun": ["bird", "red"]}
     for part, prompt in (("adjective", "a photo of red object"), ("noun", "a photo of red")):
         text = [ids["<|startoftext|>"], *(ids[f"{word}</w>"] for word in prompt.split()), ids["<|endoftext|>"]]
         expected = (module.token_embedding.weight[text] + module.positional_embedding[: len(text)]).sum(0)
         assert np.allclose(vectors[part]["red"], expected.detach(), atol=1e-5) and vectors[part]["red"].dtype == np.float32
-    assert notes["several_tokens"]["words"] == 1 and notes["sha256"] == sha256
+    assert notes["several_tokens"] == {"dropped": 1} and notes["sha256"] == sha256
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").unlink()
     monkeypatch.setattr(prior_module, "CLIP_MERGES", "http://127.0.0.1:9/merges.gz")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))

@@ -254,7 +254,9 @@ class Evaluation(NamedTuple):
     pairs: list  # sixteen originals and reconstructions in turn, (3, H, W) in [-1, 1]
 
 
-def evaluate(path, data="", device="auto", inception=(None, ""), lpips=(None, ""), save=None, checkpoint="last", figures=False):
+def evaluate(
+    path, data="", device="auto", inception=(None, ""), lpips=(None, ""), save=None, checkpoint="last", figures=False, skip_broken=False
+):
     """Measure one run over its whole evaluation split; write evaluation.json and reconstructions.png.
 
     Args:
@@ -265,7 +267,7 @@ def evaluate(path, data="", device="auto", inception=(None, ""), lpips=(None, ""
     device = pick_device(device)
     model, config, prior, step = load_run(path, device, checkpoint)
     choices = dataclasses.asdict(config)
-    config.data, config.labels = data or config.data, "" if data else config.labels
+    config.data, config.labels, config.skip_broken = data or config.data, "" if data else config.labels, skip_broken or config.skip_broken
     dataset = make_dataset(config, "val")
     baseline = mean_image(make_dataset(config, "train"), device)
     network, perceptual = (part and part.to(device) for part in (inception[0], lpips[0]))
@@ -379,6 +381,7 @@ def position_labels(dataset, grid):
     for index in range(len(dataset)):
         cells = dataset[index]["segmentation"].unfold(0, dataset.resolution // grid[0], dataset.resolution // grid[0])
         labels.append(cells.unfold(1, dataset.resolution // grid[1], dataset.resolution // grid[1]).flatten(2).mode(-1).values.numpy())
+        labels[-1][labels[-1] == dataset.unlabeled] = -1
         if hasattr(dataset, "colours_of"):
             colours.append(dataset.colours_of(index)[labels[-1]])
     return {"part": np.stack(labels), **({"colour": np.stack(colours)} if colours else {})}
@@ -808,6 +811,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--data", default="", help="where the data set lies now (default: where the run found it)")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument(
         "--checkpoint",
@@ -854,7 +858,7 @@ def main(argv=None):
     evaluations = []
     for path in args.runs:
         save = args.save and (Path(args.save) / Path(path).resolve().name if len(args.runs) > 1 else Path(args.save))
-        evaluations.append(evaluate(path, args.data, args.device, inception, lpips, save, args.checkpoint, args.figures))
+        evaluations.append(evaluate(path, args.data, args.device, inception, lpips, save, args.checkpoint, args.figures, args.skip_broken))
         print(f"{path}: evaluation.json, reconstructions.png{', figures/' if args.figures else ''}{f'; images in {save}' if save else ''}")
     results = [evaluation.result for evaluation in evaluations]
     if args.figures and len(results) > 1 and len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1:

@@ -33,7 +33,7 @@ import re
 import sys
 import tempfile
 import time
-import urllib.error
+import urllib.parse
 import urllib.request
 import warnings
 import zipfile
@@ -81,7 +81,7 @@ def _complain(error):
     if "Original Traceback" in text:  # of a loader's worker: its last lines are the message
         text = text.rsplit("Error: ", 1)[-1].strip()
     for line in text.split("\n"):
-        print(f"error: {line}", file=sys.stderr)
+        print(line if line.startswith(" ") else f"error: {line}", file=sys.stderr)
     return 2
 
 
@@ -286,7 +286,11 @@ class WordNetSpeech:
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
-        self.tagger, self.tokenizer, self.split_sentences = PerceptronTagger(), nltk.NLTKWordTokenizer(), nltk.sent_tokenize
+        try:
+            self.tagger = PerceptronTagger()
+        except TypeError:
+            raise UserError("this version of NLTK wants averaged_perceptron_tagger_eng.zip unpacked, in the folder where it lies") from None
+        self.tokenizer, self.split_sentences = nltk.NLTKWordTokenizer(), nltk.sent_tokenize
         self.tagger.model = DensePerceptron(self.tagger.model)
         self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
         self.wordnet, self.lemmatize = wordnet, nltk.WordNetLemmatizer().lemmatize
@@ -753,11 +757,7 @@ def _open_text(path, dim):
                 with archive.open(members[0]) as member, io.TextIOWrapper(member, encoding="utf-8", newline="\n") as stream:
                     yield stream
         else:
-            with (
-                gzip.open(path, "rt", encoding="utf-8", newline="\n")
-                if path.suffix == ".gz"
-                else open(path, encoding="utf-8", newline="\n") as stream
-            ):
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as stream:
                 yield stream
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError):
         raise UserError(f"vectors '{path}' are not a whole archive") from None
@@ -816,9 +816,9 @@ def random_vectors(words, dim=100, seed=0):
 
 SAFETENSORS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}
 STRIP = """
-    import torch
-    state = torch.load("{0}", map_location="cpu", weights_only=False)  # runs what the file says: only for a file you trust
-    torch.save(state["state_dict"], "stripped.pt")"""
+  import torch, types
+  with torch.serialization.safe_globals([(types.SimpleNamespace, name) for name in {names}]):
+      torch.save(torch.load("{path}", map_location="cpu", weights_only=True)["state_dict"], "stripped.pt")"""
 
 
 def read_tensors(path, wanted=""):
@@ -848,15 +848,19 @@ def read_tensors(path, wanted=""):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign is None:
+        if "Unsupported global" not in str(error):
             raise UserError(f"weights '{path}' cannot be read; they are damaged or no file of torch.save") from None
+        try:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        except ValueError:  # of torch before 1.6: not a zip
+            names = re.findall(r"GLOBAL (\S+)", str(error))
+        strip = STRIP.format(path=path, names=names)
         raise UserError(
-            f"weights '{path}' carry objects ({foreign[1]}) and not tensors alone; strip them with:{STRIP.format(path)}"
+            f"weights '{path}' carry more than tensors ({', '.join(names)}); without running any of it, strip them with:{strip}"
         ) from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor) and re.search(wanted, name)}
-    return {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in tensors.items()}
+    return {name: (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy() for name, value in tensors.items()}
 
 
 def safetensors_header(read, name):
@@ -896,7 +900,7 @@ def read_range(url, start, stop, progress=lambda text: None):
 
     Raises:
         UserError: if the connection is cut or the server sends another range.
-        urllib.error.URLError: if it cannot be had at all.
+        OSError, http.client.HTTPException, ValueError: if it cannot be had at all.
     """
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{stop - 1}", "User-Agent": "vqct"})
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -1061,8 +1065,9 @@ def folder_tokens(folder, vocabulary):
         raise UserError(f"'{folder}' holds no {missing}: --weights wants the folder of a published model, {vocabulary} and its weights")
     try:
         text = (folder / vocabulary).read_text(encoding="utf-8")
-        ids = json.loads(text) if vocabulary.endswith(".json") else {token: row for row, token in enumerate(text.splitlines())}
-    except ValueError:
+        lines = text.removesuffix("\n").split("\n")  # and at no other mark that ends a line, as some are tokens
+        ids = dict(json.loads(text)) if vocabulary.endswith(".json") else {token: row for row, token in enumerate(lines)}
+    except (ValueError, TypeError):
         raise UserError(f"vocabulary '{folder / vocabulary}' cannot be read") from None
     tables = list(read_tensors(weights, TABLE).values())
     if len(tables) != 1:
@@ -1109,14 +1114,15 @@ def clip_tokens(weights="", revision="refs/pr/15", sha256=""):
     """
     if weights:
         return folder_tokens(weights, "vocab.json") if Path(weights).is_dir() else archive_tokens(weights, sha256)
-    url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{CLIP_FOLDER}/{revision.replace('/', '%2F')}"
+    host, quoted = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/"), urllib.parse.quote(revision, safe="")
+    url = f"{host}/{CLIP_FOLDER}/{quoted}"
     try:
-        return _downloaded_tokens(url, cache_folder() / f"clip-vit-base-patch32-{re.sub('[^A-Za-z0-9]+', '-', revision)}-tokens.npz")
-    except urllib.error.URLError as error:
+        return _downloaded_tokens(url, cache_folder() / f"clip-vit-base-patch32-{quoted}-tokens.npz")
+    except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", None) != 404:
             raise UserError(
-                f"CLIP's token table (model.safetensors and vocab.json of {url}) cannot be had: {error.reason}; "
-                "point --weights at a local copy of that folder, or of the archive ViT-B-32.pt"
+                f"CLIP's token table (model.safetensors and vocab.json of {url}) cannot be had: {error or type(error).__name__}; "
+                "nothing was kept; point --weights at a local copy of that folder, or of the archive ViT-B-32.pt"
             ) from None
     print(f"{url} holds no model.safetensors; taking the archive of 354 MB")
     return archive_tokens()
@@ -1124,14 +1130,12 @@ def clip_tokens(weights="", revision="refs/pr/15", sha256=""):
 
 def _downloaded_tokens(url, cache):
     """The token table of a published folder, and its vocabulary; kept in `cache` with the table's own sha256."""
-    if cache.is_file():
-        try:
-            with np.load(cache, allow_pickle=False) as file:
-                ids, table, sha256 = json.loads(str(file["ids"])), file["table"], str(file["sha256"])
-            if hashlib.sha256(table.tobytes()).hexdigest() == sha256:
-                return TokenModel(ids, table, {"file": url, "sha256": sha256})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            pass
+    try:
+        with np.load(cache, allow_pickle=False) as file:
+            return TokenModel(json.loads(str(file["ids"])), file["table"], {"file": url, "sha256": str(file["sha256"])})
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # a zip holds checksums of its members
         print(f"'{cache}' is damaged and downloaded again")
     read = functools.partial(read_range, f"{url}/model.safetensors")
     start, header = safetensors_header(read, url)
@@ -1139,11 +1143,8 @@ def _downloaded_tokens(url, cache):
     if len(found) != 1 or found[0]["dtype"] not in ("F32", "F16") or tuple(found[0]["shape"]) != CLIP_SHAPE:
         raise UserError(f"{url}: expected one token table of shape {CLIP_SHAPE}, float32 or float16; found {found}")
     table = safetensors_tensor(functools.partial(read, progress=Progress()), start, found[0], url)
-    try:
-        with urllib.request.urlopen(f"{url}/vocab.json", timeout=60) as response:
-            ids = json.load(response)
-    except (ValueError, http.client.HTTPException):
-        raise UserError(f"{url}/vocab.json did not arrive whole; nothing was kept, try again") from None
+    with urllib.request.urlopen(f"{url}/vocab.json", timeout=60) as response:
+        ids = json.load(response)
     sha256 = hashlib.sha256(table.tobytes()).hexdigest()
     model = TokenModel(ids, table, {"file": url, "sha256": sha256})
     with whole_file(cache) as temporary, open(temporary, "wb") as file:
@@ -1269,24 +1270,31 @@ class PriorConfig:
     seed: int = option(0, "of random vectors")
 
 
+FLAGS = {  # what each is for
+    "weights": ("glove", *TOKEN_MODELS),
+    "revision": ("clip",),
+    "sha256": ("clip", "clip-text"),
+    "multi_token": ("clip", "bert"),
+    "dim": ("glove", "corpus", "random"),
+    "seed": ("random",),
+}
+
+
 def check_prior_config(config, workers=1):
-    """Raise UserError for values that cannot be, and for a language model's file that is not there, before a corpus is read."""
+    """Raise UserError for values that cannot be, or do nothing for the language model chosen, before a corpus is read."""
     model = config.embeddings
+    for name, models in FLAGS.items():
+        if getattr(config, name) != getattr(PriorConfig, name) and model not in models:
+            raise UserError(f"--{name.replace('_', '-')} does nothing for {model} vectors; it is for --embeddings {', '.join(models)}")
     if config.min_count < 0 or config.dim < 0 or workers < 1 or (config.min_count == 0 and model not in ("clip", "bert")):
         raise UserError(
             f"--min-count {config.min_count}, --dim {config.dim} and --workers {workers} must be at least 1 (--min-count 0 is for clip and bert)"
         )
-    if config.multi_token == "mean" and model not in ("clip", "bert"):
-        raise UserError(f"--multi-token mean averages tokens of clip and bert; {model} has one vector a word")
-    if config.weights and model in ("corpus", "random"):
-        raise UserError(f"--weights does nothing for {model} vectors; add --embeddings glove, clip or bert")
     if model == "glove":
         with _open_text(config.weights, config.dim):
             pass
-    if model == "bert" and not (config.weights and Path(config.weights).is_dir()):
+    if model == "bert" and not config.weights:
         raise UserError("--embeddings bert needs --weights DIR, a folder with vocab.txt and model.safetensors or pytorch_model.bin")
-    if model in TOKEN_MODELS and config.weights and not Path(config.weights).exists():
-        raise UserError(f"weights '{config.weights}' do not exist")
 
 
 def language_model(config):
@@ -1634,10 +1642,10 @@ def parse_show(argv):
 def merge_counts(paths, contexts):
     """The sum of counts files, and the notes they share. Raises UserError where they do not belong together."""
     total, shared = Counts(), None
-    if len({Path(path).resolve() for path in paths}) < len(paths):
-        raise UserError("a counts file is given twice")
-    for path in paths:
+    for i, path in enumerate(paths):
         counts, notes = Counts.load(path)
+        if checksum(path) in map(checksum, paths[:i]):
+            raise UserError(f"'{path}' holds the same counts as another file given")
         if shared not in (None, notes):
             raise UserError(f"'{path}' was counted in another way than '{paths[0]}': {notes}, {shared}")
         shared = notes

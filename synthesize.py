@@ -101,7 +101,7 @@ def tokens(args):
         decode_tokens(model, indices, folder, device, config.batch_size)
         print(f"{folder}: {len(indices):,} images")
     else:
-        config.data = args.data or config.data
+        config.data, config.skip_broken = args.data or config.data, args.skip_broken or config.skip_broken
         dataset, path = make_dataset(config, args.split), Path(args.output or Path(args.run) / "tokens.npz")
         check_words(args.words, len(dataset))
         indices, labels = encode_dataset(model, dataset, device, config.batch_size)
@@ -120,6 +120,7 @@ def main(argv=None):
     sub = commands.add_parser("tokens", help="images to tokens, and back", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     sub.add_argument("--split", choices=("train", "val"), default="val", help="images to encode")
     sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")
     sub.add_argument(
         "--output", default="", help="token file, or with --decode folder of images; by default tokens.npz or decoded/ in the run"
     )

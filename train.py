@@ -41,7 +41,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
 from prior import (
@@ -118,6 +118,7 @@ class Config(ModelConfig):
     lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads (default: torch hub's cache, or download)")
     gan_weight: float = option(0.8, "of the adversarial loss beside the adaptive weight (VQGAN); 0: no discriminator")
     gan_start: int = option(5_000, "generator step at which the adversary joins (VQGAN's 10,000 count both optimizers)")
+    discriminator_layers: int = option(3, "its strided convolutions: patches of 70×70 pixels (VQGAN; its ImageNet weights have 2)")
     amp: bool = option(True, "bfloat16 autocast on CUDA")
     compile: bool = option(False, "torch.compile the networks: slower start, faster steps on CUDA")
     workers: int = option(-1, "processes that read images; −1: none on the CPU, where training needs every core, else 8")
@@ -196,10 +197,10 @@ def parse(argv=None):
     start.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
     given = vars(parser.parse_args(argv))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
-    return resolve(given), given, resume, overwrite
+    return resolve(given, check=not resume), given, resume, overwrite  # a resumed run is checked with its own configuration
 
 
-def resolve(given):
+def resolve(given, check=True):
     """Explicit choices → the whole Config."""
     method, dataset = given.get("method", Config.method), given.get("dataset", Config.dataset)
     if method not in METHODS:
@@ -211,7 +212,7 @@ def resolve(given):
     config.out = config.out or "runs/" + "-".join([config.dataset, config.method, *variant(config)])
     if config.dataset in DATASETS:
         config.data = config.data or f"data/{DATASETS[config.dataset].folder}"
-    return check_config(config)
+    return check_config(config) if check else config
 
 
 def variant(config):
@@ -227,6 +228,8 @@ def check_config(config):
         raise UserError("--data and --labels do nothing for the demo; add --dataset folder or --dataset cub")
     if config.labels and config.dataset != "folder":
         raise UserError(f"--labels is for --dataset folder; {config.dataset} has its label maps in its own layout")
+    if config.skip_broken and config.dataset == "demo":
+        raise UserError("--skip-broken does nothing for the demo, which is drawn")
     if config.download and not (config.dataset in DATASETS and DATASETS[config.dataset].archives):
         raise UserError(f"--download: {config.dataset} has no public archive (cub, ade20k and coco have)")
     if config.dataset == "folder" and not config.data:
@@ -246,7 +249,7 @@ def check_config(config):
 
 BOUNDS = (
     ("lr seed gan_weight perceptual_weight beta kl_weight contrastive_weight codebook_size", lambda value: value >= 0, "not be negative"),
-    ("steps batch_size accumulate log_every eval_every eval_images", lambda value: value >= 1, "be at least 1"),
+    ("steps discriminator_layers batch_size accumulate log_every eval_every eval_images", lambda value: value >= 1, "be at least 1"),
     ("transfer_layers transfer_width adjective_neighbours code_dim", lambda value: value >= 1, "be at least 1"),
     ("usage_decay transfer_dropout", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     ("mask_ratio", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
@@ -300,10 +303,10 @@ class ImageDataset(Dataset):
         classes: names of the labels.
         resolution: pixels a side; the shorter side is resized to it, antialiased.
 
-    Set `with_segmentation` for items to hold their label maps.
+    Set `with_segmentation` for items to hold their label maps, in which `unlabeled` says nothing of a pixel.
     """
 
-    with_segmentation = False
+    with_segmentation, unlabeled = False, -1
 
     def __init__(self, records, classes, resolution, seed=0):
         self.records, self.classes, self.resolution, self.seed = records, classes, resolution, seed
@@ -323,17 +326,20 @@ class ImageDataset(Dataset):
     def label(self, index):
         return self.records[index].label
 
-    def read(self, index):
-        """→ image (3, h, w) uint8 and segmentation (1, h, w) integers or None, shorter sides at least the resolution."""
+    def read(self, index, draft=False):
+        """→ image (3, h, w) uint8 and segmentation (1, h, w) integers or None, shorter sides the resolution.
+
+        `draft` lets a large JPEG be decoded at a fraction of its size, which training takes and evaluation does not.
+        """
         record = self.records[index]
-        image = TF.resize(read_image(record.path, 2 * self.resolution), self.resolution, antialias=True)
-        wanted = record.segmentation and self.with_segmentation
-        return TF.pil_to_tensor(image), TF.pil_to_tensor(read_label_map(record.segmentation, image.size)) if wanted else None
+        image = TF.resize(read_image(record.path, 2 * self.resolution if draft else None), self.resolution, antialias=True)
+        wanted = record.segmentation is not None and self.with_segmentation
+        return TF.pil_to_tensor(image), TF.pil_to_tensor(read_label_map(record, image.size)) if wanted else None
 
     def __getitem__(self, key):
         """→ dict: image (3, R, R) uint8, label, index, and segmentation (R, R) int64 where asked for."""
         index, draw = key if isinstance(key, tuple) else (key, None)
-        image, segmentation = self.read(index)
+        image, segmentation = self.read(index, draft=draw is not None)
         size, (height, width) = self.resolution, image.shape[1:]
         top, left, flip = (height - size) // 2, (width - size) // 2, False
         if draw is not None:
@@ -349,34 +355,41 @@ class ImageDataset(Dataset):
         return item
 
 
-def read_image(path, side):
-    """An RGB image as it is meant to be seen; a JPEG is decoded at the fraction of its size that keeps `side` pixels a side.
+def read_image(path, side=None):
+    """An RGB image as it is meant to be seen; with `side`, a JPEG is decoded at the fraction of its size that keeps so many pixels.
 
     Raises:
         UserError: if it is missing, damaged or truncated.
     """
     try:
         with Image.open(path) as file:
-            file.draft("RGB", (side, side))
+            if side:
+                file.draft("RGB", (side, side))
             return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # Pillow raises half a dozen types for damaged files
         reason = "missing" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
         raise UserError(f"image '{path}' cannot be read: {reason}") from None
 
 
-def read_label_map(source, size):
+def read_label_map(record, size):
     """A Record's segmentation as a PIL image of integers, resized to (width, height) by nearest neighbour."""
-    try:
-        if not isinstance(source, tuple):
-            with Image.open(source) as file:
-                return ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
-        labels = np.zeros(size[::-1], np.uint8)
-        for label, mask in source:
-            with Image.open(mask) as file:
-                labels[np.asarray(file.convert("L").resize(size, Image.Resampling.NEAREST)) > 127] = label
-        return Image.fromarray(labels)
-    except Exception as error:
-        raise UserError(f"label map '{source if isinstance(source, Path) else mask}' cannot be read: {error}") from None
+    masks = record.segmentation if isinstance(record.segmentation, tuple) else ((None, record.segmentation),)
+    labels = Image.new("L", size)
+    for label, path in masks:
+        try:
+            with Image.open(path) as file:
+                if (file.width > file.height) != (size[0] > size[1]):  # the photograph was turned by its camera's note, which the map lacks
+                    with Image.open(record.path) as photograph:
+                        file.getexif()[ExifTags.Base.Orientation] = photograph.getexif().get(ExifTags.Base.Orientation, 1)
+                mask = ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
+        except Exception as error:
+            raise UserError(f"label map '{path}' cannot be read: {error}") from None
+        labels = (
+            mask
+            if label is None
+            else Image.composite(Image.new("L", size, label), labels, mask.convert("L").point(lambda v: 255 * (v > 127)))
+        )
+    return labels
 
 
 def readable(records, split, skip_broken=False, shown=10):
@@ -413,54 +426,50 @@ def readable(records, split, skip_broken=False, shown=10):
 # Published layouts. Each function takes the folder and "train" or "val", and gives records and names of classes
 
 
+CUB_TABLES = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
+CUB_PARTS = {"size": "bird", "shape": "bird", "primary": "bird", "upperparts": "back", "underparts": "belly"}  # of its attributes' names
+
+
 def cub_records(root, split):
     """CUB-200-2011, the published split: val are the test images.
 
-    Captions are Reed et al.'s where text/ is there, otherwise the published attributes of an image as phrases.
+    Captions are Reed et al.'s where text/ is there, otherwise the published attributes of an image as sentences.
     """
-    names = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
-    require("cub", root, *names, "images")
-    images, splits, labels, classes = (
-        dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in names
-    )
-    has_text, records = (root / "text").is_dir(), []
+    require("cub", root, *CUB_TABLES, "images")
+    tables = (dict(line.split(maxsplit=1) for line in (root / name).read_text().splitlines() if line.strip()) for name in CUB_TABLES)
+    images, splits, labels, classes = tables
+    written, records = (root / "text").is_dir(), []
     for key, name in images.items():
         if (splits[key].strip() == "1") == (split == "train"):
             text = (root / "text" / name.strip()).with_suffix(".txt")
-            captions = functools.partial(cub_attributes, root, key) if not has_text else functools.partial(read_captions, text)
-            records.append(
-                Record(root / "images" / name.strip(), int(labels[key]) - 1, captions if not has_text or text.exists() else tuple)
-            )
+            captions = functools.partial(read_captions, text) if text.exists() else functools.partial(cub_attributes, root, key)
+            records.append(Record(root / "images" / name.strip(), int(labels[key]) - 1, captions if written == text.exists() else tuple))
     return records, [classes[key].strip() for key in sorted(classes, key=int)]
 
 
 def cub_attributes(root, key):
-    """Phrases of the attributes that an image of CUB has: `has_wing_color::blue` is "a blue wing"."""
+    """What the attributes of an image of CUB say: `has_wing_color::blue` is "its wing is blue", which makes the pair "blue wing"."""
     return _cub_attributes(root).get(key, [])
 
 
 @functools.lru_cache(1)
 def _cub_attributes(root):
-    """dict image → phrases; empty where the attributes are not there."""
-    listed = next(
-        (path for path in (root / "attributes.txt", root / "attributes/attributes.txt", root.parent / "attributes.txt") if path.is_file()),
-        None,
-    )
+    """dict image → sentences; empty where the attributes are not there."""
+    listed = next(filter(Path.is_file, (folder / "attributes.txt" for folder in (root, root / "attributes", root.parent))), None)
     labels = root / "attributes" / "image_attribute_labels.txt"
     if listed is None or not labels.is_file():
         return {}
-    phrases, found = {}, defaultdict(list)
-    for line in listed.read_text().splitlines():
-        number, _, fact = line.strip().partition(" ")
-        group, _, value = fact.partition("::")
-        noun = re.sub(r"^has_|_?(color|shape|pattern|length|size|primary)\b|primary_", "", group).replace("_", " ").strip() or "bird"
-        adjective = re.sub(r"[_-]" + noun + r"s?$|_\(.*|\(.*", "", value).replace("_", " ")
-        phrases[number] = f"a {adjective} {noun}"
+    sentences, found = {}, defaultdict(list)
+    for line in filter(str.strip, listed.read_text().splitlines()):
+        number, group, value = re.fullmatch(r"(\d+) has_(\w+)::(.*)", line.strip()).groups()
+        part = re.sub(r"^(upper|under)_|_(color|shape|pattern|length)$", "", group)
+        value = re.sub(r"_?\(.*|[_-](tail|wings|pattern)$|-like$", "", value).replace("_", " ")
+        sentences[number] = f"its {CUB_PARTS.get(part, part)} is {value}"
     with open(labels) as lines:
         for line in lines:
             key, number, present = line.split(maxsplit=3)[:3]
             if present == "1":
-                found[key].append(phrases[number])
+                found[key].append(sentences[number])
     return dict(found)
 
 
@@ -487,23 +496,23 @@ def celebahq_records(root, split):
     """CelebA-HQ as CelebAMask-HQ lays it out, split as CelebA is by the original's number: 24,183 / 2,993 (and 2,824 to test)."""
     require("celebahq", root, "CelebA-HQ-img", "CelebA-HQ-to-CelebA-mapping.txt")
     masks = defaultdict(dict)
-    for path in (root / "CelebAMask-HQ-mask-anno").glob("*/*.png"):
+    for path in (root / "CelebAMask-HQ-mask-anno").glob("*/[0-9]*_*.png"):
         number, _, part = path.stem.partition("_")
         masks[int(number)][part] = path
     first, end = {"train": (0, 162_771), "val": (162_771, 182_638)}[split]
     records = []
-    for line in (root / "CelebA-HQ-to-CelebA-mapping.txt").read_text().splitlines()[1:]:
+    for line in filter(str.strip, (root / "CelebA-HQ-to-CelebA-mapping.txt").read_text().splitlines()[1:]):
         number, original = map(int, line.split()[:2])
         if first <= original < end:
             painted = tuple((label, masks[number][part]) for label, part in enumerate(FACE_PARTS, 1) if part in masks[number])
-            records.append(Record(root / "CelebA-HQ-img" / f"{number}.jpg", segmentation=painted or None))
+            records.append(Record(root / "CelebA-HQ-img" / f"{number}.jpg", segmentation=painted if masks else None))
     return records, []
 
 
 def coco_records(root, split):
     """MS-COCO 2017 (or 2014): captions of annotations/, label maps of stuffthingmaps/ where they are there, 255 for unlabeled."""
-    year = 2014 if (root / f"{split}2014").is_dir() else 2017
-    require("coco", root, f"{split}{year}")
+    year = 2014 if (root / "train2014").is_dir() and not (root / "train2017").is_dir() else 2017  # never one's training images to test
+    require("coco", root, f"train{year}", f"val{year}")
     listed = root / "annotations" / f"captions_{split}{year}.json"
     files = {path.name: None for path in (root / f"{split}{year}").glob("*.jpg")}
     files.update({name: number for number, name in _coco_captions(listed)[0].items()} if listed.is_file() else {})
@@ -540,7 +549,8 @@ class Archive(NamedTuple):
 
     url: str
     md5: str | None  # where one is known
-    moves: tuple  # of (path in the archive, path in the folder)
+    gives: tuple  # what the data set's folder has when the archive is in it
+    moves: tuple  # of (pattern in the archive, sub-folder of the data set's) for what is taken
 
 
 class Layout(NamedTuple):
@@ -550,27 +560,29 @@ class Layout(NamedTuple):
     folder: str
     get: str  # for people
     archives: tuple = ()
+    unlabeled: int = -1  # the label that says nothing of a pixel; −1: none
 
 
 # fmt: off
 CUB_URL, COCO_URL = "https://data.caltech.edu/records/65de6-vp158", "http://images.cocodataset.org"
 ADE_URL, STUFF_URL = "http://data.csail.mit.edu/places/ADEchallenge", "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
 DATASETS = {
-    "cub": Layout(cub_records, "CUB_200_2011", f"--download fetches it (1.2 GB), or unpack CUB_200_2011.tgz from {CUB_URL}", (
-        Archive(f"{CUB_URL}/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78",
-                (("attributes.txt", "../attributes.txt"), ("CUB_200_2011", "."))),)),
-    "ade20k": Layout(ade20k_records, "ADEChallengeData2016", f"--download fetches it (1 GB), or unpack {ADE_URL}/ADEChallengeData2016.zip", (
-        Archive(f"{ADE_URL}/ADEChallengeData2016.zip", "7328b3957e407ddae1d3cbf487f149ef", (("ADEChallengeData2016", "."),)),)),
+    "cub": Layout(cub_records, "CUB_200_2011", f"train.py --download fetches it (1.2 GB), or unpack CUB_200_2011.tgz from {CUB_URL}", (
+        Archive(f"{CUB_URL}/files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78", (*CUB_TABLES, "images"),
+                (("CUB_200_2011/*", ""), ("attributes.txt", ""))),)),
+    "ade20k": Layout(ade20k_records, "ADEChallengeData2016", f"train.py --download fetches it (1 GB), or unpack ADEChallengeData2016.zip from {ADE_URL}", (
+        Archive(f"{ADE_URL}/ADEChallengeData2016.zip", "7328b3957e407ddae1d3cbf487f149ef", ("images", "annotations"),
+                (("ADEChallengeData2016/*", ""),)),), 0),
     "celebahq": Layout(celebahq_records, "CelebAMask-HQ", """its terms ask for three steps by hand:
     1. get CelebAMask-HQ.zip by the links on https://github.com/switchablenorms/CelebAMask-HQ
     2. unzip CelebAMask-HQ.zip -d data
     3. python train.py --dataset celebahq --data data/CelebAMask-HQ --prior CAPTIONS.txt"""),
-    "coco": Layout(coco_records, "coco", f"--download fetches it (21 GB), or unpack train2017, val2017 and annotations from {COCO_URL}", (
-        Archive(f"{COCO_URL}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", (("train2017", "train2017"),)),
-        Archive(f"{COCO_URL}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", (("val2017", "val2017"),)),
-        Archive(f"{COCO_URL}/annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", (("annotations", "annotations"),)),
-        Archive(f"{STUFF_URL}/stuffthingmaps_trainval2017.zip", None,
-                (("train2017", "stuffthingmaps/train2017"), ("val2017", "stuffthingmaps/val2017")))))}
+    "coco": Layout(coco_records, "coco", f"train.py --download fetches it (21 GB), or unpack train2017, val2017 and annotations from {COCO_URL}", (
+        Archive(f"{COCO_URL}/zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", ("train2017",), (("train2017", ""),)),
+        Archive(f"{COCO_URL}/zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", ("val2017",), (("val2017", ""),)),
+        Archive(f"{COCO_URL}/annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", ("annotations",), (("annotations", ""),)),
+        Archive(f"{STUFF_URL}/stuffthingmaps_trainval2017.zip", None, ("stuffthingmaps/train2017", "stuffthingmaps/val2017"),
+                (("*2017", "stuffthingmaps"),))), 255)}
 # fmt: on
 
 
@@ -589,26 +601,28 @@ def download(archives, root):
     Raises:
         UserError: for one that cannot be had, is broken, or holds something else.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError("--download needs a Python whose tarfile refuses paths outside a folder: 3.10.12, 3.11.4 or newer")
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # older torchvision leaves the choice to Python
     for archive in archives:
-        moves = [(inside, Path(os.path.normpath(root / target))) for inside, target in archive.moves]
-        if all(target.exists() for _, target in moves):
+        if all((root / name).exists() for name in archive.gives):
             continue
-        root.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=".download-") as folder:
-            try:
+        root.mkdir(parents=True, exist_ok=True)
+        try:
+            with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
                 torchvision.datasets.utils.download_and_extract_archive(archive.url, folder, md5=archive.md5)
-            except (OSError, EOFError, RuntimeError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"{archive.url} cannot be had: {error or type(error).__name__}; nothing of it was kept, try again"
-                ) from None
-            absent = [inside for inside, _ in moves if not (Path(folder) / inside).exists()]
-            if absent:
-                raise UserError(f"{archive.url} does not hold '{absent[0]}'; nothing of it was kept")
-            for inside, target in moves:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    os.replace(Path(folder) / inside, target)
+                moves = {root / into / path.name: path for pattern, into in archive.moves for path in sorted(Path(folder).glob(pattern))}
+                absent = [name for name in archive.gives if not (root / name).exists() and root / name not in moves]
+                if absent or any(path.is_symlink() for path in moves.values()):
+                    raise ValueError(f"it does not hold {absent[0] if absent else 'files alone'}")
+                for target, path in moves.items():
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if not target.exists():
+                        os.replace(path, target)
+        except (OSError, EOFError, RuntimeError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
+            if not any(root.iterdir()):
+                root.rmdir()
+            raise UserError(f"{archive.url} cannot be had: {error or type(error).__name__}; nothing of it was kept, try again") from None
 
 
 def folder_records(root, split, labels=""):
@@ -661,10 +675,10 @@ def make_dataset(config, split):
         records, classes = folder_records(root, split, config.labels)
     else:
         layout = DATASETS[config.dataset]
-        if config.download:
-            download(layout.archives, root)
         records, classes = layout.records(root, split)
-    return ImageDataset(readable(records, split, config.skip_broken), classes, config.resolution, config.seed)
+    dataset = ImageDataset(readable(records, split, config.skip_broken), classes, config.resolution, config.seed)
+    dataset.unlabeled = layout.unlabeled if config.dataset in DATASETS else -1
+    return dataset
 
 
 def make_prior(config, dataset):
@@ -680,23 +694,21 @@ def find_prior(config, dataset):
         return Prior.load(config.prior)
     if config.dataset == "demo" and not config.prior:
         return build_from_corpora([("demo captions", dataset.captions())], PriorConfig(min_count=1), speech=DEMO_SPEECH)
+    name, captions = f"{config.dataset} captions", dataset.captions
     if config.prior:
-        name, captions, version = config.prior, read_captions(config.prior), os.stat(config.prior) if os.path.exists(config.prior) else ""
-        key = f"{Path(config.prior).resolve()} {version and (version.st_size, version.st_mtime_ns)}"
-    else:
-        name, captions = f"{config.dataset} captions", dataset.captions()
-        key = "\n".join(str(record.path.resolve()) for record in dataset.records)
-    if next(iter(captions), None) is None:
-        raise UserError(
-            f"'{config.data}' has no captions to make a prior from: give a corpus of any text, --prior CORPUS, or a finished --prior prior.npz"
-        )
-    path = Path(config.out).parent / f"prior-{config.dataset}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npz"
+        name, captions = config.prior, functools.partial(read_captions, config.prior)
+    options, digest, count = PriorConfig(), hashlib.sha256(), 0
+    for count, caption in enumerate(captions(), 1):
+        digest.update(f"{caption}\n".encode())
+    if not count:
+        raise UserError(f"no captions in {name} to make a prior from: give any text, --prior CORPUS, or a finished --prior prior.npz")
+    digest.update(repr(options).encode())
+    path = Path(config.out).parent / f"prior-{config.dataset}-{digest.hexdigest()[:8]}.npz"
     if path.is_file():
-        print(f"prior: {path}, made earlier from {name}; delete it to make it anew")
+        print(f"prior: {path}, made earlier from the same {count:,} captions of {name}")
         return Prior.load(path)
-    print(f"prior: none given, made from {name} with PPMI + SVD vectors of that corpus, and kept as {path}")
-    captions = read_captions(config.prior) if config.prior else dataset.captions()
-    prior = build_from_corpora([(name, captions)], PriorConfig(), workers=CORES)
+    print(f"prior: made from {count:,} captions of {name} with PPMI + SVD vectors of that corpus, and kept as {path}")
+    prior = build_from_corpora([(name, captions())], options, workers=CORES)
     prior.save(path)
     return prior
 
@@ -789,7 +801,7 @@ def load_run(path, device, checkpoint="last"):
         checkpoint: "last" or "best".
     """
     state = load_checkpoint(Path(path) / f"{checkpoint}.pt")
-    config = Config(**{**state["config"], "download": False})  # whoever looks at a run has its data, or is told where it should be
+    config = Config(**state["config"])
     model = VQModel(config, state["prior"])
     model.load_state_dict(state["model"])
     return model.to(device).eval(), config, state["prior"], state["step"]
@@ -873,7 +885,7 @@ class Trainer:
         self.generator_optimizer = self._adam(self.model)
         self.discriminator = self.discriminator_optimizer = self.perceptual = None
         if config.gan_weight > 0:
-            self.discriminator = Discriminator().to(device, memory_format=torch.channels_last)
+            self.discriminator = Discriminator(layers=config.discriminator_layers).to(device, memory_format=torch.channels_last)
             self.discriminator_optimizer = self._adam(self.discriminator)
         if config.perceptual_weight > 0:
             self.perceptual = load_lpips(config).to(device, memory_format=torch.channels_last)
@@ -1192,7 +1204,21 @@ def progress_line(trainer, line, seconds_a_step):
     )
 
 
-CHANGEABLE = ("out", "steps", "lr", "device", "data", "download", "workers", "log_every", "eval_every", "eval_images", "amp", "compile")
+CHANGEABLE = (
+    "out",
+    "steps",
+    "lr",
+    "device",
+    "data",
+    "download",
+    "skip_broken",
+    "workers",
+    "log_every",
+    "eval_every",
+    "eval_images",
+    "amp",
+    "compile",
+)
 
 
 def resumed(stored, given):
@@ -1209,6 +1235,8 @@ def resumed(stored, given):
 def check_inputs(config):
     """Device and data sets, with every problem found named at once."""
     found, problems = {}, []
+    if config.download:
+        download(DATASETS[config.dataset].archives, Path(config.data))
     for name, make in (
         ("device", lambda: pick_device(config.device)),
         ("train", lambda: make_dataset(config, "train")),
@@ -1755,7 +1783,7 @@ class DemoDataset(ImageDataset):
     def label(self, index):
         return self.scene(index).species
 
-    def read(self, index):
+    def read(self, index, draft=False):
         if not self.drawn[index]:
             image, segmentation = render_scene(self.scene(index), self.resolution)
             self.pictures[index] = torch.from_numpy(np.dstack([image, segmentation])).permute(2, 0, 1)

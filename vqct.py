@@ -1012,27 +1012,38 @@ def load_taming(model, discriminator, state):
         model: VQModel; discriminator: Discriminator or None.
         state: dict name → tensor.
     Returns:
-        names of our parameters that were not in it.
+        names of our parameters that were not taken; a discriminator is taken whole or not at all.
     Raises:
         ValueError: naming the first parameter of encoder or decoder that is missing or of another shape.
     """
-    left, learned = [], isinstance(model.codebook.vectors, nn.Parameter) and len(model.codebook.sizes) == 1
-    # the discriminator's layers are numbered alike
-    networks = [(model, taming_names(model.config)), (discriminator, lambda name: (f"loss.discriminator.main.{name[7:]}",))]
-    for network, names in networks if discriminator is not None else networks[:1]:
-        taken = {}
-        for name, value in network.state_dict().items():
-            found = [state[key] for key in names(name) if key in state]
-            found = found[0] if len(found) == 1 else torch.cat(found) if found else None
-            if found is not None and found.shape == value.shape and (learned or not name.startswith("codebook")):
-                taken[name] = found
-            elif name.startswith(("encoder", "decoder")):
-                shape = "missing" if found is None else f"of shape {tuple(found.shape)}"
-                raise ValueError(f"{names(name)[0]} is {shape}, this network's is of shape {tuple(value.shape)}")
-            else:
-                left.append(name)
-        network.load_state_dict(taken, strict=False)
+    learned = isinstance(model.codebook.vectors, nn.Parameter) and len(model.codebook.sizes) == 1
+    names = taming_names(model.config)
+    taken, left = _renamed(model, names if learned else lambda name: () if name.startswith("codebook") else names(name), state)
+    for name in left:
+        if name.startswith(("encoder", "decoder")):
+            shapes = {key: tuple(state[key].shape) for key in names(name) if key in state}
+            raise ValueError(f"{names(name)[0]} is {shapes or 'missing'}, this network wants {tuple(model.state_dict()[name].shape)}")
+    model.load_state_dict(taken, strict=False)
+    if discriminator is not None:  # its layers are numbered alike
+        theirs = "loss.discriminator.main."
+        taken, missing = _renamed(discriminator, lambda name: (theirs + name.removeprefix("layers."),), state)
+        if missing or sum(name.startswith(theirs) for name in state) > len(taken):
+            return [*left, "the discriminator"]
+        discriminator.load_state_dict(taken)
     return left
+
+
+def _renamed(network, names, state):
+    """Of a network's parameters those that `state` holds under other names and in the same shape, and the names of the rest."""
+    taken, left = {}, []
+    for name, value in network.state_dict().items():
+        found = [state[key] for key in names(name) if key in state]
+        found = torch.cat(found) if len(found) > 1 else found[0] if found else None
+        if found is not None and found.shape == value.shape:
+            taken[name] = found
+        else:
+            left.append(name)
+    return taken, left
 
 
 # ---------------------------------------------------------------------------------------------

@@ -14,11 +14,12 @@ from PIL import Image
 
 import train as train_module
 from conftest import SHARED
+from evaluate import position_labels
 from prior import Prior, UserError, build_from_corpora
 from train import (
+    CUB_TABLES,
     DATASETS,
     FACE_PARTS,
-    Archive,
     Config,
     ImageDataset,
     Record,
@@ -27,6 +28,7 @@ from train import (
     coco_captions,
     coco_records,
     cub_attributes,
+    check_inputs,
     cub_records,
     download,
     find_prior,
@@ -112,7 +114,7 @@ def celebahq(tmp_path):
         skin[8:], hair[:16] = 255, 255
         for part, mask in (("hair", hair), ("skin", skin)):
             labels(root / "CelebAMask-HQ-mask-anno" / "0" / f"{i:05d}_{part}.png", mask)
-    (root / "CelebA-HQ-to-CelebA-mapping.txt").write_text("\n".join(lines) + "\n")
+    (root / "CelebA-HQ-to-CelebA-mapping.txt").write_text("\n".join(lines) + "\n\n")
     return root
 
 
@@ -123,6 +125,12 @@ def test_celebahq(celebahq):
     dataset.with_segmentation = True
     column, hair, skin = dataset[1]["segmentation"][:, 16], FACE_PARTS.index("hair") + 1, FACE_PARTS.index("skin") + 1
     assert column.tolist() == [hair] * 16 + [skin] * 16  # hair is painted over the skin, wherever the files came first
+    (celebahq / "CelebAMask-HQ-mask-anno" / "0" / "._00003_hair.png").write_bytes(b"left by another system")
+    for part in ("hair", "skin"):
+        (celebahq / "CelebAMask-HQ-mask-anno" / "0" / f"00002_{part}.png").unlink()
+    bare = make_dataset(config("celebahq", celebahq), "val")
+    bare.with_segmentation = True
+    assert bare[0]["segmentation"].unique().tolist() == [0]  # a face without masks is background
     truncate(celebahq / "CelebAMask-HQ-mask-anno" / "0" / "00003_hair.png")
     with pytest.raises(UserError, match="00003_hair.png' cannot be read"):
         dataset[1]
@@ -156,6 +164,7 @@ def test_coco(coco):
     dataset = make_dataset(config("coco", coco), "val")
     dataset.with_segmentation = True
     assert [dataset[i]["segmentation"].unique().tolist() for i in range(2)] == [[181], [255]]
+    assert np.unique(position_labels(dataset, (4, 4))["part"]).tolist() == [-1, 181]  # 255 says nothing
     records[0].path.unlink()  # listed by the annotations, so known to be missing
     (coco / "train2017" / "000000000030.jpg").write_bytes(b"not a photograph")
     with pytest.raises(UserError, match="2 of 3 train images are broken"):
@@ -169,6 +178,8 @@ def test_coco(coco):
 
 def test_coco_2014_and_without_annotations(coco):
     (coco / "val2017").rename(coco / "val2014")
+    with pytest.raises(UserError, match="no val2017"):  # most of val2014 is in train2017
+        coco_records(coco, "val")
     (coco / "train2017").rename(coco / "train2014")
     records, _ = coco_records(coco, "val")
     assert len(records) == 2 and records[0].segmentation is None and list(records[0].captions()) == []
@@ -212,10 +223,11 @@ def test_cubs_attributes_stand_in_for_captions(cub, inside):
     train_module._cub_attributes.cache_clear()
     add_attributes(cub, inside)
     records, _ = cub_records(cub, "train")
-    expected = "a curved bill,a forked tail,a white upper tail,a small bird,a rounded wing,a perching-like bird".split(",")
+    expected = "bill is curved,tail is forked,tail is white,bird is small,wing is rounded,bird is perching".split(",")
+    expected = [f"its {fact}" for fact in expected]
     assert list(records[0].captions()) == expected  # image 1: attributes 1, 3, 4, 6, 7, 9
-    second = "a blue wing,a forked tail,a red bird,a small bird,a unique pattern head,a perching-like bird".split(",")
-    assert cub_attributes(cub, "2") == second
+    second = "wing is blue,tail is forked,bird is red,bird is small,head is unique,bird is perching".split(",")
+    assert cub_attributes(cub, "2") == [f"its {fact}" for fact in second]
     text = cub / "text" / "001.Bird_1" / "Bird_1_0.txt"
     text.parent.mkdir(parents=True)
     text.write_text("a small bird\n")
@@ -232,7 +244,7 @@ def test_a_published_data_set_makes_its_prior_once(cub, speech, monkeypatch, cap
     prior = find_prior(chosen, dataset)
     assert {"curved", "white"} <= set(prior.adjective_words) and {"bill", "tail"} <= set(prior.noun_words)
     (cached,) = (cub.parent / "runs").iterdir()
-    assert "made from cub captions" in capsys.readouterr().out and Prior.load(cached).noun_words.tolist() == prior.noun_words.tolist()
+    assert "made from 48 captions of cub" in capsys.readouterr().out and Prior.load(cached).noun_words.tolist() == prior.noun_words.tolist()
     find_prior(chosen, dataset)
     assert f"prior: {cached}, made earlier" in capsys.readouterr().out
     corpus = cub.parent / "any.txt"
@@ -246,7 +258,7 @@ def test_a_published_data_set_makes_its_prior_once(cub, speech, monkeypatch, cap
 
 def test_a_data_set_without_words_says_what_it_wants(ade20k):
     chosen = config("ade20k", ade20k)
-    with pytest.raises(UserError, match="has no captions.*--prior CORPUS"):
+    with pytest.raises(UserError, match="no captions in ade20k captions.*--prior CORPUS"):
         find_prior(chosen, make_dataset(chosen, "train"))
 
 
@@ -321,12 +333,27 @@ def test_ten_broken_images_are_listed_and_the_rest_counted(tmp_path, capsys):
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path):
     path = photograph(tmp_path / "large.jpg", (2000, 1600))
-    assert read_image(path, 128).size == (250, 200) and read_image(path, 2000).size == (2000, 1600)
-    small = ImageDataset([Record(path)], [], 64)[0]["image"].float()
+    assert read_image(path, 128).size == (250, 200) and read_image(path).size == (2000, 1600)
     with Image.open(path) as file:
         file.convert("RGB").save(tmp_path / "large.png")
-    whole = ImageDataset([Record(tmp_path / "large.png")], [], 64)[0]["image"].float()
-    assert (small - whole).abs().mean() < 1.5
+    jpeg, png = (ImageDataset([Record(path)], [], 64) for path in (path, tmp_path / "large.png"))
+    assert torch.equal(jpeg[0]["image"], png[0]["image"])  # evaluation looks at every pixel
+    drafted, whole = jpeg[0, 5]["image"].float(), png[0, 5]["image"].float()
+    assert 0 < (drafted - whole).abs().mean() < 1.5
+
+
+def test_a_label_map_follows_its_photographs_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned clockwise
+    pixels = np.zeros((40, 60, 3), np.uint8)
+    pixels[:, :30] = 255
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    labels(tmp_path / "raw.png", pixels[..., 0] // 36)
+    labels(tmp_path / "upright.png", np.rot90(pixels[..., 0] // 36, -1))
+    for name in ("raw", "upright"):
+        dataset = ImageDataset([Record(tmp_path / "x.png", segmentation=tmp_path / f"{name}.png")], [], 40)
+        dataset.with_segmentation = True
+        assert torch.equal(dataset[0]["segmentation"], dataset[0]["image"][0].long() // 36)
 
 
 def test_training_crops_and_flips_and_evaluation_does_neither(tmp_path):
@@ -372,26 +399,47 @@ def zip_of(files):
     return data.getvalue()
 
 
-CUB_FILES = {
-    "attributes.txt": b"1 has_wing_color::blue\n",
-    "CUB_200_2011/images.txt": b"1 a.jpg\n",
-    "CUB_200_2011/images/a.jpg": bytes(range(256)) * 200,
-}
+CUB_FILES = {f"CUB_200_2011/{name}": b"1 a.jpg\n" for name in CUB_TABLES}
+CUB_FILES.update({"attributes.txt": b"1 has_wing_color::blue\n", "CUB_200_2011/images/a.jpg": bytes(range(256)) * 200})
 
 
 def cub_archive(server, content, known=True):
     server.files["/CUB_200_2011.tgz"] = content
-    moves = DATASETS["cub"].archives[0].moves
-    return (Archive(f"{server.url}/CUB_200_2011.tgz", md5(content).hexdigest() if known else None, moves),)
+    return (DATASETS["cub"].archives[0]._replace(url=f"{server.url}/CUB_200_2011.tgz", md5=md5(content).hexdigest() if known else None),)
 
 
 def test_an_archive_is_fetched_once_and_unpacked_in_its_place(server, tmp_path):
     archives, root = cub_archive(server, tar_of(CUB_FILES)), tmp_path / "data" / "CUB_200_2011"
     download(archives, root)
-    assert (root / "images" / "a.jpg").read_bytes() == CUB_FILES["CUB_200_2011/images/a.jpg"] and (root.parent / "attributes.txt").exists()
-    assert sorted(path.name for path in root.parent.iterdir()) == ["CUB_200_2011", "attributes.txt"]
+    assert (root / "images" / "a.jpg").read_bytes() == CUB_FILES["CUB_200_2011/images/a.jpg"] and [
+        path.name for path in root.parent.iterdir()
+    ] == ["CUB_200_2011"]
+    assert sorted(path.name for path in root.iterdir()) == sorted([*CUB_TABLES, "images", "attributes.txt"])
     server.requests.clear()
+    (root / "attributes.txt").rename(root.parent / "attributes.txt")  # where others unpack it
     download(archives, root)
+    assert not server.requests
+    (root / "images.txt").unlink()
+    download(archives, root)  # what is missing comes again, what is there stays
+    assert (root / "images.txt").exists() and server.requests
+
+
+def test_a_download_into_an_empty_folder_on_another_disk(server, tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "CUB_200_2011").symlink_to(tmp_path / "disk")
+    download(cub_archive(server, tar_of(CUB_FILES)), tmp_path / "CUB_200_2011")
+    assert (tmp_path / "disk" / "images" / "a.jpg").exists() and not list((tmp_path / "disk").glob(".*"))
+
+
+def test_a_failed_download_is_tried_once_and_alone(server, tmp_path, monkeypatch):
+    layout = DATASETS["cub"]._replace(archives=cub_archive(server, b"no archive"))
+    monkeypatch.setitem(DATASETS, "cub", layout)
+    with pytest.raises(UserError, match="CUB_200_2011.tgz cannot be had"):
+        check_inputs(config("cub", tmp_path / "data", download=True))
+    assert len([path for path, _ in server.requests]) == 2 and not (tmp_path / "data").exists()  # a look for redirects, then the file
+    server.requests.clear()
+    with pytest.raises(UserError, match="cub is not at"):
+        make_dataset(config("cub", tmp_path / "data", download=True), "val")  # as evaluate.py asks for it
     assert not server.requests
 
 
@@ -414,7 +462,18 @@ def test_each_archive_of_coco_goes_where_it_belongs(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["cut", "cut with known checksum", "wrong checksum", "absent", "outside", "link outside", "something else", "not an archive"]
+    "fault",
+    [
+        "cut",
+        "cut with known checksum",
+        "wrong checksum",
+        "absent",
+        "outside",
+        "link outside",
+        "link inside",
+        "something else",
+        "not an archive",
+    ],
 )
 def test_a_broken_download_leaves_nothing(server, tmp_path, fault):
     content = tar_of(CUB_FILES)
@@ -427,8 +486,17 @@ def test_a_broken_download_leaves_nothing(server, tmp_path, fault):
     if fault == "link outside":
         data = io.BytesIO()
         with tarfile.open(fileobj=data, mode="w:gz") as tar:
-            link = tarfile.TarInfo("CUB_200_2011")
+            link = tarfile.TarInfo("CUB_200_2011/images")
             link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(link)
+        content = data.getvalue()
+    if fault == "link inside":
+        data = io.BytesIO()
+        with tarfile.open(fileobj=data, mode="w:gz") as tar:
+            for name in ("CUB_200_2011/elsewhere/images.txt", *(f"CUB_200_2011/{name}" for name in CUB_TABLES)):
+                tar.addfile(tarfile.TarInfo(name))
+            link = tarfile.TarInfo("CUB_200_2011/images")
+            link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
             tar.addfile(link)
         content = data.getvalue()
     archives = cub_archive(server, content, known=fault in ("cut with known checksum", "wrong checksum"))
@@ -438,15 +506,24 @@ def test_a_broken_download_leaves_nothing(server, tmp_path, fault):
         server.files["/CUB_200_2011.tgz"] = tar_of({**CUB_FILES, "CUB_200_2011/images.txt": b"changed"})
     if fault == "absent":
         server.files.clear()
-    with pytest.raises(UserError, match="CUB_200_2011.tgz (cannot be had|does not hold).*nothing of it was kept"):
+    with pytest.raises(UserError, match="CUB_200_2011.tgz cannot be had: .*nothing of it was kept"):
         download(archives, tmp_path / "data" / "CUB_200_2011")
     assert [path.name for path in tmp_path.iterdir()] == ["data"] and not list((tmp_path / "data").iterdir())
 
 
 def test_a_zip_cannot_write_outside(server, tmp_path):
-    server.files["/a.zip"] = zip_of({"ADEChallengeData2016/images/a.jpg": b"1", "../../../evil.txt": b"x", "/evil.txt": b"x"})
-    download((Archive(f"{server.url}/a.zip", None, (("ADEChallengeData2016", "."),)),), tmp_path / "data" / "ADEChallengeData2016")
-    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.*"))] == ["data/ADEChallengeData2016/images/a.jpg"]
+    server.files["/a.zip"] = zip_of(
+        {
+            "ADEChallengeData2016/images/a.jpg": b"1",
+            "ADEChallengeData2016/annotations/a.png": b"2",
+            "../../../evil.txt": b"x",
+            "/evil.txt": b"x",
+        }
+    )
+    archive = DATASETS["ade20k"].archives[0]._replace(url=f"{server.url}/a.zip", md5=None)
+    download((archive,), tmp_path / "data" / "ADEChallengeData2016")
+    kept = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.*"))]
+    assert kept == [f"data/ADEChallengeData2016/{kind}/a.{end}" for kind, end in (("annotations", "png"), ("images", "jpg"))]
 
 
 def test_sets_without_an_archive_say_so(tmp_path):

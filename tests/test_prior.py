@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import textwrap
 import zipfile
 from collections import Counter
 
@@ -530,7 +531,7 @@ def test_counts_that_do_not_belong_together_are_refused(tmp_path, speech):
     (tmp_path / "junk.npz").write_bytes(b"PK nothing")
     for paths, message in (
         (["a.npz"], "--no-contexts"),
-        (["a.npz", "a.npz"], "given twice"),
+        (["a.npz", "a.npz"], "same counts as another"),
         (["a.npz", "b.npz"], "another way"),
         (["junk.npz"], "not a counts file"),
         (["absent.npz"], "do not exist"),
@@ -745,13 +746,15 @@ def test_damaged_safetensors_are_a_line(tmp_path, change, message):
 
 
 def test_foreign_objects_are_refused_with_the_lines_that_strip_them(tmp_path):
-    torch.save({"state_dict": {"w": torch.ones(2)}, "callbacks": {"checkpoint": Foreign()}}, tmp_path / "last.ckpt")
-    with pytest.raises(UserError, match="conftest.Foreign") as error:
+    torch.save({"state_dict": {"w": torch.nn.Parameter(torch.ones(2))}, "callbacks": {"checkpoint": Foreign()}}, tmp_path / "last.ckpt")
+    data = (tmp_path / "last.ckpt").read_bytes().replace(b"conftest\nForeign", b"lightnin\nForeign")  # of a package that is not here
+    assert b"lightnin\nForeign" in data
+    (tmp_path / "last.ckpt").write_bytes(data)
+    with pytest.raises(UserError, match="lightnin.Foreign") as error:
         read_tensors(tmp_path / "last.ckpt")
     lines = str(error.value).splitlines()[1:]
-    assert len(lines) == 3
-    code = "\n".join(line.strip() for line in lines).replace('"stripped.pt"', repr(str(tmp_path / "stripped.pt")))
-    exec(code)  # the three lines do what they say
+    assert len(lines) == 3 and all(line.startswith("  ") for line in lines)  # and so printed as they are
+    exec(textwrap.dedent("\n".join(lines)).replace('"stripped.pt"', repr(str(tmp_path / "stripped.pt"))), {})
     assert read_tensors(tmp_path / "stripped.pt")["w"].tolist() == [1, 1]
 
 
@@ -801,9 +804,10 @@ def test_a_table_of_another_shape_or_an_absent_server_is_a_line(server, publishe
     monkeypatch.setattr(prior_module, "CLIP_SHAPE", (49408, 512))
     with pytest.raises(UserError, match="expected one token table of shape"):
         clip_tokens()
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match="cannot be had.*--weights"):
-        clip_tokens()
+    for endpoint, revision in (("http://127.0.0.1:9", "main"), ("mirror.without.scheme", "main"), (server.url + "/", "my branch")):
+        monkeypatch.setenv("HF_ENDPOINT", endpoint)
+        with pytest.raises(UserError, match="cannot be had.*--weights|has no whole"):
+            clip_tokens(revision=revision)
 
 
 def test_where_the_revision_lacks_safetensors_the_archive_comes_whole(server, published, tmp_path, monkeypatch):
@@ -836,9 +840,11 @@ def test_where_the_revision_lacks_safetensors_the_archive_comes_whole(server, pu
     "args, message",
     [
         (("--embeddings", "bert"), "needs --weights DIR"),
-        (("--embeddings", "clip", "--weights", "absent"), "weights 'absent' do not exist"),
-        (("--multi-token", "mean"), "averages tokens of clip and bert"),
-        (("--weights", "x"), "does nothing for corpus"),
+        (("--embeddings", "clip", "--weights", "absent"), "'absent' is no file"),
+        (("--embeddings", "bert", "--weights", "absent"), "'absent' holds no model.safetensors"),
+        (("--multi-token", "mean"), "--multi-token does nothing for corpus"),
+        (("--weights", "x"), "--weights does nothing for corpus"),
+        (("--embeddings", "clip", "--dim", "300"), "--dim does nothing for clip"),
         (("--min-count", "0"), "must be at least 1"),
     ],
 )

@@ -138,7 +138,8 @@ def add_flags(parser, defaults):
     """A flag for each field of a dataclass instance: --batch-size for batch_size, help and type from the field."""
     for item in dataclasses.fields(defaults):
         value, flag = getattr(defaults, item.name), "--" + item.name.replace("_", "-")
-        more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']} (default: {_shown(value)})".replace("%", "%%")}
+        default = "" if value == "" else f" (default: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
+        more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']}{default}".replace("%", "%%")}
         if isinstance(value, bool):
             more["action"] = argparse.BooleanOptionalAction
         else:
@@ -146,10 +147,6 @@ def add_flags(parser, defaults):
             if item.metadata.get("choices"):
                 more.update(choices=item.metadata["choices"], metavar=None)
         parser.add_argument(flag, **more)
-
-
-def _shown(value):
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value if value != "" else "none"
 
 
 def _integers(text):
@@ -188,8 +185,8 @@ def read_captions(path):
                         caption = re.sub(r"^\S+#\d+\t", "", line).strip()
                         if caption:
                             yield caption
-        except UnicodeDecodeError as error:
-            raise UserError(f"corpus '{file}' is not UTF-8 text: byte {error.start} of a block cannot be read") from None
+        except UnicodeDecodeError:
+            raise UserError(f"corpus '{file}' is not UTF-8 text (a counts file is for prior.py merge)") from None
         except (gzip.BadGzipFile, EOFError):
             raise UserError(f"corpus '{file}' is not a whole gzip file") from None
 
@@ -716,10 +713,12 @@ def glove_vectors(path, wanted, dim=0):
                     continue
                 if width is None:
                     width = line.count(" ")
+                    if not width:
+                        raise UserError(f"vectors '{path}': line {number} is not a word and its numbers, as in GloVe's text")
                     if dim not in (0, width):
                         raise UserError(f"vectors '{path}' have {width} dimensions, --dim asks for {dim}")
                 word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
-                if len(values) != width or width == 0:
+                if len(values) != width:
                     raise UserError(f"vectors '{path}': line {number} has {len(values)} numbers, the first has {width}")
                 if word not in wanted:
                     continue
@@ -732,6 +731,8 @@ def glove_vectors(path, wanted, dim=0):
                 vectors[word] = vector
         except UnicodeDecodeError:
             raise UserError(f"vectors '{path}' are not UTF-8 text; expected GloVe's `word v1 … vd` lines") from None
+    if wanted and not vectors:
+        raise UserError(f"vectors '{path}' hold none of the {len(wanted):,} words; expected GloVe's `word v1 … vd` lines")
     return vectors
 
 
@@ -743,7 +744,7 @@ def _open_text(path, dim):
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"word vectors '{path}' do not exist: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy"
+            f"word vectors '{path}' are no file: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy"
         )
     try:
         if path.suffix == ".zip":
@@ -763,7 +764,7 @@ def _open_text(path, dim):
         raise UserError(f"vectors '{path}' are not a whole archive") from None
 
 
-def corpus_vectors(contexts, min_count=1, dim=100):
+def corpus_vectors(contexts, min_count=1, dim=0):
     """Word vectors of the corpus itself: positive PMI, then truncated SVD (Levy & Goldberg 2014).
 
     PPMI(w, c) = max(0, log P(w, c) / (P(w) P(c)^¾ normalised)), factored as U Σ Vᵀ; a word is its
@@ -772,11 +773,11 @@ def corpus_vectors(contexts, min_count=1, dim=100):
     Args:
         contexts: Counter of sorted word pairs (w, c), as in Counts.
         min_count: words with fewer neighbours in all are left out.
-        dim: columns kept, at most one less than there are words.
+        dim: columns kept; 0 takes 100, or what there is.
     Returns:
         dict word → (dim,) float32.
     Raises:
-        UserError: if fewer than three words are left.
+        UserError: if fewer than three words are left, or no more than `dim`.
     """
     totals = Counter()
     for (a, b), count in contexts.items():
@@ -784,7 +785,9 @@ def corpus_vectors(contexts, min_count=1, dim=100):
         totals[b] += count
     words = sorted(word for word, count in totals.items() if count >= min_count)
     if len(words) < 3:
-        raise UserError(f"the corpus holds {len(words)} words with neighbours; `--embeddings corpus` needs a larger one")
+        raise UserError(f"{len(words)} words have neighbours often enough; give a larger corpus, a lower --min-count or other --embeddings")
+    if dim >= len(words):
+        raise UserError(f"--dim {dim}: vectors of {len(words)} words have at most {len(words) - 1} dimensions")
     index = {word: i for i, word in enumerate(words)}
     kept = [(index[a], index[b], count) for (a, b), count in sorted(contexts.items()) if a in index and b in index]
     row, column, count = np.array(kept, dtype=np.float64).T
@@ -794,7 +797,7 @@ def corpus_vectors(contexts, min_count=1, dim=100):
     smoothed = frequency**0.75 / (frequency**0.75).sum()  # lifts the PMI of rare contexts less
     pmi = np.log(matrix.data / (frequency[matrix.coords[0]] * smoothed[matrix.coords[1]]))
     ppmi = scipy.sparse.coo_array((np.maximum(pmi, 0), matrix.coords), shape=matrix.shape).tocsr()
-    u, s, _ = scipy.sparse.linalg.svds(ppmi, k=min(dim, len(words) - 1), v0=np.ones(len(words)))
+    u, s, _ = scipy.sparse.linalg.svds(ppmi, k=dim or min(100, len(words) - 1), v0=np.ones(len(words)))
     order = np.argsort(-s)
     vectors = u[:, order] * np.sqrt(s[order])
     vectors *= np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])])  # the SVD's sign is arbitrary
@@ -834,7 +837,7 @@ def read_tensors(path, wanted=""):
 
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"weights '{path}' do not exist")
+        raise UserError(f"weights '{path}' are no file")
     if path.suffix == ".safetensors":
         with open(path, "rb") as file:
 
@@ -1233,7 +1236,7 @@ class Prior:
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
         except (ValueError, KeyError, zipfile.BadZipFile, EOFError):
             raise UserError(
-                f"prior '{path}' is not a file of prior.py (or is damaged); make one with: python prior.py CORPUS --out prior.npz"
+                f"'{path}' is not a prior of prior.py, or is damaged; make one with: python prior.py CORPUS --out prior.npz"
             ) from None
         return cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
 
@@ -1254,7 +1257,7 @@ class PriorConfig:
     weights: str = option(
         "",
         "GloVe's text or zip file; clip: a folder with vocab.json and model.safetensors or pytorch_model.bin, or the archive ViT-B-32.pt "
-        "(without: the token table is downloaded); bert: a folder with vocab.txt and weights likewise",
+        "(without: the token table is downloaded); clip-text: the archive (or it is downloaded); bert: a folder with vocab.txt and weights likewise",
     )
     revision: str = option("refs/pr/15", "clip: of the published folder, whose main branch may lack model.safetensors")
     sha256: str = option("", "clip: checksum of an archive other than the published ViT-B-32.pt")
@@ -1286,10 +1289,10 @@ def check_prior_config(config, workers=1):
     for name, models in FLAGS.items():
         if getattr(config, name) != getattr(PriorConfig, name) and model not in models:
             raise UserError(f"--{name.replace('_', '-')} does nothing for {model} vectors; it is for --embeddings {', '.join(models)}")
-    if config.min_count < 0 or config.dim < 0 or workers < 1 or (config.min_count == 0 and model not in ("clip", "bert")):
-        raise UserError(
-            f"--min-count {config.min_count}, --dim {config.dim} and --workers {workers} must be at least 1 (--min-count 0 is for clip and bert)"
-        )
+    if config.min_count < (model not in ("clip", "bert")):
+        raise UserError(f"--min-count {config.min_count} must be at least 1 (0 is for clip and bert)")
+    if config.dim < 0 or workers < 1:
+        raise UserError(f"--dim {config.dim} must not be negative, --workers {workers} be at least 1")
     if model == "glove":
         with _open_text(config.weights, config.dim):
             pass
@@ -1323,7 +1326,7 @@ def word_vectors(words, counts, config, tokens=None):
         shared = glove_vectors(config.weights, set(wanted), config.dim)
         notes.update(file=Path(config.weights).name, sha256=checksum(config.weights))
     elif config.embeddings == "corpus":
-        shared = corpus_vectors(counts.contexts, config.min_count, config.dim or 100)
+        shared = corpus_vectors(counts.contexts, config.min_count, config.dim)
     else:
         shared = random_vectors(wanted, config.dim or 100, config.seed)
     if several:
@@ -1603,13 +1606,19 @@ def show_caption(prior, caption, download=False):
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+TASKS = {
+    "count": "Count the words and pairs of a part of a corpus, for prior.py merge.",
+    "merge": "Make a prior from counts, the same as from all of their corpora at once.",
+}
+
+
 def parse(argv, task):
     """Flags of `prior.py CORPUS…`, `prior.py count CORPUS…` and `prior.py merge COUNTS…` → (args, PriorConfig)."""
     parser = argparse.ArgumentParser(
         prog=f"prior.py {task}".strip(),
-        description=__doc__,
+        description=TASKS.get(task, __doc__),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="python prior.py count|merge|show --help   tells of the other commands",
+        epilog="other commands: " + "; ".join(f"python prior.py {name} --help" for name in ("count", "merge", "show") if name != task),
     )
     what = "file of prior.py count" if task == "merge" else "text, COCO JSON or Flickr file (.gz or not), or a folder of .txt files"
     parser.add_argument("inputs", nargs="+", metavar="COUNTS" if task == "merge" else "CORPUS", help=f"{what}; several add up")
@@ -1647,7 +1656,7 @@ def merge_counts(paths, contexts):
         if checksum(path) in map(checksum, paths[:i]):
             raise UserError(f"'{path}' holds the same counts as another file given")
         if shared not in (None, notes):
-            raise UserError(f"'{path}' was counted in another way than '{paths[0]}': {notes}, {shared}")
+            raise UserError(f"'{path}' was counted in another way than '{paths[0]}' (parts of speech, or --no-contexts)")
         shared = notes
         total.add(counts)
     if contexts and not shared["contexts"]:
@@ -1662,8 +1671,10 @@ def main(argv=None):
     if task == "show":
         return show_prior(parse_show(argv))
     args, config = parse(argv, task)
-    start = time.monotonic()
+    start, paths = time.monotonic(), [Path(path).resolve() for path in args.inputs]
     check_prior_config(config, getattr(args, "workers", 1))
+    if Path(args.out).is_dir() or Path(args.out).resolve() in paths or len(set(paths)) < len(paths):
+        raise UserError(f"--out {args.out} must be a file and none of the inputs, and no input may be given twice")
     for path in args.inputs if task != "merge" else ():
         next(read_captions(path), None)  # a wrong path is known before the tagging starts, and so is a model that cannot be had
     tokens = language_model(config)
@@ -1673,6 +1684,8 @@ def main(argv=None):
     else:
         contexts = not args.no_contexts if task == "count" else config.embeddings == "corpus"
         counts, notes = count_corpora([(str(path), read_captions(path)) for path in args.inputs], speech, contexts, args.workers)
+    if not counts.words:
+        raise UserError(f"no adjective or noun in {counts.captions:,} captions; is it English text, a caption a line?")
     if task == "count":
         counts.save(args.out, {**notes, "contexts": contexts})
         what = f"{len(counts.words):,} words, {len(counts.pairs):,} pairs"
@@ -1681,6 +1694,8 @@ def main(argv=None):
         prior.save(args.out)
         nodes = f"{len(prior.adjective_words):,} adjectives, {len(prior.noun_words):,} nouns"
         what = f"{nodes}, {len(prior.edges):,} edges, {config.embeddings} vectors of {prior.provenance['dim']} dimensions"
+        if lost := sum(prior.provenance["without_vector"].values()):
+            what += f" ({lost:,} words without one)"
     print(f"{args.out}: {what} from {counts.captions:,} captions in {time.monotonic() - start:.1f} s")
 
 

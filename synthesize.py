@@ -102,7 +102,10 @@ def tokens(args):
         print(f"{folder}: {len(indices):,} images")
     else:
         config.data, config.skip_broken = args.data or config.data, args.skip_broken or config.skip_broken
-        dataset, path = make_dataset(config, args.split), Path(args.output or Path(args.run) / "tokens.npz")
+        dataset, path = (
+            make_dataset(config, args.split),
+            Path(args.output or Path(args.run) / f"tokens{'' if args.split == 'val' else '-train'}.npz"),
+        )
         check_words(args.words, len(dataset))
         indices, labels = encode_dataset(model, dataset, device, config.batch_size)
         save_tokens(path, indices, labels, words, dataset.classes, tokenizer)
@@ -122,7 +125,9 @@ def main(argv=None):
     sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
     sub.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")
     sub.add_argument(
-        "--output", default="", help="token file, or with --decode folder of images; by default tokens.npz or decoded/ in the run"
+        "--output",
+        default="",
+        help="token file, or with --decode folder of images; by default tokens.npz (tokens-train.npz) or decoded/ in the run",
     )
     sub.add_argument("--decode", default="", metavar="FILE", help="a token file to turn back into images")
     sub.add_argument("--words", type=int, nargs="*", default=[], metavar="INDEX", help="images to print as words")

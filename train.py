@@ -231,7 +231,8 @@ def check_config(config):
     if config.skip_broken and config.dataset == "demo":
         raise UserError("--skip-broken does nothing for the demo, which is drawn")
     if config.download and not (config.dataset in DATASETS and DATASETS[config.dataset].archives):
-        raise UserError(f"--download: {config.dataset} has no public archive (cub, ade20k and coco have)")
+        by_hand = f"; {DATASETS[config.dataset].get}" if config.dataset in DATASETS else " (cub, ade20k and coco have)"
+        raise UserError(f"--download: {config.dataset} has no public archive{by_hand}")
     if config.dataset == "folder" and not config.data:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
     if config.transfer == "none" and config.code_dim % config.codebooks:
@@ -314,6 +315,12 @@ class ImageDataset(Dataset):
     def __len__(self):
         return len(self.records)
 
+    def known(self):
+        """What else there is, in words."""
+        counts = {"captions": sum(record.captions is not tuple for record in self.records)}
+        counts["label maps"] = sum(record.segmentation is not None for record in self.records)
+        return "".join(f", {count:,} with {name}," for name, count in counts.items() if count)
+
     def captions_of(self, index):
         """The captions of an image, an iterable."""
         return self.records[index].captions()
@@ -367,8 +374,12 @@ def read_image(path, side=None):
                 file.draft("RGB", (side, side))
             return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # Pillow raises half a dozen types for damaged files
-        reason = "missing" if isinstance(error, FileNotFoundError) else str(error) or type(error).__name__
-        raise UserError(f"image '{path}' cannot be read: {reason}") from None
+        raise UserError(f"image '{path}' cannot be read: {fault(error, path)}") from None
+
+
+def fault(error, path):
+    """What Pillow says is wrong with a file, without its name."""
+    return "missing" if isinstance(error, FileNotFoundError) else str(error).replace(f" '{path}'", "") or type(error).__name__
 
 
 def read_label_map(record, size):
@@ -381,9 +392,11 @@ def read_label_map(record, size):
                 if (file.width > file.height) != (size[0] > size[1]):  # the photograph was turned by its camera's note, which the map lacks
                     with Image.open(record.path) as photograph:
                         file.getexif()[ExifTags.Base.Orientation] = photograph.getexif().get(ExifTags.Base.Orientation, 1)
+                if len(file.getbands()) > 1 and label is None:
+                    raise ValueError(f"it has {len(file.getbands())} channels, a map of labels has one")
                 mask = ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
         except Exception as error:
-            raise UserError(f"label map '{path}' cannot be read: {error}") from None
+            raise UserError(f"label map '{path}' cannot be read: {fault(error, path)}") from None
         labels = (
             mask
             if label is None
@@ -393,24 +406,24 @@ def read_label_map(record, size):
 
 
 def readable(records, split, skip_broken=False, shown=10):
-    """The records whose images can be decoded to their end and whose label maps are there.
+    """The records whose images, and label maps that are one file, can be decoded to their end.
 
     Raises:
         UserError: listing the first broken ones and their number, unless they are to be skipped.
     """
 
-    def fault(record):
+    def broken_by(record):
         try:
-            read_image(record.path, 1)  # at an eighth of its size: all of a JPEG's data is read, little is computed
+            size = read_image(record.path, 1).size  # at an eighth of its size: all of a JPEG's data is read, little is computed
+            if isinstance(record.segmentation, Path):
+                read_label_map(record, size)
         except UserError as error:
             return str(error)
-        if isinstance(record.segmentation, Path) and not record.segmentation.is_file():
-            return f"label map '{record.segmentation}' is missing"
         return None
 
     faults, progress = [], Progress()
     with ThreadPool(CORES) as pool:
-        for found in pool.imap(fault, records, chunksize=16):
+        for found in pool.imap(broken_by, records, chunksize=16):
             faults.append(found)
             progress(f"checking {split} images: {len(faults):,} of {len(records):,}, {sum(map(bool, faults)):,} broken")
     broken = [found for found in faults if found]
@@ -595,8 +608,8 @@ def require(dataset, root, *names):
         )
 
 
-def download(archives, root):
-    """Fetch and unpack archives whose contents a data set's folder lacks; each arrives whole, or not at all.
+def download(dataset, root):
+    """Fetch and unpack the archives whose contents a data set's folder lacks; each arrives whole, or not at all.
 
     Raises:
         UserError: for one that cannot be had, is broken, or holds something else.
@@ -604,9 +617,10 @@ def download(archives, root):
     if not hasattr(tarfile, "data_filter"):
         raise UserError("--download needs a Python whose tarfile refuses paths outside a folder: 3.10.12, 3.11.4 or newer")
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # older torchvision leaves the choice to Python
-    for archive in archives:
+    for archive in DATASETS[dataset].archives:
         if all((root / name).exists() for name in archive.gives):
             continue
+        made = [folder for folder in (root, *root.parents) if not folder.exists()]
         root.mkdir(parents=True, exist_ok=True)
         try:
             with tempfile.TemporaryDirectory(dir=root, prefix=".download-") as folder:
@@ -620,9 +634,13 @@ def download(archives, root):
                     if not target.exists():
                         os.replace(path, target)
         except (OSError, EOFError, RuntimeError, ValueError, zlib.error, tarfile.TarError, zipfile.BadZipFile) as error:
-            if not any(root.iterdir()):
-                root.rmdir()
-            raise UserError(f"{archive.url} cannot be had: {error or type(error).__name__}; nothing of it was kept, try again") from None
+            for folder in made:
+                if not any(folder.iterdir()):
+                    folder.rmdir()
+            raise UserError(
+                f"{archive.url} cannot be had: {error or type(error).__name__}; nothing of it was kept; try again, or unpack it by hand "
+                f"and point --data at the {DATASETS[dataset].folder} folder"
+            ) from None
 
 
 def folder_records(root, split, labels=""):
@@ -666,8 +684,8 @@ def _label_map(labels, name):
     )
 
 
-def make_dataset(config, split):
-    """The "train" or "val" split that a Config names, every image of it decoded once."""
+def make_dataset(config, split, check=True):
+    """The "train" or "val" split that a Config names, every image of it decoded once unless `check` is off."""
     if config.dataset == "demo":
         return DemoDataset(split, config.resolution, config.seed)  # the seed is that of the flips
     root = Path(config.data)
@@ -676,7 +694,7 @@ def make_dataset(config, split):
     else:
         layout = DATASETS[config.dataset]
         records, classes = layout.records(root, split)
-    dataset = ImageDataset(readable(records, split, config.skip_broken), classes, config.resolution, config.seed)
+    dataset = ImageDataset(readable(records, split, config.skip_broken) if check else records, classes, config.resolution, config.seed)
     dataset.unlabeled = layout.unlabeled if config.dataset in DATASETS else -1
     return dataset
 
@@ -1085,20 +1103,24 @@ def trim_metrics(path, step):
 
 def start_from(trainer, path):
     """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError where it does not fit."""
+    state = {name: torch.tensor(value) for name, value in read_tensors(path).items()}
+    if not any(name.startswith("encoder.conv_in") for name in state):
+        raise UserError(f"--init {path} holds no VQGAN of taming-transformers (a run of train.py goes on with --resume)")
     try:
-        state = {name: torch.tensor(value) for name, value in read_tensors(path).items()}
-        left = load_taming(trainer.model, trainer.discriminator, state)
+        left = {name.partition(".")[0] for name in load_taming(trainer.model, trainer.discriminator, state)}
     except ValueError as error:
-        fits = "; the f16 networks published fit --preset f16" if not isinstance(error, UserError) else ""
-        raise UserError(f"--init {path}: {error}{fits}") from None
-    print(f"init: encoder and decoder of {path}" + (f"; not in it, or of another shape: {', '.join(left)}" if left else ", and all else"))
+        raise UserError(f"--init {path}: {error}; the published f16 networks fit --preset f16") from None
+    parts = ["encoder", "decoder", "to_codes", "from_codes", "codebook", *["discriminator"] * (trainer.discriminator is not None)]
+    said = [", ".join(part for part in parts if (part in left) == kept) for kept in (False, True)]
+    print(f"init: {said[0]} of {path}" + (f"; {said[1]} as without it" if said[1] else ""))
 
 
 def announce(config, trainer, train_set, val_set, out):
     """Three lines before the first step: data, network and codes, losses."""
     count = lambda network: f"{sum(parameter.numel() for parameter in network.parameters()) / 1e6:.1f} M parameters"
     sizes, (height, width) = trainer.model.codebook.sizes, trainer.model.grid
-    print(f"{config.dataset}: {len(train_set):,} training and {len(val_set):,} validation images at {config.resolution}² → {out}")
+    images = " and ".join(f"{len(data):,} {name} images{data.known()}" for name, data in (("training", train_set), ("validation", val_set)))
+    print(f"{config.dataset}: {images} at {config.resolution}² → {out}")
     codes = " + ".join(f"{size:,} {name}s" for name, size in zip(codebook_names(sizes), sizes))
     print(f"{config.method} ({config.preset}): {count(trainer.model)} on {trainer.device}, {height}×{width} positions of {codes}")
     perceptual = (
@@ -1117,18 +1139,22 @@ def announce(config, trainer, train_set, val_set, out):
 
 def train(config, resume=False, overwrite=False):
     """Run a Config to its last step. Returns the run's folder."""
-    device, train_set, val_set = check_inputs(config)
-    out = Path(config.out)
+    out, state = Path(config.out), None
     if resume:
         state = load_checkpoint(out / "last.pt")
-        trainer = Trainer(config, state["prior"], device)
-        trainer.load(state)
-        if trainer.step >= config.steps:
-            raise UserError(f"run '{out}' is at step {trainer.step} of {config.steps} already; give a larger --steps")
-        trim_metrics(out / "metrics.jsonl", trainer.step)
-        save_config(config, out)
+        if state["step"] >= config.steps:
+            raise UserError(f"run '{out}' is at step {state['step']} already; give --steps more than that")
     else:
         check_folder(out, overwrite)
+    device, train_set, val_set = check_inputs(config)
+    if resume:
+        trainer = Trainer(config, state["prior"], device)
+        trainer.load(state)
+        trim_metrics(out / "metrics.jsonl", trainer.step)
+        save_config(config, out)
+        changed = [f"{name} {old} → {getattr(config, name)}" for name, old in state["config"].items() if getattr(config, name) != old]
+        print(f"resumed at step {trainer.step:,}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+    else:
         prior = make_prior(config, train_set)
         trainer = Trainer(config, portable(prior), device)
         if config.init:
@@ -1199,7 +1225,7 @@ def progress_line(trainer, line, seconds_a_step):
         losses += f" λ {line['adaptive_weight']:.3g}"
     codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
     return (
-        f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.1f} images/s "
+        f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.3g} images/s "
         f"waits {1000 * line['data_wait']:.0f} ms/step for data, left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     )
 
@@ -1234,13 +1260,14 @@ def resumed(stored, given):
 
 def check_inputs(config):
     """Device and data sets, with every problem found named at once."""
-    found, problems = {}, []
     if config.download:
-        download(DATASETS[config.dataset].archives, Path(config.data))
+        download(config.dataset, Path(config.data))
+    paths = {f"--{name.replace('_', '-')}": getattr(config, name) for name in ("prior", "init", "trunk_weights", "lpips_weights")}
+    found, problems = {}, [f"{flag} '{path}' does not exist" for flag, path in paths.items() if path and not Path(path).exists()]
     for name, make in (
         ("device", lambda: pick_device(config.device)),
-        ("train", lambda: make_dataset(config, "train")),
-        ("val", lambda: make_dataset(config, "val")),
+        ("train", lambda: make_dataset(config, "train", check=not problems)),
+        ("val", lambda: make_dataset(config, "val", check=not problems)),
     ):
         try:
             found[name] = make()
@@ -1767,6 +1794,9 @@ class DemoDataset(ImageDataset):
         self.split = split
         self.drawn = torch.zeros(len(self), dtype=torch.bool)
         self.pictures = torch.zeros(len(self), 4, resolution, resolution, dtype=torch.uint8)
+
+    def known(self):
+        return ""
 
     def scene(self, index):
         return sample_scene(0, self.split, index)  # whatever the seed, so that runs can be compared

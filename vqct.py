@@ -1028,7 +1028,7 @@ def load_taming(model, discriminator, state):
         theirs = "loss.discriminator.main."
         taken, missing = _renamed(discriminator, lambda name: (theirs + name.removeprefix("layers."),), state)
         if missing or sum(name.startswith(theirs) for name in state) > len(taken):
-            return [*left, "the discriminator"]
+            return [*left, "discriminator"]
         discriminator.load_state_dict(taken)
     return left
 

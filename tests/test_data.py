@@ -95,13 +95,20 @@ def test_ade20k(ade20k):
     truncate(records[1].path)
     records[2].segmentation.unlink()
     records[3].path.unlink()
+    truncate(records[0].segmentation)
     with pytest.raises(UserError) as error:
         make_dataset(config("ade20k", ade20k), "train")
-    lines = str(error.value).splitlines()
+    first, *lines = str(error.value).splitlines()
+    assert "label map" in first and "ADE_train_00000001.png' cannot be read: " in first
     assert len(lines) == 4 and "ADE_train_00000002.jpg' cannot be read: " in lines[0] and "truncated" in lines[0]
-    assert "label map" in lines[1] and lines[1].endswith("is missing") and lines[2].endswith("00000004.jpg' cannot be read: missing")
-    assert lines[3] == "3 of 4 train images are broken: mend them, or leave them out with --skip-broken"
-    assert len(make_dataset(config("ade20k", ade20k, skip_broken=True), "train")) == 1
+    assert (
+        "label map" in lines[1]
+        and lines[1].endswith("cannot be read: missing")
+        and lines[2].endswith("00000004.jpg' cannot be read: missing")
+    )
+    assert lines[3] == "4 of 4 train images are broken: mend them, or leave them out with --skip-broken"
+    truncate(ade20k / "images" / "validation" / "ADE_val_00000001.jpg")
+    assert len(make_dataset(config("ade20k", ade20k, skip_broken=True), "val")) == 1
 
 
 @pytest.fixture
@@ -403,38 +410,47 @@ CUB_FILES = {f"CUB_200_2011/{name}": b"1 a.jpg\n" for name in CUB_TABLES}
 CUB_FILES.update({"attributes.txt": b"1 has_wing_color::blue\n", "CUB_200_2011/images/a.jpg": bytes(range(256)) * 200})
 
 
-def cub_archive(server, content, known=True):
-    server.files["/CUB_200_2011.tgz"] = content
-    return (DATASETS["cub"].archives[0]._replace(url=f"{server.url}/CUB_200_2011.tgz", md5=md5(content).hexdigest() if known else None),)
+@pytest.fixture
+def serve(server, monkeypatch):
+    """Let an archive of a data set come from the server on this machine."""
+
+    def function(dataset, content, known=True, name="archive.tgz"):
+        server.files[f"/{name}"] = content
+        (archive, *_) = DATASETS[dataset].archives
+        archive = archive._replace(url=f"{server.url}/{name}", md5=md5(content).hexdigest() if known else None)
+        monkeypatch.setitem(DATASETS, dataset, DATASETS[dataset]._replace(archives=(archive,)))
+
+    return function
 
 
-def test_an_archive_is_fetched_once_and_unpacked_in_its_place(server, tmp_path):
-    archives, root = cub_archive(server, tar_of(CUB_FILES)), tmp_path / "data" / "CUB_200_2011"
-    download(archives, root)
+def test_an_archive_is_fetched_once_and_unpacked_in_its_place(server, serve, tmp_path):
+    serve("cub", tar_of(CUB_FILES))
+    root = tmp_path / "data" / "CUB_200_2011"
+    download("cub", root)
     assert (root / "images" / "a.jpg").read_bytes() == CUB_FILES["CUB_200_2011/images/a.jpg"] and [
         path.name for path in root.parent.iterdir()
     ] == ["CUB_200_2011"]
     assert sorted(path.name for path in root.iterdir()) == sorted([*CUB_TABLES, "images", "attributes.txt"])
     server.requests.clear()
     (root / "attributes.txt").rename(root.parent / "attributes.txt")  # where others unpack it
-    download(archives, root)
+    download("cub", root)
     assert not server.requests
     (root / "images.txt").unlink()
-    download(archives, root)  # what is missing comes again, what is there stays
+    download("cub", root)  # what is missing comes again, what is there stays
     assert (root / "images.txt").exists() and server.requests
 
 
-def test_a_download_into_an_empty_folder_on_another_disk(server, tmp_path):
+def test_a_download_into_an_empty_folder_on_another_disk(serve, tmp_path):
+    serve("cub", tar_of(CUB_FILES))
     (tmp_path / "disk").mkdir()
     (tmp_path / "CUB_200_2011").symlink_to(tmp_path / "disk")
-    download(cub_archive(server, tar_of(CUB_FILES)), tmp_path / "CUB_200_2011")
+    download("cub", tmp_path / "CUB_200_2011")
     assert (tmp_path / "disk" / "images" / "a.jpg").exists() and not list((tmp_path / "disk").glob(".*"))
 
 
-def test_a_failed_download_is_tried_once_and_alone(server, tmp_path, monkeypatch):
-    layout = DATASETS["cub"]._replace(archives=cub_archive(server, b"no archive"))
-    monkeypatch.setitem(DATASETS, "cub", layout)
-    with pytest.raises(UserError, match="CUB_200_2011.tgz cannot be had"):
+def test_a_failed_download_is_tried_once_and_alone(server, serve, tmp_path):
+    serve("cub", b"no archive", known=False)
+    with pytest.raises(UserError, match="cannot be had: .*unpack it by hand and point --data at the CUB_200_2011 folder"):
         check_inputs(config("cub", tmp_path / "data", download=True))
     assert len([path for path, _ in server.requests]) == 2 and not (tmp_path / "data").exists()  # a look for redirects, then the file
     server.requests.clear()
@@ -443,14 +459,15 @@ def test_a_failed_download_is_tried_once_and_alone(server, tmp_path, monkeypatch
     assert not server.requests
 
 
-def test_each_archive_of_coco_goes_where_it_belongs(server, tmp_path):
+def test_each_archive_of_coco_goes_where_it_belongs(server, tmp_path, monkeypatch):
     contents = [{"train2017/1.jpg": b"1"}, {"val2017/2.jpg": b"2"}, {"annotations/captions_val2017.json": b"{}"}]
     contents.append({"train2017/1.png": b"3", "val2017/2.png": b"4"})
     archives = []
     for i, (archive, files) in enumerate(zip(DATASETS["coco"].archives, contents, strict=True)):
         server.files[f"/{i}.zip"] = zip_of(files)
         archives.append(archive._replace(url=f"{server.url}/{i}.zip", md5=None))
-    download(archives, tmp_path / "coco")
+    monkeypatch.setitem(DATASETS, "coco", DATASETS["coco"]._replace(archives=tuple(archives)))
+    download("coco", tmp_path / "coco")
     found = {str(path.relative_to(tmp_path / "coco")) for path in (tmp_path / "coco").rglob("*.*")}
     assert found == {
         "train2017/1.jpg",
@@ -461,21 +478,21 @@ def test_each_archive_of_coco_goes_where_it_belongs(server, tmp_path):
     }
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        "cut",
-        "cut with known checksum",
-        "wrong checksum",
-        "absent",
-        "outside",
-        "link outside",
-        "link inside",
-        "something else",
-        "not an archive",
-    ],
-)
-def test_a_broken_download_leaves_nothing(server, tmp_path, fault):
+FAULTS = {
+    "cut": "ended before",
+    "cut with known checksum": "corrupted",
+    "wrong checksum": "corrupted",
+    "absent": "404",
+    "outside": "outside the destination",
+    "link outside": "is a link to",
+    "link inside": "does not hold files alone",
+    "something else": "does not hold images.txt",
+    "not an archive": "not a gzip file",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_broken_download_leaves_nothing(server, serve, tmp_path, fault):
     content = tar_of(CUB_FILES)
     if fault == "outside":
         content = tar_of({**CUB_FILES, "../../evil.txt": b"x"})
@@ -499,31 +516,23 @@ def test_a_broken_download_leaves_nothing(server, tmp_path, fault):
             link.type, link.linkname = tarfile.SYMTYPE, "elsewhere"
             tar.addfile(link)
         content = data.getvalue()
-    archives = cub_archive(server, content, known=fault in ("cut with known checksum", "wrong checksum"))
+    serve("cub", content, known=fault in ("cut with known checksum", "wrong checksum"))
     if fault.startswith("cut"):
         server.cuts_after = len(content) // 2
     if fault == "wrong checksum":
-        server.files["/CUB_200_2011.tgz"] = tar_of({**CUB_FILES, "CUB_200_2011/images.txt": b"changed"})
+        server.files["/archive.tgz"] = tar_of({**CUB_FILES, "CUB_200_2011/images.txt": b"changed"})
     if fault == "absent":
         server.files.clear()
-    with pytest.raises(UserError, match="CUB_200_2011.tgz cannot be had: .*nothing of it was kept"):
-        download(archives, tmp_path / "data" / "CUB_200_2011")
-    assert [path.name for path in tmp_path.iterdir()] == ["data"] and not list((tmp_path / "data").iterdir())
+    with pytest.raises(UserError, match=f"archive.tgz cannot be had: .*{FAULTS[fault]}.*nothing of it was kept"):
+        download("cub", tmp_path / "data" / "CUB_200_2011")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_zip_cannot_write_outside(server, tmp_path):
-    server.files["/a.zip"] = zip_of(
-        {
-            "ADEChallengeData2016/images/a.jpg": b"1",
-            "ADEChallengeData2016/annotations/a.png": b"2",
-            "../../../evil.txt": b"x",
-            "/evil.txt": b"x",
-        }
-    )
-    archive = DATASETS["ade20k"].archives[0]._replace(url=f"{server.url}/a.zip", md5=None)
-    download((archive,), tmp_path / "data" / "ADEChallengeData2016")
-    kept = [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*.*"))]
-    assert kept == [f"data/ADEChallengeData2016/{kind}/a.{end}" for kind, end in (("annotations", "png"), ("images", "jpg"))]
+def test_a_zip_cannot_write_outside(serve, tmp_path):
+    files = {f"ADEChallengeData2016/{name}": b"1" for name in ("images/a.jpg", "annotations/a.png")}
+    serve("ade20k", zip_of({**files, "../../../evil.txt": b"x", "/evil.txt": b"x"}), name="archive.zip")
+    download("ade20k", tmp_path / "data" / "ADEChallengeData2016")
+    assert sorted(str(path.relative_to(tmp_path / "data")) for path in tmp_path.rglob("*.*")) == sorted(files)
 
 
 def test_sets_without_an_archive_say_so(tmp_path):

@@ -167,7 +167,7 @@ def test_a_frequent_word_on_a_frequent_code_is_not_knowledge_of_the_image():
 
 def test_labels_of_positions_are_those_of_most_of_their_pixels():
     class Halves:
-        resolution = 8
+        resolution, unlabeled = 8, -1
 
         def __len__(self):
             return 1

@@ -529,9 +529,11 @@ def test_counts_that_do_not_belong_together_are_refused(tmp_path, speech):
     counts, notes = Counts.load(tmp_path / "a.npz")
     counts.save(tmp_path / "b.npz", {**notes, "part_of_speech": "another"})
     (tmp_path / "junk.npz").write_bytes(b"PK nothing")
+    (tmp_path / "same.npz").write_bytes((tmp_path / "a.npz").read_bytes())
     for paths, message in (
         (["a.npz"], "--no-contexts"),
-        (["a.npz", "a.npz"], "same counts as another"),
+        (["a.npz", "a.npz"], "given twice"),
+        (["a.npz", "same.npz"], "same counts as another"),
         (["a.npz", "b.npz"], "another way"),
         (["junk.npz"], "not a counts file"),
         (["absent.npz"], "do not exist"),

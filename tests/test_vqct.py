@@ -898,9 +898,9 @@ def test_published_weights_serve_word_codes_and_name_what_does_not_fit(prior):
     theirs.update({f"loss.discriminator.main.{name.removeprefix('layers.')}": value for name, value in shallow.items()})
     before = {name: value.clone() for name, value in model.codebook.state_dict().items()}
     left = load_taming(model, discriminator, theirs)
-    assert "the discriminator" in left and not torch.equal(discriminator.layers[0].weight, shallow["layers.0.weight"])  # all of it or none
+    assert "discriminator" in left and not torch.equal(discriminator.layers[0].weight, shallow["layers.0.weight"])  # all of it or none
     of_two = Discriminator(layers=2)
-    assert "the discriminator" not in load_taming(model, of_two, theirs)
+    assert "discriminator" not in load_taming(model, of_two, theirs)
     assert all(torch.equal(value, of_two.state_dict()[name]) for name, value in shallow.items())
     assert all(torch.equal(value, model.codebook.state_dict()[name]) for name, value in before.items()) and "codebook.vectors" in left
     assert torch.equal(model.to_codes.weight, theirs["quant_conv.weight"])

@@ -28,7 +28,7 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
 
-from prior import BOLD, FONT, PARTS, SMALL, Progress, UserError, WordListSpeech, command, save_png, whole_file, write_free
+from prior import BOLD, FONT, PARTS, SMALL, Progress, UserError, WordListSpeech, command, load_arrays, save_png, whole_file, write_free
 from train import (
     Config,
     code_words,
@@ -544,8 +544,7 @@ def draw_figures(path, model, prior, dataset, indices, usage, title):
     folder, names = path / "figures", codebook_names(usage)
     words = code_words(prior, model.codebook.sizes)
     draw_usage([(title, usage)], folder / "fig5_usage.png")
-    with np.load(path / "codebook_start.npz", allow_pickle=False) as file:
-        start = [file[name] for name in names]
+    start = list(load_arrays(path / "codebook_start.npz", names, "codebook at step 0", "python train.py").values())
     end = [codes.detach().float().cpu().numpy() for codes in model.codebook()]
     draw_similarity(start, end, usage, words, names, title, folder / "fig6_similarity.png")
     speech = WordListSpeech(*(map(str, prior[f"{part}_words"]) for part in PARTS)) if prior else None

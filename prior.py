@@ -106,6 +106,27 @@ def _umask():
     return mask
 
 
+def save_arrays(path, **arrays):
+    """Write a .npz that numpy reads without pickle, whole or not at all; the same arrays give the same bytes."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def load_arrays(path, names, what, made_by):
+    """dict of the arrays in a .npz that `names` lists.
+
+    Raises:
+        UserError: for any other file, with what it should be and the command that makes it.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names}
+    except FileNotFoundError:
+        raise UserError(f"{what} '{path}' does not exist; make one with: {made_by}") from None
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        raise UserError(f"'{path}' is not a {what}, or is damaged; make one with: {made_by}") from None
+
+
 def checksum(path):
     """sha256 of a file, hexadecimal."""
     digest = hashlib.sha256()
@@ -621,20 +642,14 @@ class Counts:
         tables = {name: [(index[a], index[b], n) for (a, b), n in sorted(getattr(self, name).items())] for name in self.TABLES}
         tables = {name: np.array(rows, np.int64).reshape(-1, 3) for name, rows in tables.items()}
         notes = json.dumps({**notes, "captions": self.captions, "corpora": self.corpora})
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, counts=notes, vocabulary=np.array(vocabulary, dtype=str), **tables)
+        save_arrays(path, counts=notes, vocabulary=np.array(vocabulary, dtype=str), **tables)
 
     @classmethod
     def load(cls, path):
         """Read a file of `save` → (Counts, notes). Raises UserError where it is missing or something else."""
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                notes, words = json.loads(str(file["counts"])), file["vocabulary"].tolist()
-                tables = {name: Counter({(words[i], words[j]): n for i, j, n in file[name].tolist()}) for name in cls.TABLES}
-        except FileNotFoundError:
-            raise UserError(f"counts '{path}' do not exist; make them with: python prior.py count CORPUS --out {path}") from None
-        except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
-            raise UserError(f"'{path}' is not a counts file of prior.py; make one with: python prior.py count CORPUS") from None
+        arrays = load_arrays(path, ("counts", "vocabulary", *cls.TABLES), "counts file", "python prior.py count CORPUS")
+        notes, words = json.loads(str(arrays["counts"])), arrays["vocabulary"].tolist()
+        tables = {name: Counter({(words[i], words[j]): n for i, j, n in arrays[name].tolist()}) for name in cls.TABLES}
         return cls(notes.pop("captions"), **tables, corpora=Counter(notes.pop("corpora"))), notes
 
 
@@ -1134,12 +1149,10 @@ def clip_tokens(weights="", revision="refs/pr/15", sha256=""):
 def _downloaded_tokens(url, cache):
     """The token table of a published folder, and its vocabulary; kept in `cache` with the table's own sha256."""
     try:
-        with np.load(cache, allow_pickle=False) as file:
-            return TokenModel(json.loads(str(file["ids"])), file["table"], {"file": url, "sha256": str(file["sha256"])})
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # a zip holds checksums of its members
-        print(f"'{cache}' is damaged and downloaded again")
+        kept = load_arrays(cache, ("ids", "table", "sha256"), "token table", "another download")  # a zip holds checksums of its members
+        return TokenModel(json.loads(str(kept["ids"])), kept["table"], {"file": url, "sha256": str(kept["sha256"])})
+    except UserError as error:
+        print(f"{error}, now" if cache.exists() else f"no token table of CLIP in {cache.parent} yet; downloading it")
     read = functools.partial(read_range, f"{url}/model.safetensors")
     start, header = safetensors_header(read, url)
     found = [entry for name, entry in header.items() if re.search(TABLE, name)]
@@ -1150,8 +1163,7 @@ def _downloaded_tokens(url, cache):
         ids = json.load(response)
     sha256 = hashlib.sha256(table.tobytes()).hexdigest()
     model = TokenModel(ids, table, {"file": url, "sha256": sha256})
-    with whole_file(cache) as temporary, open(temporary, "wb") as file:
-        np.savez(file, ids=json.dumps(ids), table=table, sha256=sha256)
+    save_arrays(cache, ids=json.dumps(ids), table=table, sha256=sha256)
     return model
 
 
@@ -1223,21 +1235,12 @@ class Prior:
     def save(self, path):
         """Write the .npz, whole or not at all."""
         arrays = {name: value for name, value in vars(self).items() if name != "provenance"}
-        with whole_file(path) as temporary, open(temporary, "wb") as file:
-            np.savez_compressed(file, provenance=json.dumps(self.provenance), **arrays)
+        save_arrays(path, provenance=json.dumps(self.provenance), **arrays)
 
     @classmethod
     def load(cls, path):
         """Read a .npz of `save`. Raises UserError where it is missing or something else."""
-        if not Path(path).is_file():
-            raise UserError(f"prior '{path}' does not exist; make one with: python prior.py CORPUS --out {path}")
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in cls.__dataclass_fields__}
-        except (ValueError, KeyError, zipfile.BadZipFile, EOFError):
-            raise UserError(
-                f"'{path}' is not a prior of prior.py, or is damaged; make one with: python prior.py CORPUS --out prior.npz"
-            ) from None
+        arrays = load_arrays(path, cls.__dataclass_fields__, "prior", "python prior.py CORPUS --out prior.npz")
         return cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
 
 

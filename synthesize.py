@@ -11,7 +11,6 @@ these tokens is the next step and not here yet.
 """
 
 import argparse
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ import torch
 import torchvision.transforms.v2.functional as TF
 
 from evaluate import to_bytes
-from prior import Progress, UserError, checksum, command, whole_file
+from prior import Progress, UserError, checksum, command, load_arrays, save_arrays, whole_file
 from train import code_words, codebook_names, load_run, make_dataset, make_loader, pick_device, to_images
 
 # ---------------------------------------------------------------------------------------------
@@ -63,19 +62,13 @@ def save_tokens(path, indices, labels, words, classes, tokenizer):
     """Write a token file, whole or not at all."""
     names = codebook_names(words)
     arrays = {f"{name}_words": np.array(listed) for name, listed in zip(names, words)}
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, indices=indices, labels=labels, classes=np.array(classes, dtype=str), tokenizer=tokenizer, **arrays)
+    save_arrays(path, indices=indices, labels=labels, classes=np.array(classes, dtype=str), tokenizer=tokenizer, **arrays)
 
 
 def load_tokens(path, tokenizer, sizes):
     """Indices of a token file. Raises UserError where it is missing, something else, or of another tokenizer."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            indices, made_by = file["indices"], str(file["tokenizer"])
-    except FileNotFoundError:
-        raise UserError(f"token file '{path}' does not exist; make one with: python synthesize.py RUN tokens --output {path}") from None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        raise UserError(f"'{path}' is not a token file of synthesize.py") from None
+    arrays = load_arrays(path, ("indices", "tokenizer"), "token file", "python synthesize.py RUN tokens")
+    indices, made_by = arrays["indices"], str(arrays["tokenizer"])
     if made_by != tokenizer:
         raise UserError(f"'{path}' was made by another tokenizer (sha256 {made_by[:12]}…, this run's is {tokenizer[:12]}…)")
     if indices.ndim != 4 or indices.shape[1] != len(sizes) or indices.min() < 0 or (indices.max(axis=(0, 2, 3)) >= sizes).any():

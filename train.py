@@ -59,6 +59,7 @@ from prior import (
     option,
     read_captions,
     read_tensors,
+    save_arrays,
     shuffled,
     whole_file,
 )
@@ -1084,9 +1085,8 @@ def start_run(config, out, trainer, prior):
     if prior is not None:
         prior.save(out / "prior.npz")
     trainer.model.eval()
-    codebooks = {name: codes.cpu().numpy() for name, codes in zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())}
-    with whole_file(out / "codebook_start.npz") as temporary, open(temporary, "wb") as file:
-        np.savez(file, **codebooks)
+    codebooks = zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())
+    save_arrays(out / "codebook_start.npz", **{name: codes.cpu().numpy() for name, codes in codebooks})
 
 
 def trim_metrics(path, step):

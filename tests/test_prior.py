@@ -536,7 +536,7 @@ def test_counts_that_do_not_belong_together_are_refused(tmp_path, speech):
         (["a.npz", "same.npz"], "same counts as another"),
         (["a.npz", "b.npz"], "another way"),
         (["junk.npz"], "not a counts file"),
-        (["absent.npz"], "do not exist"),
+        (["absent.npz"], "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             prior_module.main(["merge", *(str(tmp_path / path) for path in paths), "--out", str(tmp_path / "p.npz")])

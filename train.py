@@ -385,25 +385,23 @@ def fault(error, path):
 
 def read_label_map(record, size):
     """A Record's segmentation as a PIL image of integers, resized to (width, height) by nearest neighbour."""
-    masks = record.segmentation if isinstance(record.segmentation, tuple) else ((None, record.segmentation),)
-    labels = Image.new("L", size)
-    for label, path in masks:
-        try:
-            with Image.open(path) as file:
-                if (file.width > file.height) != (size[0] > size[1]):  # the photograph was turned by its camera's note, which the map lacks
-                    with Image.open(record.path) as photograph:
-                        file.getexif()[ExifTags.Base.Orientation] = photograph.getexif().get(ExifTags.Base.Orientation, 1)
-                if len(file.getbands()) > 1 and label is None:
-                    raise ValueError(f"it has {len(file.getbands())} channels, a map of labels has one")
-                mask = ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
-        except Exception as error:
-            raise UserError(f"label map '{path}' cannot be read: {fault(error, path)}") from None
-        labels = (
-            mask
-            if label is None
-            else Image.composite(Image.new("L", size, label), labels, mask.convert("L").point(lambda v: 255 * (v > 127)))
-        )
-    return labels
+    if isinstance(record.segmentation, Path):
+        return _read_mask(record.segmentation, record.path, size)
+    labels = np.zeros(size[::-1], np.uint8)
+    for label, path in record.segmentation:
+        labels[np.asarray(_read_mask(path, record.path, size).convert("L")) > 127] = label
+    return Image.fromarray(labels)
+
+
+def _read_mask(path, photograph, size):
+    try:
+        with Image.open(path) as file:
+            if (file.width > file.height) != (size[0] > size[1]):  # the camera's note turned the photograph, and the map lacks it
+                with Image.open(photograph) as turned:
+                    file.getexif()[ExifTags.Base.Orientation] = turned.getexif().get(ExifTags.Base.Orientation, 1)
+            return ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
+    except Exception as error:
+        raise UserError(f"label map '{path}' cannot be read: {fault(error, path)}") from None
 
 
 def readable(records, split, skip_broken=False, shown=10):
@@ -416,8 +414,8 @@ def readable(records, split, skip_broken=False, shown=10):
     def broken_by(record):
         try:
             size = read_image(record.path, 1).size  # at an eighth of its size: all of a JPEG's data is read, little is computed
-            if isinstance(record.segmentation, Path):
-                read_label_map(record, size)
+            if isinstance(record.segmentation, Path) and (bands := len(read_label_map(record, size).getbands())) > 1:
+                return f"label map '{record.segmentation}' has {bands} channels; one of integers is wanted"
         except UserError as error:
             return str(error)
         return None
@@ -494,12 +492,12 @@ def ade20k_records(root, split):
     stems = {
         path.stem for kind in ("images", "annotations") for path in (root / kind / folder).iterdir() if path.suffix in (".jpg", ".png")
     }
-    scenes = root / "sceneCategories.txt"
-    scene = dict(line.split(maxsplit=1) for line in scenes.read_text().splitlines() if line.strip()) if scenes.is_file() else {}
-    classes = sorted(set(scene.values()))
-    label = lambda stem: classes.index(scene[stem]) if stem in scene else -1
-    image, labels = (lambda stem: root / "images" / folder / f"{stem}.jpg"), root / "annotations" / folder
-    return [Record(image(stem), label(stem), segmentation=labels / f"{stem}.png") for stem in sorted(stems)], classes
+    listed = root / "sceneCategories.txt"
+    scenes = dict(line.split(maxsplit=1) for line in listed.read_text().splitlines() if line.strip()) if listed.is_file() else {}
+    classes = sorted(set(scenes.values()))
+    place = {scene: index for index, scene in enumerate(classes)}
+    images, maps = root / "images" / folder, root / "annotations" / folder
+    return [Record(images / f"{stem}.jpg", place.get(scenes.get(stem), -1), tuple, maps / f"{stem}.png") for stem in sorted(stems)], classes
 
 
 # Parts of CelebAMask-HQ in the order in which its authors paint them; 0 is the background
@@ -689,14 +687,11 @@ def make_dataset(config, split, check=True):
     """The "train" or "val" split that a Config names, every image of it decoded once unless `check` is off."""
     if config.dataset == "demo":
         return DemoDataset(split, config.resolution, config.seed)  # the seed is that of the flips
-    root = Path(config.data)
-    if config.dataset == "folder":
-        records, classes = folder_records(root, split, config.labels)
-    else:
-        layout = DATASETS[config.dataset]
-        records, classes = layout.records(root, split)
-    dataset = ImageDataset(readable(records, split, config.skip_broken) if check else records, classes, config.resolution, config.seed)
-    dataset.unlabeled = layout.unlabeled if config.dataset in DATASETS else -1
+    root, layout = Path(config.data), DATASETS.get(config.dataset)
+    records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels)
+    records = readable(records, split, config.skip_broken) if check else records
+    dataset = ImageDataset(records, classes, config.resolution, config.seed)
+    dataset.unlabeled = layout.unlabeled if layout else -1
     return dataset
 
 

@@ -95,6 +95,9 @@ def test_ade20k(ade20k):
     truncate(records[1].path)
     records[2].segmentation.unlink()
     records[3].path.unlink()
+    labels(records[0].segmentation, np.zeros((40, 48, 3)))
+    with pytest.raises(UserError, match="has 3 channels"):
+        make_dataset(config("ade20k", ade20k), "train")
     truncate(records[0].segmentation)
     with pytest.raises(UserError) as error:
         make_dataset(config("ade20k", ade20k), "train")

@@ -651,7 +651,7 @@ def folder_records(root, split, labels=""):
     Returns:
         records, class names.
     Raises:
-        UserError: if there are no images, or a label map is missing.
+        UserError: if there are no images.
     """
     root = Path(root)
     if not root.is_dir():
@@ -674,13 +674,8 @@ def folder_records(root, split, labels=""):
 
 
 def _label_map(labels, name):
-    for suffix in (".png", name.suffix):
-        path = (Path(labels) / name).with_suffix(suffix)
-        if path.exists():
-            return path
-    raise UserError(
-        f"label map '{(Path(labels) / name).with_suffix('.png')}' is missing; --labels needs one of the same name for every image"
-    )
+    named = [(Path(labels) / name).with_suffix(suffix) for suffix in (".png", name.suffix)]
+    return next(filter(Path.exists, named), named[0])
 
 
 def make_dataset(config, split, check=True):

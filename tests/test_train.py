@@ -188,8 +188,8 @@ def test_folder_of_images_with_classes_captions_and_label_maps(tmp_path):
         assert (item["segmentation"] == item["image"][0].long()).all() and item["segmentation"].dtype == torch.int64
         assert item["label"] == classes.index(records[index].path.parent.name)
     (tmp_path / "maps" / "red" / "1.png").unlink()
-    with pytest.raises(UserError, match="1.png' is missing"):
-        folder_records(tmp_path / "data", "train", tmp_path / "maps")
+    with pytest.raises(UserError, match="1.png' cannot be read: missing"):
+        train_module.readable(folder_records(tmp_path / "data", "train", tmp_path / "maps")[0], "train")
 
 
 def test_classes_are_those_of_both_splits(tmp_path):

@@ -988,6 +988,7 @@ def taming_names(config):
     inner = {"query_key_value": ("q", "k", "v"), "project": ("proj_out",), "shortcut": ("nin_shortcut",)}
 
     def names(name):
+        """One name of ours → theirs, each for a part along the first axis."""
         if name == "codebook.vectors":
             return ("quantize.embedding.weight",)
         module, _, kind = name.rpartition(".")

@@ -878,7 +878,11 @@ class VQModel(nn.Module):
 
     def encode(self, x):
         """(B, 3, H, W) in [-1, 1] → (B, M, h, w) int64 indices, those of `forward`."""
-        quantized = zip(self.quantizers, self.features(x), self.codebook())
+        return self.snap(self.features(x))
+
+    def snap(self, features):
+        """Sequence of (B, D, h, w) continuous features, one for each codebook → (B, M, h, w) int64, their codes."""
+        quantized = zip(self.quantizers, features, self.codebook())
         return torch.cat([quantizer.indices(z, codebook) for quantizer, z, codebook in quantized], dim=1)
 
     def decode(self, indices):
@@ -961,6 +965,296 @@ def rescale(vectors, how):
     if how == "standard":
         return (vectors - vectors.mean(0)) / vectors.std(0).clamp_min(1e-12)
     return vectors
+
+
+# ---------------------------------------------------------------------------------------------
+# §4.4: the second stage, a model of the tokens of an image
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention over positions, then two linear layers.
+
+    Args:
+        width: features; heads: attention heads, dividing it.
+        modulated: whether a signal shifts, scales and gates both branches (DiT's adaLN-zero, Peebles & Xie 2023).
+    """
+
+    def __init__(self, width, heads, modulated=False, dropout=0.0):
+        super().__init__()
+        self.heads, self.dropout = heads, nn.Dropout(dropout)
+        self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=not modulated) for _ in range(2))
+        self.query_key_value, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.modulation = None
+        if modulated:
+            self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            nn.init.zeros_(self.modulation[1].weight), nn.init.zeros_(self.modulation[1].bias)
+
+    def attend(self, x, causal, cache, start):
+        """(B, T, W) → (B, T, W). With a cache (2, B, H, N, d), x is position `start` and sees all before it."""
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.query_key_value(x).chunk(3, dim=-1))
+        if cache is not None:
+            cache[0, :, :, start : start + x.shape[1]], cache[1, :, :, start : start + x.shape[1]] = key, value
+            key, value = cache[:, :, :, : start + x.shape[1]]  # (B, H, start + T, d)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal and cache is None)  # (B, H, T, d)
+        return self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
+
+    def forward(self, x, signal=None, causal=False, cache=None, start=0):
+        """x: (B, T, W); signal: (B, 1, W) or (B, T, W) where modulated → (B, T, W)."""
+        if self.modulation is None:
+            x = x + self.attend(self.norm1(x), causal, cache, start)
+            return x + self.dropout(self.mlp(self.norm2(x)))
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal).chunk(6, dim=-1)
+        x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1, causal, cache, start)
+        return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+
+
+class Condition(nn.Module):
+    """What is known of an image, as features at each position: nothing, its class, or its label map.
+
+    Args:
+        kind: "none", "class" or "segmentation".
+        count: classes, or labels of the map.
+    """
+
+    def __init__(self, kind, count, width):
+        super().__init__()
+        self.kind, self.count = kind, count
+        self.absent = nn.Parameter(torch.zeros(width))  # stands for a condition that is dropped or not known
+        if kind == "class":
+            self.embedding = nn.Embedding(count, width)
+        elif kind == "segmentation":  # each position sees the labels in and around it
+            self.embedding = nn.Sequential(nn.Conv2d(count, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+
+    def forward(self, known, batch, drop=None):
+        """known: None, classes (B,) int64 with −1 unknown, or label shares (B, L, h, w); drop: (B,) bool → (B, N or 1, W)."""
+        absent = self.absent.expand(batch, 1, -1)
+        if self.kind == "none" or known is None:
+            return absent
+        if self.kind == "class":
+            features = self.embedding(known.clamp_min(0))[:, None]  # (B, 1, W)
+            drop = known < 0 if drop is None else drop | (known < 0)
+        else:
+            features = self.embedding(known).flatten(2).mT  # (B, N, W)
+        return features if drop is None else torch.where(drop[:, None, None], absent, features)
+
+
+class Positions(nn.Module):
+    """Learned positions of a grid: a vector for each row plus one for each column."""
+
+    def __init__(self, grid, width):
+        super().__init__()
+        self.row = nn.Parameter(0.02 * torch.randn(grid[0], 1, width))
+        self.column = nn.Parameter(0.02 * torch.randn(1, grid[1], width))
+
+    def forward(self):
+        """→ (N, W), N = h w."""
+        return (self.row + self.column).flatten(0, 1)
+
+
+class TokenTransformer(nn.Module):
+    """p(tokens | condition) in raster order, one step a position (§4.4; Esser et al. 2021 for one codebook).
+
+    The tokens of the position before enter together, as the sum of their embeddings. Of a position, the
+    adjective is predicted first and the noun given it, so that their joint distribution is modelled.
+
+    Args:
+        sizes: codes of each of the M tokens of a position.
+        grid: (h, w) positions.
+        condition: Condition of the same width.
+        joint: whether a token's prediction sees those before it at its position; a control without.
+    """
+
+    def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, joint=True):
+        super().__init__()
+        self.sizes, self.grid, self.width, self.joint = tuple(sizes), tuple(grid), width, joint
+        self.condition, self.positions = condition, Positions(grid, width)
+        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        self.start = nn.Parameter(0.02 * torch.randn(width))
+        self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout) for _ in range(depth))
+        self.predict = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, size)) for size in sizes
+        )
+        for embedding in self.embeddings:
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def cache(self, batch):
+        """Room for keys and values of every position: depth tensors (2, B, H, N, d)."""
+        heads, (height, width) = self.blocks[0].heads, self.grid
+        shape = (2, batch, heads, height * width, self.width // heads)
+        return [self.start.new_empty(shape) for _ in self.blocks]
+
+    def before(self, tokens):
+        """(B, M, T) tokens of some positions → (B, T, W), what the positions after them see of them."""
+        return sum(embedding(tokens[:, i]) for i, embedding in enumerate(self.embeddings))
+
+    def hidden(self, previous, condition, cache=None, start=0):
+        """Features from which positions start … start + T − 1 are predicted.
+
+        Args:
+            previous: (B, T, W) of `before`, or `self.start` at position 0.
+            condition: (B, N or 1, W) of Condition.
+        Returns:
+            (B, T, W).
+        """
+        here = slice(start, start + previous.shape[1])
+        condition = condition if condition.shape[1] == 1 else condition[:, here]
+        x = self.dropout(previous + self.positions()[here] + condition)
+        for i, block in enumerate(self.blocks):
+            x = block(x, causal=True, cache=cache and cache[i], start=start)
+        return self.norm(x)
+
+    def logits(self, hidden, tokens, i):
+        """(B, T, K_i) logits of token i; tokens (B, ≥ i, T) are those of the same positions before it."""
+        if self.joint:
+            hidden = hidden + sum(self.embeddings[j](tokens[:, j]) for j in range(i))
+        return self.predict[i](hidden)
+
+    def forward(self, tokens, known=None, drop=None):
+        """(B, M, h, w) tokens → a list of M logits, (B, N, K_i), each given all tokens before it."""
+        tokens = tokens.flatten(2)  # (B, M, N)
+        start = self.start.expand(len(tokens), 1, -1)
+        previous = torch.cat([start, self.before(tokens[:, :, :-1])], dim=1)  # (B, N, W)
+        hidden = self.hidden(previous, self.condition(known, len(tokens), drop))
+        return [self.logits(hidden, tokens, i) for i in range(len(self.sizes))]
+
+
+def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+    """One index from each row of (B, K) logits → (B,).
+
+    Args:
+        temperature: 0 takes the likeliest.
+        top_k: only so many of the likeliest, 0 all; top_p: the fewest of the likeliest with so much probability together.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k:
+        logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
+    if top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        probability = ordered.softmax(dim=-1)
+        ordered = ordered.masked_fill(probability.cumsum(dim=-1) - probability >= top_p, -math.inf)
+        logits = torch.full_like(logits, -math.inf).scatter(-1, order, ordered)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+@torch.no_grad()
+def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=None, cached=True, **choice):
+    """Draw images as tokens, position by position.
+
+    Args:
+        model: TokenTransformer in evaluation mode.
+        known: of Condition, for `batch` images.
+        given: (B, M, h, w) int64, −1 where a token is to be drawn; others stay.
+        scale: of classifier-free guidance; 1 is the conditional model itself (Ho & Salimans 2022).
+        cached: whether keys and values are kept; without, every position is computed anew each time.
+        choice: temperature, top_k and top_p of `draw_tokens`.
+    Returns:
+        (B, M, h, w) int64.
+    """
+    guided = scale != 1 and known is not None
+    height, width = model.grid
+    tokens = torch.zeros(batch, len(model.sizes), height * width, dtype=torch.int64, device=model.start.device)
+    given = torch.full_like(tokens, -1) if given is None else given.flatten(2)
+    condition = model.condition(known, batch)
+    if guided:  # the second half of the batch goes without the condition
+        condition = torch.cat([condition, model.condition(None, batch).expand_as(condition)])
+    rows = batch * (1 + guided)
+    cache, start = model.cache(rows) if cached else None, model.start.expand(rows, 1, -1)
+    for n in range(height * width):
+        both = tokens.repeat(1 + guided, 1, 1)
+        if cached:
+            previous = start if n == 0 else model.before(both[:, :, n - 1 : n])
+            hidden = model.hidden(previous, condition, cache, n)
+        else:
+            hidden = model.hidden(torch.cat([start, model.before(both[:, :, :n])], dim=1), condition)[:, -1:]
+        for i in range(len(model.sizes)):
+            logits = model.logits(hidden, tokens[:, :, n : n + 1].repeat(1 + guided, 1, 1), i)[:, 0]
+            if guided:
+                with_it, without = logits.chunk(2)
+                logits = without + scale * (with_it - without)
+            drawn = draw_tokens(logits, generator=generator, **choice)
+            tokens[:, i, n] = torch.where(given[:, i, n] < 0, drawn, given[:, i, n])
+    return tokens.unflatten(2, (height, width))
+
+
+class Denoiser(nn.Module):
+    """The noise in a noisy grid of continuous features ẑ, from which tokens are taken as the nearest codes.
+
+    A transformer of modulated blocks (DiT) on the grid's positions, trained to predict ε (Ho et al. 2020) under
+    the cosine schedule z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021), t from 0 to 1.
+
+    Args:
+        channels: of ẑ, all codebooks together.
+        grid, condition, width, depth, heads, dropout: as of TokenTransformer.
+
+    `mean` and `std`, (C, 1, 1), scale ẑ to about unit variance; whoever trains sets them.
+    """
+
+    LAST = 0.98  # beyond it almost nothing of ẑ is left, and an error in ε grows thirtyfold
+
+    def __init__(self, channels, grid, condition, width=256, depth=6, heads=8, dropout=0.0):
+        super().__init__()
+        self.grid, self.width, self.channels = tuple(grid), width, channels
+        self.condition, self.positions = condition, Positions(grid, width)
+        self.enter, self.leave = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.blocks = nn.ModuleList(Block(width, heads, modulated=True, dropout=dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+        nn.init.zeros_(self.leave.weight), nn.init.zeros_(self.leave.bias)
+
+    def forward(self, z_t, t, condition):
+        """z_t: (B, C, h, w); t: (B,) in [0, 1]; condition: (B, N or 1, W) of Condition → ε, (B, C, h, w)."""
+        frequency = torch.exp(torch.linspace(0, math.log(1000), self.width // 2, device=t.device))
+        angle = t[:, None] * frequency  # (B, W/2)
+        signal = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))[:, None] + condition  # (B, N or 1, W)
+        x = self.enter(z_t.flatten(2).mT) + self.positions()  # (B, N, W)
+        for block in self.blocks:
+            x = block(x, signal)
+        return self.leave(self.norm(x)).mT.unflatten(2, self.grid)
+
+    def loss(self, z, known=None, drop=None):
+        """Mean squared error of ε at a random t for each of (B, C, h, w) features → ()."""
+        z = (z - self.mean) / self.std
+        t, noise = torch.rand(len(z), device=z.device) * self.LAST, torch.randn_like(z)
+        z_t = (t * math.pi / 2).cos()[:, None, None, None] * z + (t * math.pi / 2).sin()[:, None, None, None] * noise
+        return F.mse_loss(self(z_t, t, self.condition(known, len(z), drop)), noise)
+
+
+@torch.no_grad()
+def sample_features(model, batch, known=None, given=None, mask=None, scale=1.0, steps=50, generator=None):
+    """Draw grids of features by DDIM (Song et al. 2021), deterministic after the first noise.
+
+    Args:
+        model: Denoiser in evaluation mode.
+        known: of Condition, for `batch` images.
+        given: (B, C, h, w) features to keep where mask (B, 1, h, w) is True; at each step they get that step's noise.
+        scale: of classifier-free guidance.
+        steps: evaluations of the network (twice as many with guidance).
+    Returns:
+        (B, C, h, w).
+    """
+    device, guided = model.mean.device, scale != 1 and known is not None
+    draw = lambda: torch.randn(batch, model.channels, *model.grid, generator=generator, device=device)
+    condition, absent = model.condition(known, batch), model.condition(None, batch)
+    z_t, times = draw(), torch.linspace(model.LAST, 0, steps + 1, device=device) * math.pi / 2
+    for now, then in zip(times[:-1], times[1:]):
+        if given is not None:
+            z_t = torch.where(mask, now.cos() * (given - model.mean) / model.std + now.sin() * draw(), z_t)
+        t = (now / (math.pi / 2)).expand(batch)
+        noise = model(z_t, t, condition)
+        if guided:
+            without = model(z_t, t, absent)
+            noise = without + scale * (noise - without)
+        z = ((z_t - now.sin() * noise) / now.cos()).clamp(-5, 5)  # of a unit normal nothing lies beyond
+        noise = (z_t - now.cos() * z) / now.sin()
+        z_t = then.cos() * z + then.sin() * noise
+    z = z_t * model.std + model.mean
+    return z if given is None else torch.where(mask, given, z)
 
 
 # ---------------------------------------------------------------------------------------------

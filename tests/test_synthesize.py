@@ -1,5 +1,8 @@
 """Tokens of a run, their file, and the way back."""
 
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,22 @@ from PIL import Image
 
 from evaluate import to_bytes
 from prior import UserError
-from synthesize import main, words_of
+from synthesize import (
+    Run,
+    StageTrainer,
+    SynthesisConfig,
+    draw_images,
+    given_tokens,
+    known_of,
+    likelihood,
+    load_stage,
+    main,
+    parse,
+    stage_config,
+    tokens_of,
+    unigram_bits,
+    words_of,
+)
 from test_train import TINY
 from train import DemoDataset, load_run, resolve, to_images, train
 
@@ -63,3 +81,126 @@ def test_foreign_token_files_are_named(run, tmp_path):
 def test_words_are_a_grid():
     indices = np.array([[[0, 1], [1, 0]], [[2, 0], [1, 1]]])
     assert words_of(indices, [["red", "small"], ["wing", "eye", "breast"]]) == "red breast  small wing\nsmall eye   red eye"
+
+
+# ---------------------------------------------------------------------------------------------
+# The second stage
+
+SMALL = "--width 16 --depth 1 --heads 2 --batch-size 8 --eval-every 2 --log-every 1".split()
+
+
+def stage(run, *flags):
+    """Train a second stage for three steps, once; → Run, load_stage(…), validation Tokens, arguments of `sample`."""
+    names = [flag for flag in flags if flag != "--no-joint"]
+    args = parse([str(run), "sample", *names])
+    args.given.update({"joint": False} if "--no-joint" in flags else {})
+    here = Run(run, torch.device("cpu"))
+    folder = run / "synthesis" / "-".join([args.model, args.condition, *["independent"] * ("--no-joint" in flags)])
+    if not folder.exists():
+        main([str(run), "train", *flags, *SMALL, "--steps", "3"])
+    return here, load_stage(here, stage_config(args, here)), tokens_of(here, "val"), args
+
+
+@pytest.mark.parametrize("model", ["gpt", "ldm"])
+@pytest.mark.parametrize("condition", ["none", "class", "segmentation"])
+def test_every_second_stage_trains_and_completes(run, model, condition):
+    here, trained, tokens, args = stage(run, "--model", model, "--condition", condition)
+    rows = torch.arange(4)
+    given = given_tokens(here, tokens, rows, "top", [])
+    assert (given[:, :, :8] == tokens.indices[rows][:, :, :8]).all() and (given[:, :, 8:] == -1).all()
+    args.scale = 1.5
+    drawn = draw_images(here, trained, tokens, rows, args, given)
+    assert torch.equal(drawn[given >= 0], given[given >= 0]) and not torch.equal(drawn, tokens.indices[rows])
+    assert torch.equal(drawn, draw_images(here, trained, tokens, rows, args, given))  # by its seed
+    args.seed = 1
+    assert not torch.equal(drawn, draw_images(here, trained, tokens, rows, args, given))
+
+
+def test_a_resumed_second_stage_equals_an_uninterrupted_one(run):
+    folder = run / "synthesis" / "gpt-segmentation"
+    flags = ["--condition", "segmentation", "--dropout", "0.2", *SMALL]
+    main([str(run), "train", *flags, "--overwrite", "--steps", "4"])
+    whole = torch.load(folder / "last.pt", weights_only=True)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    calls, step = [], StageTrainer.train_step
+    try:
+
+        def stop(self, *arguments):
+            calls.append(self.step)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return step(self, *arguments)
+
+        StageTrainer.train_step = stop
+        with pytest.raises(KeyboardInterrupt):
+            main([str(run), "train", *flags, "--overwrite", "--steps", "4"])
+    finally:
+        StageTrainer.train_step = step
+    main([str(run), "train", "--condition", "segmentation", "--resume"])
+    again = torch.load(folder / "last.pt", weights_only=True)
+    for name in ("network", "ema"):
+        assert all(torch.equal(value, again[name][key]) for key, value in whole[name].items())
+    assert (
+        json.loads(lines[-1])["validation_loss"] == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
+    )
+
+
+def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
+    here, trained, tokens, _ = stage(run, "--condition", "segmentation")
+    bits = likelihood(here, trained, tokens)
+    network, config, count, _ = trained
+    known = known_of(config, tokens, torch.tensor([2]), here.device, count)
+    with torch.no_grad():
+        logits = network(tokens.indices[2:3], known)
+    for i, part in enumerate(logits):
+        chosen = part[0].double().log_softmax(-1)[torch.arange(256), tokens.indices[2, i].flatten()]
+        assert math.isclose(bits[2, i], -chosen.sum().item() / math.log(2), rel_tol=1e-5)
+    train_set = tokens_of(here, "train")
+    uniform = unigram_bits(train_set._replace(indices=train_set.indices[:0]), tokens, here.sizes)
+    assert np.allclose(uniform, np.log2(here.sizes))
+    main([str(run), "evaluate"])
+    printed = capsys.readouterr().out
+    assert "| gpt | segmentation | – |" in printed and "FID: – (" in printed
+    saved = json.loads((run / "synthesis" / "gpt-segmentation" / "evaluation.json").read_text())
+    assert math.isclose(saved["bits_image"], bits.sum(1).mean(), rel_tol=1e-6) and 0 <= saved["own_map_wins"] <= 1
+
+
+def test_label_shares_are_those_of_each_positions_pixels(run):
+    here = Run(run, torch.device("cpu"))
+    tokens = tokens_of(here, "val")
+    shares = known_of(SynthesisConfig(condition="segmentation"), tokens, torch.arange(5), here.device, 15)
+    cells = tokens.segmentation[3].unfold(0, 2, 2).unfold(1, 2, 2)[5, 7].flatten()
+    assert shares.shape == (5, 15, 16, 16) and torch.allclose(shares[3, :, 5, 7], torch.bincount(cells, minlength=15) / 4)
+    assert torch.allclose(shares.sum(1), torch.ones(5, 16, 16))
+
+
+def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
+    here, _, _, _ = stage(run, "--condition", "segmentation")
+    if here.prior is None:
+        pytest.skip("codes without words")
+    words = [here.prior["adjective_words"][3]] * (len(here.sizes) - 1) + [here.prior["noun_words"][5]]
+    shared = [str(run), "sample", "--condition", "segmentation", "--output", str(tmp_path / "s.png")]
+    main([*shared, "--pin", f"3,4={','.join(words)}", "--words", "--number", "1", "--repeat", "1"])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-16:][3].split("  ")[0] and " ".join(words) in printed.splitlines()[-16:][3]
+    Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save(tmp_path / "mask.png")
+    main([*shared, "--complete", str(tmp_path / "mask.png"), "--number", "3"])
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.size == (3 * 34 + 2, 5 * 34 + 2)  # maps, originals, known parts, two samples
+    for flags, message in (
+        (["--pin", "3,99=red"], "--pin 3,99=red"),
+        (["--pin", "3,4=zqxv"], "--pin 3,4=zqxv"),
+        (["--complete", "nowhere"], "neither top, bottom"),
+        (["--images", "77"], "images 0 … 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([*shared, *flags])
+
+
+def test_a_second_stage_belongs_to_its_tokenizer(run):
+    here, _, _, args = stage(run, "--condition", "none")
+    here.tokenizer = "0" * 64
+    with pytest.raises(UserError, match="another state"):
+        load_stage(here, stage_config(args, here))
+    with pytest.raises(UserError, match="no second stage in"):
+        load_stage(here, SynthesisConfig(condition="class", joint=False))

@@ -14,10 +14,13 @@ from train import METHODS, RECIPES
 from vqct import (
     LPIPS,
     AttentionBlock,
+    Block,
     ClusteredQuantizer,
     Codebook,
     CodebookTransfer,
+    Condition,
     Decoder,
+    Denoiser,
     Discriminator,
     Downsample,
     Encoder,
@@ -27,15 +30,19 @@ from vqct import (
     NormalizedAdjacency,
     RegularizedQuantizer,
     ResidualBlock,
+    TokenTransformer,
     Upsample,
     VectorQuantizer,
     VQModel,
     adaptive_weight,
     draw,
+    draw_tokens,
     hinge_loss,
     load_taming,
     look_up,
     nearest_code,
+    sample_features,
+    sample_tokens,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -910,3 +917,148 @@ def test_published_weights_serve_word_codes_and_name_what_does_not_fit(prior):
     del theirs["decoder.up.1.attn.1.k.bias"]
     with pytest.raises(ValueError, match="decoder.up.1.attn.1.q.bias.*this network wants"):
         load_taming(model, None, theirs)
+
+
+# ---------------------------------------------------------------------------------------------
+# §4.4: the second stage
+
+
+def transformer(sizes=(7, 5), grid=(3, 4), condition=None, **more):
+    condition = condition or Condition("segmentation", 3, 16)
+    model = TokenTransformer(sizes, grid, condition, width=16, depth=2, heads=2, **more).eval()
+    for parameter in model.parameters():  # nothing may be hidden by a zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("sizes", [(7,), (7, 5), (7, 7, 5)])
+@pytest.mark.parametrize("choice", [dict(temperature=0), dict(), dict(top_k=3), dict(top_p=0.7, temperature=1.3)])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_cached_sampling_equals_uncached(sizes, choice, scale):
+    model, known = transformer(sizes), torch.rand(4, 3, 3, 4)
+    draws = [sample_tokens(model, 4, known, None, scale, torch.manual_seed(3), cached, **choice) for cached in (True, False)]
+    assert torch.equal(*draws) and draws[0].shape == (4, len(sizes), 3, 4)
+    assert all(0 <= draws[0][:, i].min() and draws[0][:, i].max() < size for i, size in enumerate(sizes))
+    assert torch.equal(draws[0], sample_tokens(model, 4, known, None, scale, torch.manual_seed(3), **choice))
+    assert not torch.equal(draws[0], sample_tokens(model, 4, known.flip(1), None, scale, torch.manual_seed(3), **choice))
+
+
+def test_a_token_is_predicted_from_those_before_it_alone():
+    model, tokens = transformer(), torch.randint(0, 5, (1, 2, 3, 4))
+    known, before = torch.rand(1, 3, 3, 4), None
+    before = [part.detach() for part in model(tokens, known)]
+    for i, n in ((0, 5), (1, 5), (0, 0), (1, 11)):
+        changed = tokens.clone()
+        changed.flatten(2)[0, i, n] += 1 if tokens.flatten(2)[0, i, n] < 4 else -1
+        for j, (old, new) in enumerate(zip(before, model(changed, known))):
+            moved = (old != new).any(dim=-1)[0]
+            first = n if j > i else n + 1  # the noun of a position sees its adjective
+            assert not moved[:first].any() and moved[first:].all()
+    apart = transformer(joint=False)
+    changed = tokens.clone()
+    changed[0, 0, 1, 1] = (changed[0, 0, 1, 1] + 1) % 5
+    old, new = apart(tokens, known)[1], apart(changed, known)[1]
+    assert torch.equal(old[0, : 1 * 4 + 2], new[0, : 1 * 4 + 2]) and not torch.equal(old, new)
+
+
+def test_sampling_follows_the_models_own_probabilities():
+    model = transformer((3, 2), (1, 1), Condition("none", 0, 16))
+    draws = sample_tokens(model, 20_000, generator=torch.manual_seed(0)).flatten(1)
+    first = model(torch.zeros(1, 2, 1, 1, dtype=torch.int64))[0][0, 0].softmax(-1)
+    for a in range(3):
+        assert abs((draws[:, 0] == a).double().mean() - first[a]) < 0.015
+        second = model(torch.tensor([a, 0]).view(1, 2, 1, 1))[1][0, 0].softmax(-1)
+        assert abs((draws[draws[:, 0] == a, 1] == 1).double().mean() - second[1]) < 0.04
+
+
+def test_only_likely_tokens_are_drawn():
+    logits = torch.tensor([[0.5, 0.2, 0.2, 0.06, 0.04]]).log().repeat(4000, 1)
+    counted = lambda **choice: torch.bincount(draw_tokens(logits, generator=torch.manual_seed(0), **choice), minlength=5) / 4000
+    assert torch.allclose(counted(), logits[0].exp(), atol=0.03)
+    assert counted(top_k=1).tolist() == counted(temperature=0).tolist() == [1, 0, 0, 0, 0]
+    assert (counted(top_p=0.85)[3:] == 0).all() and (counted(top_p=0.85)[:3] > 0.1).all() and counted(top_p=0.91)[3] > 0
+    assert counted(temperature=3.0)[4] > 0.08 and counted(temperature=0.3)[4] == 0
+
+
+def test_conditions_are_those_of_each_image_and_position():
+    for condition, known in (
+        (Condition("class", 4, 8), torch.tensor([2, -1, 2])),
+        (Condition("segmentation", 3, 8), torch.rand(1, 3, 4, 4).repeat(3, 1, 1, 1)),
+    ):
+        torch.nn.init.normal_(condition.absent)
+        features = condition(known, 3, torch.tensor([False, False, True]))
+        assert (features[2] == condition.absent).all() and not (features[0] == condition.absent).any()
+        assert (features[1] == condition.absent).all() == (condition.kind == "class")  # an unknown class is an absent one
+        assert (condition(None, 3) == condition.absent).all()
+    shares = torch.zeros(1, 3, 4, 4)
+    one = shares.clone()
+    one[0, 1, 0, 0] = 1
+    moved = (condition(shares, 1) != condition(one, 1)).any(-1).view(4, 4)
+    assert moved[:3, :3].all() and not moved[3].any() and not moved[:, 3].any()  # aligned, with what is around
+
+
+def test_given_tokens_stay():
+    model, given = transformer(), torch.full((2, 2, 3, 4), -1)
+    given[:, :, 1] = torch.randint(0, 5, (2, 2, 4))
+    given[0, 0, 2, 3] = 6
+    drawn = sample_tokens(model, 2, torch.rand(2, 3, 3, 4), given, generator=torch.manual_seed(0))
+    assert torch.equal(drawn[given >= 0], given[given >= 0])
+
+
+def test_two_heads_cannot_model_what_a_noun_owes_to_its_adjective():
+    """Adjectives are uniform, the noun is the adjective's: log₂ 8 bits a position suffice, independent heads need twice that."""
+    found = {}
+    for joint in (True, False):
+        torch.manual_seed(0)
+        model = TokenTransformer((8, 8), (2, 2), Condition("none", 0, 32), width=32, depth=1, heads=2, joint=joint)
+        optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+        for _ in range(150):
+            adjectives = torch.randint(0, 8, (64, 1, 2, 2))
+            tokens = torch.cat([adjectives, (3 * adjectives + 1) % 8], dim=1)
+            losses = [F.cross_entropy(part.mT, tokens[:, i].flatten(1)) for i, part in enumerate(model(tokens))]
+            optimizer.zero_grad()
+            sum(losses).backward()
+            optimizer.step()
+        found[joint] = sum(losses).item() / math.log(2)
+    assert found[True] < 3.2 and found[False] > 5.8
+
+
+def test_modulated_blocks_start_as_the_identity():
+    x = torch.randn(2, 5, 16)
+    assert torch.equal(Block(16, 2, modulated=True)(x, torch.randn(2, 1, 16)), x)
+
+
+class KnowsTheAnswer(Denoiser):
+    """The noise that leads to one grid of features."""
+
+    def forward(self, z_t, t, condition):
+        t = (t * math.pi / 2)[:, None, None, None]
+        return (z_t - t.cos() * (self.answer - self.mean) / self.std) / t.sin()
+
+
+def test_diffusion_finds_what_the_noise_hides_and_keeps_what_is_given():
+    model = KnowsTheAnswer(6, (3, 4), Condition("none", 0, 16), width=16, depth=1, heads=2).eval()
+    model.mean += 0.5
+    model.std *= 2
+    model.answer = torch.randn(2, 6, 3, 4)
+    assert torch.allclose(sample_features(model, 2, generator=torch.manual_seed(0)), model.answer, atol=1e-4)
+    given, mask = torch.randn(2, 6, 3, 4), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
+    mask[:, :, 0] = True
+    z = sample_features(model, 2, None, given, mask, generator=torch.manual_seed(0))
+    assert torch.equal(z[:, :, 0], given[:, :, 0]) and torch.allclose(z[:, :, 1:], model.answer[:, :, 1:], atol=1e-4)
+
+
+def test_the_denoiser_learns():
+    torch.manual_seed(0)
+    model = Denoiser(4, (2, 2), Condition("class", 2, 32), width=32, depth=2, heads=2)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    centres = torch.randn(2, 4, 2, 2)
+    for _ in range(300):
+        labels = torch.randint(0, 2, (64,))
+        loss = model.loss(centres[labels] + 0.05 * torch.randn(64, 4, 2, 2), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    labels = torch.tensor([0, 1, 0, 1])
+    drawn = sample_features(model.eval(), 4, labels, generator=torch.manual_seed(0))
+    assert (drawn - centres[labels]).abs().mean() < 0.5 * (drawn - centres[1 - labels]).abs().mean()

@@ -28,11 +28,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from evaluate import frechet_distance, load_inception, to_bytes
-from prior import Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
+from prior import SMALL, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
 from train import (
     TrainBatches,
     code_words,
@@ -169,6 +169,18 @@ def words_of(indices, words):
     ]
     width = max(len(cell) for row in cells for cell in row)
     return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in cells)
+
+
+def draw_words(image, indices, words, path, cell=84):
+    """An image in [-1, 1], enlarged, with what each of its tokens reads as written into its place → PNG."""
+    height, width = indices.shape[1:]
+    picture = TF.to_pil_image(to_bytes(image)).resize((width * cell, height * cell), Image.Resampling.NEAREST)
+    draw = ImageDraw.Draw(picture)
+    for row, column in np.ndindex(height, width):
+        text = "\n".join(names[index] for names, index in zip(words, indices[:, row, column]))
+        place = ((column + 0.5) * cell, (row + 0.5) * cell)
+        draw.multiline_text(place, text, "white", SMALL, anchor="mm", align="center", stroke_width=1, stroke_fill="black")
+    save_png(picture, path)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -513,13 +525,19 @@ def sample(args, runs):
         for repeat in range(args.repeat):
             args.seed += repeat > 0
             drawn = draw_images(run, stage, tokens, rows, args, given if args.complete or args.pin else None)
-            rows_of_picture += decode(drawn)
-            printed += [(run, index, image) for index, image in zip(rows.tolist(), drawn)] if args.words else []
+            images = decode(drawn)
+            rows_of_picture += images
+            printed += [(run, index, tokens, image) for index, tokens, image in zip(rows.tolist(), drawn, images)] if args.words else []
     path = Path(args.output or stage_folder(runs[0], stage_config(args, runs[0])) / "samples.png")
     save_grid(rows_of_picture, path, len(rows))
     print(f"{path}: {len(rows)} columns, {len(rows_of_picture) // len(rows)} rows")
-    for run, index, image in printed:
-        print(f"\n{run.path}, image {index}\n{words_of(image, per_token(run.model, code_words(run.prior, run.model.codebook.sizes)))}")
+    for number, (run, index, drawn, image) in enumerate(printed):
+        words, picture = (
+            per_token(run.model, code_words(run.prior, run.model.codebook.sizes)),
+            path.with_name(f"{path.stem}-words-{number}.png"),
+        )
+        draw_words(image, drawn, words, picture)
+        print(f"\n{run.path}, image {index}, {picture}\n{words_of(drawn, words)}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -705,7 +723,7 @@ def parse(argv=None):
                 help="keep top, bottom, left, right, or a PNG's white part of each image, and draw the rest",
             )
             sub.add_argument("--pin", nargs="+", default=[], metavar="ROW,COLUMN=WORDS", help="words in their places: 3,4=red,breast")
-            sub.add_argument("--words", action="store_true", help="print what the samples read as")
+            sub.add_argument("--words", action="store_true", help="print what the samples read as, and write it into a picture of each")
             sub.add_argument("--output", default="", help="PNG (default: samples.png beside the second stage)")
         else:
             sub.add_argument("--inception", default="", metavar="FILE", help="local copy of the Inception weights of FID")

@@ -11,6 +11,7 @@ The file reads in the paper's order:
     §4.1         E, G       Encoder, Decoder    VQGAN's network
     losses       VQ-GAN     Discriminator, LPIPS, hinge_loss, adaptive_weight
     §3.3 step 3             VQModel             image → indices → image
+    §4.4         stage two  TokenTransformer, sample_tokens; Denoiser, sample_features
     published weights       load_taming         VQGAN's, in the names of taming-transformers
 
 Nothing here reads a configuration file or a corpus; `prior.py` makes the graph, `train.py` trains.

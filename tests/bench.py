@@ -1,6 +1,7 @@
 """Timings against plain forms, in one process: medians of rounds in which both take turns.
 
-    python tests/bench.py CORPUS              the prior's builder against the straightforward algorithm
+    python tests/bench.py                     sampling of tokens with and without a cache
+    python tests/bench.py CORPUS              … and the prior's builder against the straightforward algorithm
 
 CORPUS is what prior.py reads: text, COCO captions JSON, a Flickr file or a folder. NLTK's data must be there.
 """
@@ -16,6 +17,7 @@ import nltk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
+from vqct import Condition, TokenTransformer, sample_tokens  # noqa: E402
 
 
 def straightforward_prior(captions):
@@ -69,10 +71,27 @@ def bench_prior(corpus, size=20_000, rounds=3):
         print(f"  {growth}{' (with neighbours)' if contexts else ''}")
 
 
+def bench_sampling(batch=8, rounds=3):
+    """Seconds of drawing 256 positions of two tokens, with keys and values kept and without."""
+    model = TokenTransformer((903, 2888), (16, 16), Condition("none", 0, 256)).eval()
+    ours, theirs = [], []
+    for _ in range(rounds):
+        ours.append(seconds(sample_tokens, model, batch))
+        theirs.append(seconds(lambda: sample_tokens(model, batch, cached=False)))
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    print(f"{batch} images of 256 positions, 6 blocks of width 256: {statistics.median(ours):.2f} s with a cache")
+    print(
+        f"  without {statistics.median(theirs):.2f} s: {statistics.median(ratios):.1f} times as long ({min(ratios):.1f} … {max(ratios):.1f})"
+    )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", metavar="CORPUS", help="captions")
-    bench_prior(parser.parse_args().corpus)
+    parser.add_argument("corpus", metavar="CORPUS", nargs="?", help="captions")
+    corpus = parser.parse_args().corpus
+    bench_sampling()
+    if corpus:
+        bench_prior(corpus)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,8 @@ def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
     shared = [str(run), "sample", "--condition", "segmentation", "--output", str(tmp_path / "s.png")]
     main([*shared, "--pin", f"3,4={','.join(words)}", "--words", "--number", "1", "--repeat", "1"])
     printed = capsys.readouterr().out
+    with Image.open(tmp_path / "s-words-0.png") as picture:
+        assert picture.size == (16 * 84, 16 * 84)
     assert printed.splitlines()[-16:][3].split("  ")[0] and " ".join(words) in printed.splitlines()[-16:][3]
     Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save(tmp_path / "mask.png")
     main([*shared, "--complete", str(tmp_path / "mask.png"), "--number", "3"])

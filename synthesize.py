@@ -44,6 +44,7 @@ from train import (
     pick_device,
     save_grid,
     to_images,
+    trim_metrics,
 )
 from vqct import Condition, Denoiser, TokenTransformer, sample_features, sample_tokens
 
@@ -90,7 +91,7 @@ class Tokens(NamedTuple):
 
     indices: torch.Tensor  # (N, M, h, w) int64
     labels: torch.Tensor  # (N,) int64, −1: none
-    segmentation: torch.Tensor | None  # (N, R, R) int64, −1: says nothing
+    segmentation: torch.Tensor | None  # (N, R, R) int16, −1: says nothing
     features: torch.Tensor | None = None  # (N, C, h, w) float32, before quantization
 
 
@@ -103,7 +104,7 @@ def encode_dataset(model, dataset, device, batch_size, with_features=False):
         features = model.features(to_images(batch["image"], device))
         kept["indices"].append(model.snap(features).cpu())
         kept["labels"].append(batch["label"])
-        kept["segmentation"] += [batch["segmentation"]] if "segmentation" in batch else []
+        kept["segmentation"] += [batch["segmentation"].short()] if "segmentation" in batch else []
         kept["features"] += [torch.cat(features, dim=1).float().cpu()] if with_features else []
         progress(f"encoding: {sum(map(len, kept['labels'])):,}/{len(dataset):,} images")
     tokens = Tokens(**{name: torch.cat(parts) if parts else None for name, parts in kept.items()})
@@ -118,7 +119,7 @@ def tokens_of(run, split, with_features=False, data="", skip_broken=False):
     if path.is_file() and not with_features:
         arrays = load_arrays(path, TOKEN_FILE, "token file", "python synthesize.py RUN tokens")
         if str(arrays["tokenizer"]) == run.tokenizer:
-            maps = torch.from_numpy(arrays["segmentation"]).long()
+            maps = torch.from_numpy(arrays["segmentation"])
             return Tokens(
                 torch.from_numpy(arrays["indices"]).long(), torch.from_numpy(arrays["labels"]).long(), maps if len(maps) else None
             )
@@ -134,7 +135,7 @@ TOKEN_FILE = ("indices", "labels", "segmentation", "classes", "tokenizer")
 
 def save_tokens(path, tokens, words, classes, tokenizer):
     """Write a token file, whole or not at all."""
-    maps = np.zeros((0,), np.int16) if tokens.segmentation is None else tokens.segmentation.short().numpy()
+    maps = np.zeros((0,), np.int16) if tokens.segmentation is None else tokens.segmentation.numpy()
     listed = {f"{name}_words": np.array(names) for name, names in zip(codebook_names(words), words)}
     arrays = dict(indices=tokens.indices.int().numpy(), labels=tokens.labels.numpy(), segmentation=maps)
     save_arrays(path, **arrays, classes=np.array(classes, dtype=str), tokenizer=tokenizer, **listed)
@@ -203,7 +204,7 @@ def known_of(config, tokens, rows, device, count):
         return None
     if config.condition == "class":
         return tokens.labels[rows].to(device)
-    maps, (height, width) = tokens.segmentation[rows].to(device), tokens.indices.shape[2:]
+    maps, (height, width) = tokens.segmentation[rows].to(device).long(), tokens.indices.shape[2:]
     cells = maps.unflatten(1, (height, -1)).unflatten(3, (width, -1)).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, N, f²)
     cells = cells.where((cells >= 0) & (cells < count), count)
     shares = torch.zeros(*cells.shape[:2], count + 1, device=device).scatter_add_(2, cells, torch.ones_like(cells, dtype=torch.float))
@@ -371,6 +372,7 @@ def train(args, runs):
     trainer = StageTrainer(config, run, train_set, condition_count(config, train_set))
     if state is not None:
         trainer.load(state)
+        trim_metrics(folder / "metrics.jsonl", trainer.step)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1))
@@ -426,7 +428,7 @@ def run_steps(trainer, train_set, val_set, folder, log):
 # Sampling
 
 
-def draw_images(run, stage, tokens, rows, args, given=None):
+def draw_images(run, stage, tokens, rows, args, seed, given=None):
     """Samples for the conditions of some images → (B, M, h, w) indices.
 
     Args:
@@ -435,7 +437,7 @@ def draw_images(run, stage, tokens, rows, args, given=None):
     """
     network, config, count, _ = stage
     known = known_of(config, tokens, rows, run.device, count)
-    generator = torch.Generator(run.device).manual_seed(args.seed)
+    generator = torch.Generator(run.device).manual_seed(seed)
     if config.model == "gpt":
         given = None if given is None else given.to(run.device)
         choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
@@ -516,15 +518,14 @@ def sample(args, runs):
         decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
         if not rows_of_picture:
             if stage[1].condition == "segmentation":
-                rows_of_picture += list(colours_of_labels(tokens.segmentation[rows], stage[2]))
+                rows_of_picture += list(colours_of_labels(tokens.segmentation[rows].long(), stage[2]))
             rows_of_picture += decode(tokens.indices[rows])
         if args.complete:
             shown = (given[:, :1] >= 0).repeat_interleave(run.config.resolution // given.shape[2], 2)
             shown = shown.repeat_interleave(run.config.resolution // given.shape[3], 3)
             rows_of_picture += [torch.where(mask, image, 0) for mask, image in zip(shown, decode(tokens.indices[rows]))]
         for repeat in range(args.repeat):
-            args.seed += repeat > 0
-            drawn = draw_images(run, stage, tokens, rows, args, given if args.complete or args.pin else None)
+            drawn = draw_images(run, stage, tokens, rows, args, args.seed + repeat, given if args.complete or args.pin else None)
             images = decode(drawn)
             rows_of_picture += images
             printed += [(run, index, tokens, image) for index, tokens, image in zip(rows.tolist(), drawn, images)] if args.words else []
@@ -598,9 +599,8 @@ def sampled_fid(run, stage, tokens, args, network):
     """FID of as many samples as there are evaluation images against these, both at the run's resolution."""
     network, features = network.to(run.device), ([], [])
     loader = make_loader(make_dataset(run.config, "val"), run.device, -1, batch_size=run.config.batch_size)
-    for batch, rows in zip(loader, torch.arange(len(tokens.labels)).split(run.config.batch_size)):
-        drawn = decode_tokens(run.model, draw_images(run, stage, tokens, rows, args), run.device, run.config.batch_size)
-        args.seed += 1
+    for n, (batch, rows) in enumerate(zip(loader, torch.arange(len(tokens.labels)).split(run.config.batch_size))):
+        drawn = decode_tokens(run.model, draw_images(run, stage, tokens, rows, args, args.seed + n), run.device, run.config.batch_size)
         for kept, images in zip(features, (batch["image"], to_bytes(drawn))):
             kept.append(network(images.to(run.device)).cpu())
     moments = [

@@ -109,11 +109,10 @@ def test_every_second_stage_trains_and_completes(run, model, condition):
     given = given_tokens(here, tokens, rows, "top", [])
     assert (given[:, :, :8] == tokens.indices[rows][:, :, :8]).all() and (given[:, :, 8:] == -1).all()
     args.scale = 1.5
-    drawn = draw_images(here, trained, tokens, rows, args, given)
+    drawn = draw_images(here, trained, tokens, rows, args, 0, given)
     assert torch.equal(drawn[given >= 0], given[given >= 0]) and not torch.equal(drawn, tokens.indices[rows])
-    assert torch.equal(drawn, draw_images(here, trained, tokens, rows, args, given))  # by its seed
-    args.seed = 1
-    assert not torch.equal(drawn, draw_images(here, trained, tokens, rows, args, given))
+    assert torch.equal(drawn, draw_images(here, trained, tokens, rows, args, 0, given))  # by its seed
+    assert not torch.equal(drawn, draw_images(here, trained, tokens, rows, args, 1, given))
 
 
 def test_a_resumed_second_stage_equals_an_uninterrupted_one(run):
@@ -140,9 +139,7 @@ def test_a_resumed_second_stage_equals_an_uninterrupted_one(run):
     again = torch.load(folder / "last.pt", weights_only=True)
     for name in ("network", "ema"):
         assert all(torch.equal(value, again[name][key]) for key, value in whole[name].items())
-    assert (
-        json.loads(lines[-1])["validation_loss"] == json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["validation_loss"]
-    )
+    assert (folder / "metrics.jsonl").read_text().splitlines() == lines
 
 
 def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
@@ -169,7 +166,7 @@ def test_label_shares_are_those_of_each_positions_pixels(run):
     here = Run(run, torch.device("cpu"))
     tokens = tokens_of(here, "val")
     shares = known_of(SynthesisConfig(condition="segmentation"), tokens, torch.arange(5), here.device, 15)
-    cells = tokens.segmentation[3].unfold(0, 2, 2).unfold(1, 2, 2)[5, 7].flatten()
+    cells = tokens.segmentation[3].long().unfold(0, 2, 2).unfold(1, 2, 2)[5, 7].flatten()
     assert shares.shape == (5, 15, 16, 16) and torch.allclose(shares[3, :, 5, 7], torch.bincount(cells, minlength=15) / 4)
     assert torch.allclose(shares.sum(1), torch.ones(5, 16, 16))
 

@@ -16,6 +16,7 @@ lies in its run's folder, `synthesis/<model>-<condition>`.
 """
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -29,7 +30,6 @@ import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from evaluate import frechet_distance, load_inception, to_bytes
 from prior import SMALL, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
@@ -78,6 +78,12 @@ class SynthesisConfig:
     eval_every: int = option(1_000, "steps between validations and checkpoints")
 
 
+BOUNDS = (
+    ("steps batch_size accumulate log_every eval_every width depth heads", lambda value: value >= 1, "be at least 1"),
+    ("dropout drop_condition ema", lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    ("lr", lambda value: value > 0, "be positive"),
+    ("warmup weight_decay seed", lambda value: value >= 0, "not be negative"),
+)
 TINY = dict(width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
 VERSION = 1  # of a second stage's checkpoint
 
@@ -113,32 +119,36 @@ def encode_dataset(model, dataset, device, batch_size, with_features=False):
     return tokens
 
 
-def tokens_of(run, split, with_features=False, data="", skip_broken=False):
-    """A split of a run's data set as Tokens, encoded once and kept in the run under the tokenizer's checksum."""
-    path = run.path / f"tokens{'' if split == 'val' else '-train'}.npz"
+def tokens_of(run, split, with_features=False):
+    """A split of a run's data set as Tokens, encoded once and kept in the run under the tokenizer's checksum and the data's place."""
+    path, config = run.path / f"tokens{'' if split == 'val' else '-train'}.npz", run.config
+    source = json.dumps([config.dataset, str(Path(config.data).resolve()), config.labels, config.skip_broken])
     if path.is_file() and not with_features:
-        arrays = load_arrays(path, TOKEN_FILE, "token file", "python synthesize.py RUN tokens")
-        if str(arrays["tokenizer"]) == run.tokenizer:
+        try:
+            arrays = load_arrays(path, TOKEN_FILE, "token file", "python synthesize.py RUN tokens")
+        except UserError as error:
+            print(f"{error}: made anew")
+            arrays = {"tokenizer": "", "source": ""}
+        if (str(arrays["tokenizer"]), str(arrays["source"])) == (run.tokenizer, source):
             maps = torch.from_numpy(arrays["segmentation"])
             return Tokens(
                 torch.from_numpy(arrays["indices"]).long(), torch.from_numpy(arrays["labels"]).long(), maps if len(maps) else None
             )
-    run.config.data, run.config.skip_broken = data or run.config.data, skip_broken or run.config.skip_broken
-    dataset = make_dataset(run.config, split)
-    tokens = encode_dataset(run.model, dataset, run.device, run.config.batch_size, with_features)
-    save_tokens(path, tokens, code_words(run.prior, run.model.codebook.sizes), dataset.classes, run.tokenizer)
+    dataset = make_dataset(config, split)
+    tokens = encode_dataset(run.model, dataset, run.device, config.batch_size, with_features)
+    save_tokens(path, tokens, code_words(run.prior, run.model.codebook.sizes), dataset.classes, run.tokenizer, source)
     return tokens
 
 
-TOKEN_FILE = ("indices", "labels", "segmentation", "classes", "tokenizer")
+TOKEN_FILE = ("indices", "labels", "segmentation", "classes", "tokenizer", "source")
 
 
-def save_tokens(path, tokens, words, classes, tokenizer):
+def save_tokens(path, tokens, words, classes, tokenizer, source):
     """Write a token file, whole or not at all."""
     maps = np.zeros((0,), np.int16) if tokens.segmentation is None else tokens.segmentation.numpy()
     listed = {f"{name}_words": np.array(names) for name, names in zip(codebook_names(words), words)}
     arrays = dict(indices=tokens.indices.int().numpy(), labels=tokens.labels.numpy(), segmentation=maps)
-    save_arrays(path, **arrays, classes=np.array(classes, dtype=str), tokenizer=tokenizer, **listed)
+    save_arrays(path, **arrays, classes=np.array(classes, dtype=str), tokenizer=tokenizer, source=source, **listed)
 
 
 def load_tokens(path, tokenizer, sizes):
@@ -147,7 +157,14 @@ def load_tokens(path, tokenizer, sizes):
     indices, made_by = arrays["indices"], str(arrays["tokenizer"])
     if made_by != tokenizer:
         raise UserError(f"'{path}' was made by another tokenizer (sha256 {made_by[:12]}…, this run's is {tokenizer[:12]}…)")
-    if indices.ndim != 4 or indices.shape[1] != len(sizes) or indices.min() < 0 or (indices.max(axis=(0, 2, 3)) >= sizes).any():
+    if (
+        indices.ndim != 4
+        or not indices.size
+        or indices.dtype.kind not in "iu"
+        or indices.shape[1] != len(sizes)
+        or indices.min() < 0
+        or (indices.max(axis=(0, 2, 3)) >= sizes).any()
+    ):
         raise UserError(f"'{path}' holds indices that are not {len(sizes)} tokens a position of {sizes} codes")
     return indices
 
@@ -211,16 +228,16 @@ def known_of(config, tokens, rows, device, count):
     return (shares[:, :, :count] / cells.shape[2]).mT.unflatten(2, (height, width))
 
 
-def condition_count(config, tokens):
-    """Classes, or labels, of a training split. Raises UserError where the data set has none."""
+def condition_count(config, *splits):
+    """Classes, or labels, of all splits. Raises UserError where the data set has none."""
     if config.condition == "none":
         return 0
-    values = tokens.labels if config.condition == "class" else tokens.segmentation
-    if values is None or values.max() < 0:
+    values = [tokens.labels if config.condition == "class" else tokens.segmentation for tokens in splits]
+    if any(part is None or part.max() < 0 for part in values):
         raise UserError(
             f"--condition {config.condition}: this run's data set has no {'classes' if config.condition == 'class' else 'label maps'}"
         )
-    return int(values.max()) + 1
+    return max(int(part.max()) for part in values) + 1
 
 
 def make_network(config, run, count):
@@ -273,7 +290,7 @@ class StageTrainer:
         if config.model == "ldm":
             self.network.mean.copy_(train_set.features.mean(dim=(0, 2, 3)).view(-1, 1, 1))
             self.network.std.copy_(train_set.features.std(dim=(0, 2, 3)).clamp_min(1e-6).view(-1, 1, 1))
-        self.ema = AveragedModel(self.network, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=False)
+        self.ema = copy.deepcopy(self.network).requires_grad_(False)
         matrices = [parameter for parameter in self.network.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.network.parameters() if parameter.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -287,8 +304,7 @@ class StageTrainer:
             "count": self.count,
             "tokenizer": self.run.tokenizer,
             "network": self.network.state_dict(),
-            "ema": self.ema.module.state_dict(),
-            "averaged": self.ema.n_averaged,
+            "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             **({"cuda_random": torch.cuda.get_rng_state(self.run.device)} if self.run.device.type == "cuda" else {}),
@@ -297,8 +313,7 @@ class StageTrainer:
     def load(self, state):
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.copy_(state["averaged"])
+        self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
         if "cuda_random" in state and self.run.device.type == "cuda":
@@ -332,14 +347,16 @@ class StageTrainer:
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / len(batches)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        self.ema.update_parameters(self.network)
         self.step += 1
+        decay = min(config.ema, (1 + self.step) / (10 + self.step))  # a short run is not weighed down by its first weights
+        for average, parameter in zip(self.ema.parameters(), self.network.parameters()):
+            average.lerp_(parameter.detach(), 1 - decay)
         return metrics
 
     @torch.no_grad()
     def validate(self, tokens):
         """The averaged weights' loss over a split, its parts by name → dict of floats."""
-        network, totals = self.ema.module.eval(), {}
+        network, totals = self.ema.eval(), {}
         with torch.random.fork_rng(devices=[self.run.device] if self.run.device.type == "cuda" else []):
             torch.manual_seed(0)  # ldm's noise: the same at each validation
             for rows in torch.arange(len(tokens.labels)).split(self.config.batch_size):
@@ -363,14 +380,19 @@ def train(args, runs):
     state = load_checkpoint(folder / "last.pt") if args.resume else None
     if state is None and (folder / "last.pt").exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
+    if state is not None and state["tokenizer"] != run.tokenizer:
+        raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it anew with --overwrite")
     with_features = config.model == "ldm"
-    train_set, val_set = (tokens_of(run, split, with_features, args.data) for split in ("train", "val"))
+    train_set, val_set = (tokens_of(run, split, with_features) for split in ("train", "val"))
     if config.batch_size > len(train_set.labels):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training images")
     if state is not None:
         config = SynthesisConfig(**{**state["config"], "device": config.device, "steps": args.given.get("steps", state["config"]["steps"])})
-    trainer = StageTrainer(config, run, train_set, condition_count(config, train_set))
-    if state is not None:
+    trainer = StageTrainer(config, run, train_set, condition_count(config, train_set, val_set) if state is None else state["count"])
+    if state is None:
+        for name in ("last.pt", "evaluation.json"):  # of one that is overwritten
+            (folder / name).unlink(missing_ok=True)
+    else:
         trainer.load(state)
         trim_metrics(folder / "metrics.jsonl", trainer.step)
     folder.mkdir(parents=True, exist_ok=True)
@@ -428,29 +450,55 @@ def run_steps(trainer, train_set, val_set, folder, log):
 # Sampling
 
 
+def check_choices(args):
+    """Raise UserError for flags of sampling that cannot be."""
+    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.sampling_steps < 1:
+        raise UserError("--temperature and --top-k must not be negative, --top-p lie in (0, 1], --sampling-steps be at least 1")
+    if getattr(args, "number", 1) < 1 or getattr(args, "repeat", 1) < 1:
+        raise UserError("--number and --repeat must be at least 1")
+
+
 def draw_images(run, stage, tokens, rows, args, seed, given=None):
-    """Samples for the conditions of some images → (B, M, h, w) indices.
+    """Samples for the conditions of some images → (B, M, h, w) indices, a batch at a time.
 
     Args:
-        stage: of `load_stage`; tokens: Tokens of the images; rows: their indices.
+        stage: of `load_stage`; tokens: Tokens of the images, with features where `ldm` keeps some; rows: their indices.
         given: (B, M, h, w) int64 tokens to keep, −1 where they are to be drawn.
     """
     network, config, count, _ = stage
-    known = known_of(config, tokens, rows, run.device, count)
-    generator = torch.Generator(run.device).manual_seed(seed)
-    if config.model == "gpt":
-        given = None if given is None else given.to(run.device)
-        choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-        return sample_tokens(network, len(rows), known, given, args.scale, generator, **choice).cpu()
-    kept = mask = None
-    if given is not None:  # a code is its own nearest feature
-        given = given.to(run.device)
-        mask = (given >= 0).all(dim=1, keepdim=True)
-        codes = zip(run.model.codebook(), run.model.by_codebook(given.clamp_min(0)))
-        kept = torch.cat([codebook[index].mean(dim=1).permute(0, 3, 1, 2) for codebook, index in codes], dim=1)
-    z = sample_features(network, len(rows), known, kept, mask, args.scale, args.sampling_steps, generator)
-    drawn = run.model.snap(z.chunk(len(run.model.codebook.sizes), dim=1))
-    return (drawn if given is None else torch.where(given >= 0, given, drawn)).cpu()
+    generator, drawn = torch.Generator(run.device).manual_seed(seed), []
+    for part in torch.arange(len(rows)).split(config.batch_size):
+        known = known_of(config, tokens, rows[part], run.device, count)
+        kept = None if given is None else given[part].to(run.device)
+        if config.model == "gpt":
+            choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+            drawn.append(sample_tokens(network, len(part), known, kept, args.scale, generator, **choice).cpu())
+            continue
+        features, mask = (None, None) if kept is None else given_features(run, tokens, rows[part], kept)
+        z = sample_features(network, len(part), known, features, mask, args.scale, args.sampling_steps, generator)
+        indices = run.model.snap(z.chunk(len(run.model.codebook.sizes), dim=1))
+        drawn.append((indices if kept is None else torch.where(kept >= 0, kept, indices)).cpu())
+    return torch.cat(drawn)
+
+
+def given_features(run, tokens, rows, given):
+    """What a denoiser is to keep: an image's own features where its tokens are given, a code's vector where a word is put.
+
+    Returns:
+        (B, C, h, w) features and a mask of the same shape.
+    Raises:
+        UserError: for a word put before Gumbel-VQ, whose codes do not lie among its features.
+    """
+    features = tokens.features[rows].to(run.device).chunk(len(run.model.codebook.sizes), dim=1)
+    own, kept, masks = run.model.by_codebook(tokens.indices[rows].to(run.device)), [], []
+    for z, codebook, index, true in zip(features, run.model.codebook(), run.model.by_codebook(given), own):
+        mask, put = (index >= 0).all(dim=1, keepdim=True), ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
+        if put.any() and run.config.quantizer == "gumbel":
+            raise UserError("--pin with --model ldm needs codes that are features; Gumbel-VQ's are not")
+        vectors = codebook[index.clamp_min(0)].mean(dim=1).permute(0, 3, 1, 2)  # (B, D, h, w)
+        kept.append(torch.where(put, vectors, z) if put.any() else z)
+        masks.append(mask.expand_as(z))
+    return torch.cat(kept, dim=1), torch.cat(masks, dim=1)
 
 
 def given_tokens(run, tokens, rows, complete, pins):
@@ -496,7 +544,7 @@ def colours_of_labels(maps, count):
     hue = torch.arange(count) * 0.618034 % 1  # the golden ratio keeps neighbours apart
     wheel = (hue[:, None] + torch.tensor([0.0, 1 / 3, 2 / 3])) * 2 * math.pi
     palette = torch.cat([wheel.cos() * 0.7, torch.full((1, 3), -1.0)])
-    return palette[maps.where(maps >= 0, count)].permute(0, 3, 1, 2)
+    return palette[maps.where((maps >= 0) & (maps < count), count)].permute(0, 3, 1, 2)
 
 
 def sample(args, runs):
@@ -504,24 +552,29 @@ def sample(args, runs):
     rows_of_picture, printed = [], []
     for run in runs:
         stage = load_stage(run, stage_config(args, run))
-        tokens = tokens_of(run, "val", False, args.data)
+        tokens = tokens_of(run, "val", with_features=args.model == "ldm" and bool(args.complete or args.pin))
+        if run.config.resolution != runs[0].config.resolution or run.config.dataset != runs[0].config.dataset:
+            raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
         count = len(tokens.labels)
         rows = torch.tensor(args.images or np.linspace(0, count - 1, min(args.number, count)).astype(int).tolist())
         if rows.max() >= count or rows.min() < 0:
             raise UserError(f"--images {rows.max()}: there are images 0 … {count - 1}")
         if args.label:
             names = make_dataset(run.config, "val").classes
-            if args.label not in names:
-                raise UserError(f"--label {args.label}: the classes are {', '.join(names)}")
+            if args.label not in names[: stage[2]] or stage[1].condition != "class":
+                raise UserError(f"--label {args.label}: needs --condition class and one of {', '.join(names)}")
             tokens = tokens._replace(labels=torch.full_like(tokens.labels, names.index(args.label)))
         given = given_tokens(run, tokens, rows, args.complete, args.pin)
         decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
         if not rows_of_picture:
             if stage[1].condition == "segmentation":
                 rows_of_picture += list(colours_of_labels(tokens.segmentation[rows].long(), stage[2]))
-            rows_of_picture += decode(tokens.indices[rows])
+            dataset = make_dataset(run.config, "val")
+            rows_of_picture += list(to_images(torch.stack([dataset[int(row)]["image"] for row in rows]), torch.device("cpu")))
         if args.complete:
-            shown = (given[:, :1] >= 0).repeat_interleave(run.config.resolution // given.shape[2], 2)
+            shown = (given_tokens(run, tokens, rows, args.complete, [])[:, :1] >= 0).repeat_interleave(
+                run.config.resolution // given.shape[2], 2
+            )
             shown = shown.repeat_interleave(run.config.resolution // given.shape[3], 3)
             rows_of_picture += [torch.where(mask, image, 0) for mask, image in zip(shown, decode(tokens.indices[rows]))]
         for repeat in range(args.repeat):
@@ -555,9 +608,10 @@ def likelihood(run, stage, tokens, order=None):
         images = tokens.indices[rows].to(run.device)
         logits = network(images, known)
         losses = [
-            F.cross_entropy(part.float().mT, images[:, i].flatten(1), reduction="none").double().sum(1) for i, part in enumerate(logits)
+            F.cross_entropy(part.float().mT, images[:, i].flatten(1), reduction="none").cpu().double().sum(1)
+            for i, part in enumerate(logits)
         ]
-        bits.append(torch.stack(losses, dim=1).cpu() / math.log(2))
+        bits.append(torch.stack(losses, dim=1) / math.log(2))
     return torch.cat(bits)
 
 
@@ -573,7 +627,7 @@ def unigram_bits(train_set, val_set, sizes):
 def evaluate_stage(run, stage, args, inception):
     """One row of Table 6 → dict."""
     network, config, count, step = stage
-    train_set, val_set = (tokens_of(run, split, False, args.data) for split in ("train", "val"))
+    train_set, val_set = (tokens_of(run, split) for split in ("train", "val"))
     positions = math.prod(run.model.grid)
     result = {"run": str(run.path), "model": config.model, "condition": config.condition, "joint": config.joint, "step": step}
     if config.model == "gpt":
@@ -615,9 +669,12 @@ def evaluate(args, runs):
     """The sub-command: a table of every second stage of every run."""
     inception, results = load_inception(args.inception), []
     for run in runs:
-        for path in sorted((run.path / "synthesis").glob("*/config.json")):
-            config = SynthesisConfig(**json.loads(path.read_text()))
-            results.append(evaluate_stage(run, load_stage(run, config), args, inception))
+        for path in sorted((run.path / "synthesis").glob("*/last.pt")):
+            try:
+                stage = load_stage(run, SynthesisConfig(**load_checkpoint(path)["config"]))
+                results.append(evaluate_stage(run, stage, args, inception))
+            except UserError as error:
+                print(f"not in the table: {error}")
     if not results:
         raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; train one with: python synthesize.py RUN train")
     print(
@@ -650,11 +707,13 @@ def tokens(args, runs):
     if args.decode:
         folder = Path(args.output or run.path / "decoded")
         indices = load_tokens(args.decode, run.tokenizer, run.sizes)
-        for index, image in enumerate(decode_tokens(run.model, indices, run.device, run.config.batch_size)):
-            save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
+        for start in range(0, len(indices), run.config.batch_size):
+            part = decode_tokens(run.model, indices[start : start + run.config.batch_size], run.device, run.config.batch_size)
+            for index, image in enumerate(part, start):
+                save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
         print(f"{folder}: {len(indices):,} images")
     else:
-        kept = tokens_of(run, args.split, False, args.data, args.skip_broken)
+        kept = tokens_of(run, args.split)
         indices, path = kept.indices.numpy(), run.path / f"tokens{'' if args.split == 'val' else '-train'}.npz"
         if args.output:
             Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -678,7 +737,14 @@ def one(runs, name):
 def stage_config(args, run):
     """The SynthesisConfig that flags name for a run: explicit flags before TINY's values."""
     small = TINY if run.config.preset == "tiny" else {}
-    return SynthesisConfig(**{**small, **args.given})
+    config = SynthesisConfig(**{**small, **args.given})
+    for names, fits, what in BOUNDS:
+        for name in names.split():
+            if not fits(getattr(config, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must {what}")
+    if config.width % (2 * config.heads):
+        raise UserError(f"--width {config.width} must be a multiple of twice the {config.heads} heads")
+    return config
 
 
 def parse(argv=None):
@@ -690,6 +756,8 @@ def parse(argv=None):
     def add(name, call, what):
         sub = commands.add_parser(name, help=what, description=what)
         sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
+        sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
+        sub.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")
         sub.set_defaults(call=call)
         return sub
 
@@ -729,7 +797,6 @@ def parse(argv=None):
             sub.add_argument("--inception", default="", metavar="FILE", help="local copy of the Inception weights of FID")
     sub = add("tokens", tokens, "Images to tokens, and back.")
     sub.add_argument("--split", choices=("train", "val"), default="val", help="images to encode (default: val)")
-    sub.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")
     sub.add_argument("--output", default="", help="token file, or with --decode folder of images (default: in the run)")
     sub.add_argument("--decode", default="", metavar="FILE", help="a token file to turn back into images")
     sub.add_argument("--words", type=int, nargs="*", default=[], metavar="INDEX", help="images to print as words")
@@ -742,8 +809,13 @@ def parse(argv=None):
 def main(argv=None):
     """Run a sub-command on a run, or on several."""
     args = parse(argv)
-    device = pick_device(args.given.get("device", "auto"))
-    args.call(args, [Run(path, device) for path in args.runs])
+    if hasattr(args, "temperature"):
+        check_choices(args)
+    runs = [Run(path, pick_device(args.given.get("device", "auto"))) for path in args.runs]
+    for config in (run.config for run in runs):
+        config.data, config.labels = args.data or config.data, args.labels or config.labels
+        config.skip_broken = args.skip_broken or config.skip_broken
+    args.call(args, runs)
 
 
 if __name__ == "__main__":

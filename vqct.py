@@ -1138,7 +1138,8 @@ def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         probability = ordered.softmax(dim=-1)
         ordered = ordered.masked_fill(probability.cumsum(dim=-1) - probability >= top_p, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter(-1, order, ordered)
-    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+    # the largest of p over an exponential variate is distributed as p, and no check of p waits for the device
+    return (logits.softmax(dim=-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(dim=-1)
 
 
 @torch.no_grad()
@@ -1233,7 +1234,7 @@ def sample_features(model, batch, known=None, given=None, mask=None, scale=1.0, 
     Args:
         model: Denoiser in evaluation mode.
         known: of Condition, for `batch` images.
-        given: (B, C, h, w) features to keep where mask (B, 1, h, w) is True; at each step they get that step's noise.
+        given: (B, C, h, w) features to keep where mask, of that shape or (B, 1, h, w), is True; at each step they get its noise.
         scale: of classifier-free guidance.
         steps: evaluations of the network (twice as many with guidance).
     Returns:

@@ -98,7 +98,7 @@ def stage(run, *flags):
     folder = run / "synthesis" / "-".join([args.model, args.condition, *["independent"] * ("--no-joint" in flags)])
     if not folder.exists():
         main([str(run), "train", *flags, *SMALL, "--steps", "3"])
-    return here, load_stage(here, stage_config(args, here)), tokens_of(here, "val"), args
+    return here, load_stage(here, stage_config(args, here)), tokens_of(here, "val", args.model == "ldm"), args
 
 
 @pytest.mark.parametrize("model", ["gpt", "ldm"])
@@ -203,3 +203,45 @@ def test_a_second_stage_belongs_to_its_tokenizer(run):
         load_stage(here, stage_config(args, here))
     with pytest.raises(UserError, match="no second stage in"):
         load_stage(here, SynthesisConfig(condition="class", joint=False))
+
+
+def test_flags_that_cannot_be_are_a_line(run, tmp_path):
+    stage(run, "--condition", "none")
+    for flags, message in (
+        (["train", "--condition", "class", "--heads", "5"], "must be a multiple of twice"),
+        (["train", "--condition", "class", "--log-every", "0"], "--log-every 0 must be at least 1"),
+        (["train", "--condition", "class", "--dropout", "1.5"], "--dropout 1.5 must lie"),
+        (["train", "--condition", "none"], "exists already; go on with --resume"),
+        (["sample", "--top-p", "0"], "--top-p lie in"),
+        (["sample", "--number", "0"], "must be at least 1"),
+        (["sample", "--label", "robin"], "needs --condition class"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([str(run), *flags, *(["--output", str(tmp_path / "x.png")] if flags[0] == "sample" else [])])
+    with pytest.raises(UserError, match="train takes one run"):
+        main([str(run), str(run), "train"])
+
+
+def test_a_damaged_cache_is_made_anew(run, capsys):
+    here = Run(run, torch.device("cpu"))
+    tokens = tokens_of(here, "val")
+    (run / "tokens.npz").write_bytes((run / "tokens.npz").read_bytes()[:500])
+    assert torch.equal(tokens_of(here, "val").indices, tokens.indices) and "made anew" in capsys.readouterr().out
+    made = (run / "tokens.npz").stat().st_mtime_ns
+    tokens_of(here, "val")
+    assert (run / "tokens.npz").stat().st_mtime_ns == made
+    here.config.labels = "elsewhere"  # other data are other tokens, whatever the file holds
+    tokens_of(here, "val")
+    assert (run / "tokens.npz").stat().st_mtime_ns > made
+
+
+def test_two_runs_share_a_picture(run, tmp_path):
+    stage(run, "--condition", "segmentation")
+    main(
+        [str(run), str(run), "sample", "--condition", "segmentation", "--number", "2", "--repeat", "1", "--output", str(tmp_path / "s.png")]
+    )
+    with Image.open(tmp_path / "s.png") as picture:
+        rows = np.array(picture)[2:].reshape(4, 34, -1)  # maps, originals, a sample of each
+    assert np.array_equal(rows[2], rows[3]) and not np.array_equal(rows[1], rows[2])
+    dataset = DemoDataset("val", 32)
+    assert np.array_equal(np.array(Image.open(tmp_path / "s.png"))[36:68, 2:34], dataset[0]["image"].permute(1, 2, 0).numpy())

@@ -943,6 +943,13 @@ def test_cached_sampling_equals_uncached(sizes, choice, scale):
     assert not torch.equal(draws[0], sample_tokens(model, 4, known.flip(1), None, scale, torch.manual_seed(3), **choice))
 
 
+def test_cached_sampling_equals_uncached_at_256_positions():
+    model = TokenTransformer((40, 60), (16, 16), Condition("none", 0, 32), width=32, depth=2, heads=2).eval()
+    for choice in (dict(temperature=0), dict()):
+        draws = [sample_tokens(model, 2, generator=torch.manual_seed(0), cached=cached, **choice) for cached in (True, False)]
+        assert torch.equal(*draws)
+
+
 def test_a_token_is_predicted_from_those_before_it_alone():
     model, tokens = transformer(), torch.randint(0, 5, (1, 2, 3, 4))
     known, before = torch.rand(1, 3, 3, 4), None

@@ -380,6 +380,11 @@ def train(args, runs):
     state = load_checkpoint(folder / "last.pt") if args.resume else None
     if state is None and (folder / "last.pt").exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
+    fixed = [name for name, value in args.given.items() if state and name not in ("device", "steps") and value != state["config"][name]]
+    if fixed:
+        raise UserError(
+            f"--resume cannot change --{fixed[0].replace('_', '-')} from {state['config'][fixed[0]]!r}; train anew with --overwrite"
+        )
     if state is not None and state["tokenizer"] != run.tokenizer:
         raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it anew with --overwrite")
     with_features = config.model == "ldm"

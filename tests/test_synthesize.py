@@ -212,6 +212,7 @@ def test_flags_that_cannot_be_are_a_line(run, tmp_path):
         (["train", "--condition", "class", "--log-every", "0"], "--log-every 0 must be at least 1"),
         (["train", "--condition", "class", "--dropout", "1.5"], "--dropout 1.5 must lie"),
         (["train", "--condition", "none"], "exists already; go on with --resume"),
+        (["train", "--condition", "none", "--resume", "--lr", "1"], "--resume cannot change --lr"),
         (["sample", "--top-p", "0"], "--top-p lie in"),
         (["sample", "--number", "0"], "must be at least 1"),
         (["sample", "--label", "robin"], "needs --condition class"),

@@ -297,6 +297,7 @@ class StageTrainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=run.device.type == "cuda")
 
     def state(self):
+        """Everything that resuming and sampling need, as plain tensors, numbers and strings."""
         return {
             "version": VERSION,
             "config": dataclasses.asdict(self.config),
@@ -311,6 +312,7 @@ class StageTrainer:
         }
 
     def load(self, state):
+        """Go on from a checkpoint of `state`."""
         self.step = state["step"]
         self.network.load_state_dict(state["network"])
         self.ema.load_state_dict(state["ema"])

@@ -567,7 +567,7 @@ def sample(args, runs):
         if rows.max() >= count or rows.min() < 0:
             raise UserError(f"--images {rows.max()}: there are images 0 … {count - 1}")
         if args.label:
-            names = make_dataset(run.config, "val").classes
+            names = make_dataset(run.config, "val", check=False).classes
             if args.label not in names[: stage[2]] or stage[1].condition != "class":
                 raise UserError(f"--label {args.label}: needs --condition class and one of {', '.join(names)}")
             tokens = tokens._replace(labels=torch.full_like(tokens.labels, names.index(args.label)))
@@ -576,7 +576,7 @@ def sample(args, runs):
         if not rows_of_picture:
             if stage[1].condition == "segmentation":
                 rows_of_picture += list(colours_of_labels(tokens.segmentation[rows].long(), stage[2]))
-            dataset = make_dataset(run.config, "val")
+            dataset = make_dataset(run.config, "val", check=run.config.skip_broken)  # for the numbers of those left
             rows_of_picture += list(to_images(torch.stack([dataset[int(row)]["image"] for row in rows]), torch.device("cpu")))
         if args.complete:
             shown = (given_tokens(run, tokens, rows, args.complete, [])[:, :1] >= 0).repeat_interleave(
@@ -593,10 +593,8 @@ def sample(args, runs):
     save_grid(rows_of_picture, path, len(rows))
     print(f"{path}: {len(rows)} columns, {len(rows_of_picture) // len(rows)} rows")
     for number, (run, index, drawn, image) in enumerate(printed):
-        words, picture = (
-            per_token(run.model, code_words(run.prior, run.model.codebook.sizes)),
-            path.with_name(f"{path.stem}-words-{number}.png"),
-        )
+        words = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
+        picture = path.with_name(f"{path.stem}-words-{number}.png")
         draw_words(image, drawn, words, picture)
         print(f"\n{run.path}, image {index}, {picture}\n{words_of(drawn, words)}")
 
@@ -659,7 +657,7 @@ def evaluate_stage(run, stage, args, inception):
 def sampled_fid(run, stage, tokens, args, network):
     """FID of as many samples as there are evaluation images against these, both at the run's resolution."""
     network, features = network.to(run.device), ([], [])
-    loader = make_loader(make_dataset(run.config, "val"), run.device, -1, batch_size=run.config.batch_size)
+    loader = make_loader(make_dataset(run.config, "val", check=run.config.skip_broken), run.device, -1, batch_size=run.config.batch_size)
     for n, (batch, rows) in enumerate(zip(loader, torch.arange(len(tokens.labels)).split(run.config.batch_size))):
         drawn = decode_tokens(run.model, draw_images(run, stage, tokens, rows, args, args.seed + n), run.device, run.config.batch_size)
         for kept, images in zip(features, (batch["image"], to_bytes(drawn))):

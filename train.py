@@ -1136,7 +1136,7 @@ def train(config, resume=False, overwrite=False):
             raise UserError(f"run '{out}' is at step {state['step']} already; give --steps more than that")
     else:
         check_folder(out, overwrite)
-    device, train_set, val_set = check_inputs(config)
+    device, train_set, val_set = check_inputs(config, resume)
     if resume:
         trainer = Trainer(config, state["prior"], device)
         trainer.load(state)
@@ -1248,11 +1248,12 @@ def resumed(stored, given):
     return check_config(config)
 
 
-def check_inputs(config):
-    """Device and data sets, with every problem found named at once."""
+def check_inputs(config, resume=False):
+    """Device and data sets, with every problem found named at once; a resumed run has its prior and first weights with it."""
     if config.download:
         download(config.dataset, Path(config.data))
-    paths = {f"--{name.replace('_', '-')}": getattr(config, name) for name in ("prior", "init", "trunk_weights", "lpips_weights")}
+    names = ("trunk_weights", "lpips_weights") if resume else ("prior", "init", "trunk_weights", "lpips_weights")
+    paths = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
     found, problems = {}, [f"{flag} '{path}' does not exist" for flag, path in paths.items() if path and not Path(path).exists()]
     for name, make in (
         ("device", lambda: pick_device(config.device)),

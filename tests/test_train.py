@@ -529,6 +529,17 @@ def test_an_image_that_breaks_while_a_worker_reads_is_one_line(tmp_path, capsys)
     assert stop.value.code == 2 and error.startswith("error: image '") and "0.png' cannot be read" in error and error.count("\n") == 1
 
 
+def test_a_run_resumes_without_the_files_it_began_with(tmp_path, prior):
+    prior.save(tmp_path / "prior.npz")
+    chosen = dict(**TINY, prior=str(tmp_path / "prior.npz"), out=str(tmp_path / "run"))
+    train(resolve({**chosen, "steps": 1}))
+    (tmp_path / "prior.npz").unlink()
+    train(resolve({**chosen, "steps": 2}), resume=True)
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+    with pytest.raises(UserError, match="--prior .* does not exist"):
+        train(resolve({**chosen, "out": str(tmp_path / "other")}))
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
 def test_training_starts_from_published_weights(tmp_path, capsys, suffix):
     theirs, path = Published(), tmp_path / f"last{suffix}"

@@ -89,6 +89,11 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     return float(np.square(mean_a - mean_b).sum() + np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(values).sum())
 
 
+def fid(a, b):
+    """Fréchet distance of two (N, d) float64 arrays of features, each as a Gaussian; FID when they are Inception's."""
+    return frechet_distance(*(moment for part in (a, b) for moment in (part.mean(axis=0), np.cov(part, rowvar=False))))
+
+
 class InceptionFeatures(nn.Module):
     """pool3 of the Inception-v3 whose weights FID was defined with (ported from TensorFlow).
 
@@ -274,9 +279,6 @@ def evaluate(
     scores, indices, features, pairs = reconstruct(model, dataset, device, config.batch_size, baseline, network, perceptual, save)
     by_codebook = [part.numpy() for part in model.by_codebook(torch.from_numpy(indices))]
     usage = code_usage(by_codebook, model.codebook.sizes)
-    fid = None
-    if network is not None:
-        fid = frechet_distance(*[part for kept in features for part in (kept.mean(axis=0), np.cov(kept, rowvar=False))])
     result = {
         "run": str(path),
         "method": config.method,
@@ -289,7 +291,7 @@ def evaluate(
         "images": len(dataset),
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
-        "fid": fid,
+        "fid": None if network is None else fid(*features),
         "fid_note": inception[1] or f"Inception-v3 pool3 (pt_inception-2015-12-05), {len(dataset):,} images at {config.resolution}²",
         "lpips_note": lpips[1] or "LPIPS v0.1, SqueezeNet",
         **code_statistics([codebook.counts for codebook in usage], len(dataset)),

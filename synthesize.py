@@ -2,9 +2,8 @@
 
     python synthesize.py runs/demo-vqct train --condition segmentation      a transformer of the run's tokens
     python synthesize.py runs/demo-vqct train --model ldm                   … or a denoiser of its features
-    python synthesize.py runs/demo-vqct sample --condition segmentation     Fig. 8: label maps, originals, samples
-    python synthesize.py runs/demo-vqct sample --complete top               the rest of an image, drawn
-    python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast         … with words in their places
+    python synthesize.py runs/demo-vqct sample --condition segmentation --complete top      Fig. 8's grid
+    python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast --words     words in their places, the rest drawn
     python synthesize.py runs/demo-vqct runs/demo-vqgan evaluate            Table 6
     python synthesize.py runs/demo-vqct tokens --words 0                    what image 0 reads as; tokens.npz in the run
     python synthesize.py runs/demo-vqct tokens --decode runs/demo-vqct/tokens.npz     and back to images
@@ -16,11 +15,14 @@ lies in its run's folder, `synthesis/<model>-<condition>`.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
+import difflib
+import hashlib
 import json
 import math
-import time
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -31,18 +33,22 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
 
-from evaluate import frechet_distance, load_inception, to_bytes
-from prior import SMALL, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
+from evaluate import as_markdown, draw_comparison, fid, load_inception, to_bytes
+from prior import SMALL, UserError, Progress, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
 from train import (
     TrainBatches,
     code_words,
     codebook_names,
+    evenly,
     load_checkpoint,
     load_run,
     make_dataset,
     make_loader,
     pick_device,
-    save_grid,
+    psnr,
+    resume_from,
+    run_steps,
+    save_config,
     to_images,
     trim_metrics,
 )
@@ -64,6 +70,7 @@ class SynthesisConfig:
     heads: int = option(12, "attention heads, dividing the width")
     dropout: float = option(0.1, "share of features zeroed in training")
     drop_condition: float = option(0.1, "share of training images without their condition, for classifier-free guidance")
+    views: int = option(8, "grids of tokens of each training image: its centre crop and random crops and flips, encoded once")
     steps: int = option(200_000, "optimizer steps")
     batch_size: int = option(32, "images a micro-step")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
@@ -79,13 +86,13 @@ class SynthesisConfig:
 
 
 BOUNDS = (
-    ("steps batch_size accumulate log_every eval_every width depth heads", lambda value: value >= 1, "be at least 1"),
+    ("views steps batch_size accumulate log_every eval_every width depth heads", lambda value: value >= 1, "be at least 1"),
     ("dropout drop_condition ema", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     ("lr", lambda value: value > 0, "be positive"),
     ("warmup weight_decay seed", lambda value: value >= 0, "not be negative"),
 )
-TINY = dict(width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
-VERSION = 1  # of a second stage's checkpoint
+TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
+SUBSAMPLES = 4  # pixels a side of a position at which its label map is kept, enough for shares in sixteenths
 
 
 # ---------------------------------------------------------------------------------------------
@@ -93,51 +100,59 @@ VERSION = 1  # of a second stage's checkpoint
 
 
 class Tokens(NamedTuple):
-    """A data set as the second stage sees it; arrays in memory."""
+    """A data set as the second stage sees it. Each image may have several rows: random crops and flips of it."""
 
     indices: torch.Tensor  # (N, M, h, w) int64
     labels: torch.Tensor  # (N,) int64, −1: none
-    segmentation: torch.Tensor | None  # (N, R, R) int16, −1: says nothing
-    features: torch.Tensor | None = None  # (N, C, h, w) float32, before quantization
+    segmentation: torch.Tensor | None  # (N, S h, S w) int16, S² pixels of each position; −1: says nothing
+    features: np.ndarray | None = None  # (N, C, h, w) float16 on disk, before quantization
 
 
 @torch.no_grad()
-def encode_dataset(model, dataset, device, batch_size, with_features=False):
-    """Every image of a dataset → Tokens."""
-    dataset.with_segmentation = True
-    kept, progress = {name: [] for name in Tokens._fields}, Progress()
-    for batch in make_loader(dataset, device, -1, batch_size=batch_size):
-        features = model.features(to_images(batch["image"], device))
-        kept["indices"].append(model.snap(features).cpu())
+def encode_dataset(run, dataset, views, path):
+    """Every image of a dataset as Tokens: its centre crop, then `views` − 1 random ones. `path` is where features go, if anywhere."""
+    model, (height, width), progress = run.model, run.model.grid, Progress()
+    keys = [(index, view * len(dataset) + index) if view else index for view in range(views) for index in range(len(dataset))]
+    dataset.with_segmentation, kept = True, {name: [] for name in ("indices", "labels", "segmentation")}
+    stride = max(1, run.config.resolution // height // SUBSAMPLES)
+    shape = (len(keys), run.model.code_dim * len(model.codebook.sizes), height, width)
+    features = path and np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    for batch in make_loader(dataset, run.device, -1, sampler=keys, batch_size=run.config.batch_size):
+        z, done = model.features(to_images(batch["image"], run.device)), sum(map(len, kept["labels"]))
+        kept["indices"].append(model.snap(z).cpu())
         kept["labels"].append(batch["label"])
-        kept["segmentation"] += [batch["segmentation"].short()] if "segmentation" in batch else []
-        kept["features"] += [torch.cat(features, dim=1).float().cpu()] if with_features else []
-        progress(f"encoding: {sum(map(len, kept['labels'])):,}/{len(dataset):,} images")
-    tokens = Tokens(**{name: torch.cat(parts) if parts else None for name, parts in kept.items()})
-    if tokens.segmentation is not None:
-        tokens.segmentation[tokens.segmentation == dataset.unlabeled] = -1
-    return tokens
+        if "segmentation" in batch:
+            maps = batch["segmentation"][:, stride // 2 :: stride, stride // 2 :: stride]
+            kept["segmentation"].append(maps.where((maps != dataset.unlabeled) & (maps < 2**15), -1).short())
+        if path:
+            features[done : done + len(batch["label"])] = torch.cat(z, dim=1).half().cpu().numpy()
+        progress(f"encoding: {done + len(batch['label']):,}/{len(keys):,} images")
+    return Tokens(**{name: torch.cat(parts) if parts else None for name, parts in kept.items()})
 
 
-def tokens_of(run, split, with_features=False):
+def tokens_of(run, split, views=1, with_features=False):
     """A split of a run's data set as Tokens, encoded once and kept in the run under the tokenizer's checksum and the data's place."""
-    path, config = run.path / f"tokens{'' if split == 'val' else '-train'}.npz", run.config
-    source = json.dumps([config.dataset, str(Path(config.data).resolve()), config.labels, config.skip_broken])
-    if path.is_file() and not with_features:
+    config, name = run.config, "" if split == "val" else f"-{split}"
+    source = json.dumps([config.dataset, str(Path(config.data).resolve()), config.labels, config.skip_broken, views])
+    path, key = run.path / f"tokens{name}.npz", hashlib.sha256(f"{run.tokenizer}{source}".encode()).hexdigest()[:12]
+    features = run.path / f"features{name}-{key}.npy"
+    if path.is_file() and (features.is_file() or not with_features):
         try:
             arrays = load_arrays(path, TOKEN_FILE, "token file", "python synthesize.py RUN tokens")
         except UserError as error:
             print(f"{error}: made anew")
             arrays = {"tokenizer": "", "source": ""}
         if (str(arrays["tokenizer"]), str(arrays["source"])) == (run.tokenizer, source):
-            maps = torch.from_numpy(arrays["segmentation"])
-            return Tokens(
-                torch.from_numpy(arrays["indices"]).long(), torch.from_numpy(arrays["labels"]).long(), maps if len(maps) else None
-            )
+            indices, labels, maps = (torch.from_numpy(arrays[name]) for name in TOKEN_FILE[:3])
+            tokens = Tokens(indices.long(), labels.long(), maps if len(maps) else None)
+            return tokens._replace(features=np.load(features, mmap_mode="r")) if with_features else tokens
     dataset = make_dataset(config, split)
-    tokens = encode_dataset(run.model, dataset, run.device, config.batch_size, with_features)
+    for stale in run.path.glob(f"features{name}-????????????.npy"):
+        stale.unlink()
+    with whole_file(features) if with_features else contextlib.nullcontext() as temporary:
+        tokens = encode_dataset(run, dataset, views, temporary)
     save_tokens(path, tokens, code_words(run.prior, run.model.codebook.sizes), dataset.classes, run.tokenizer, source)
-    return tokens
+    return tokens._replace(features=np.load(features, mmap_mode="r")) if with_features else tokens
 
 
 TOKEN_FILE = ("indices", "labels", "segmentation", "classes", "tokenizer", "source")
@@ -189,8 +204,8 @@ def words_of(indices, words):
     return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in cells)
 
 
-def draw_words(image, indices, words, path, cell=84):
-    """An image in [-1, 1], enlarged, with what each of its tokens reads as written into its place → PNG."""
+def draw_words(image, indices, words, path, given=None, cell=84):
+    """An image in [-1, 1], enlarged, with what each of its tokens reads as written into its place → PNG; a frame where it was given."""
     height, width = indices.shape[1:]
     picture = TF.to_pil_image(to_bytes(image)).resize((width * cell, height * cell), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
@@ -198,6 +213,8 @@ def draw_words(image, indices, words, path, cell=84):
         text = "\n".join(names[index] for names, index in zip(words, indices[:, row, column]))
         place = ((column + 0.5) * cell, (row + 0.5) * cell)
         draw.multiline_text(place, text, "white", SMALL, anchor="mm", align="center", stroke_width=1, stroke_fill="black")
+        if given is not None and given[row, column]:
+            draw.rectangle((column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1), outline="white", width=3)
     save_png(picture, path)
 
 
@@ -222,10 +239,10 @@ def known_of(config, tokens, rows, device, count):
     if config.condition == "class":
         return tokens.labels[rows].to(device)
     maps, (height, width) = tokens.segmentation[rows].to(device).long(), tokens.indices.shape[2:]
-    cells = maps.unflatten(1, (height, -1)).unflatten(3, (width, -1)).transpose(2, 3).flatten(3).flatten(1, 2)  # (B, N, f²)
+    cells = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1)).transpose(2, 3).flatten(3)  # (B, h, w, S²)
     cells = cells.where((cells >= 0) & (cells < count), count)
-    shares = torch.zeros(*cells.shape[:2], count + 1, device=device).scatter_add_(2, cells, torch.ones_like(cells, dtype=torch.float))
-    return (shares[:, :, :count] / cells.shape[2]).mT.unflatten(2, (height, width))
+    shares = torch.zeros(*cells.shape[:3], count + 1, device=device).scatter_add_(3, cells, torch.ones_like(cells, dtype=torch.float))
+    return shares[..., :count].permute(0, 3, 1, 2) / cells.shape[3]
 
 
 def condition_count(config, *splits):
@@ -242,10 +259,11 @@ def condition_count(config, *splits):
 
 def make_network(config, run, count):
     """The network that a SynthesisConfig names, for a tokenizer."""
-    condition = Condition(config.condition, count, config.width)
+    condition = Condition(config.condition, count, run.model.grid, config.width, config.heads)
     shape = dict(width=config.width, depth=config.depth, heads=config.heads, dropout=config.dropout)
     if config.model == "gpt":
-        return TokenTransformer(run.sizes, run.model.grid, condition, **shape, joint=config.joint).to(run.device)
+        codes = per_token(run.model, [part.detach().float() for part in run.model.codebook()])
+        return TokenTransformer(run.sizes, run.model.grid, condition, **shape, joint=config.joint, codes=codes).to(run.device)
     return Denoiser(run.model.code_dim * len(run.model.codebook.sizes), run.model.grid, condition, **shape).to(run.device)
 
 
@@ -255,19 +273,23 @@ def stage_folder(run, config):
 
 
 def load_stage(run, config):
-    """A trained second stage → (network of the averaged weights in evaluation mode, its SynthesisConfig, count, step)."""
+    """A trained second stage → (network of the best averaged weights in evaluation mode, its SynthesisConfig, count, step)."""
     folder = stage_folder(run, config)
-    if not (folder / "last.pt").is_file():
-        raise UserError(
-            f"no second stage in '{folder}'; train one with: python synthesize.py {run.path} train --model {config.model} --condition {config.condition}"
-        )
-    state = load_checkpoint(folder / "last.pt")
-    if state["tokenizer"] != run.tokenizer:
-        raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it anew with train --overwrite")
+    if not (folder / "best.pt").is_file():
+        command = f"python synthesize.py {run.path} train --model {config.model} --condition {config.condition}"
+        raise UserError(f"no second stage in '{folder}'; train one with: {command}" + " --no-joint" * (not config.joint))
+    state = load_checkpoint(folder / "best.pt")
+    check_tokenizer(run, state, folder)
     stored = SynthesisConfig(**state["config"])
     network = make_network(stored, run, state["count"])
     network.load_state_dict(state["ema"])
     return network.eval(), stored, state["count"], state["step"]
+
+
+def check_tokenizer(run, state, folder):
+    """Raise UserError for a second stage of other tokens than the run's."""
+    if state.get("tokenizer") != run.tokenizer:
+        raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it anew with train --overwrite")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -281,15 +303,22 @@ def token_losses(network, tokens, known, drop=None):
 
 
 class StageTrainer:
-    """State of a second stage's training and its step."""
+    """State of a second stage's training and its step, for `run_steps`.
 
-    def __init__(self, config, run, train_set, count):
+    Args:
+        config: SynthesisConfig; run: Run; count: classes or labels.
+        train_set, val_set: Tokens.
+    """
+
+    def __init__(self, config, run, count, train_set, val_set):
         torch.manual_seed(config.seed)
-        self.config, self.run, self.count, self.step = config, run, count, 0
+        self.config, self.run, self.device, self.count = config, run, run.device, count
+        self.step, self.best, self.train_set, self.val_set = 0, -math.inf, train_set, val_set
         self.network = make_network(config, run, count)
         if config.model == "ldm":
-            self.network.mean.copy_(train_set.features.mean(dim=(0, 2, 3)).view(-1, 1, 1))
-            self.network.std.copy_(train_set.features.std(dim=(0, 2, 3)).clamp_min(1e-6).view(-1, 1, 1))
+            some = torch.from_numpy(np.stack([train_set.features[row] for row in evenly(len(train_set.features), 4096)])).float()
+            self.network.mean.copy_(some.mean(dim=(0, 2, 3)).view(-1, 1, 1))
+            self.network.std.copy_(some.std(dim=(0, 2, 3)).clamp_min(1e-6).view(-1, 1, 1))
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
         matrices = [parameter for parameter in self.network.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.network.parameters() if parameter.dim() <= 1]
@@ -297,53 +326,37 @@ class StageTrainer:
         self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=run.device.type == "cuda")
 
     def state(self):
-        """Everything that resuming and sampling need, as plain tensors, numbers and strings."""
-        return {
-            "version": VERSION,
-            "config": dataclasses.asdict(self.config),
-            "step": self.step,
-            "count": self.count,
-            "tokenizer": self.run.tokenizer,
-            "network": self.network.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": torch.get_rng_state(),
-            **({"cuda_random": torch.cuda.get_rng_state(self.run.device)} if self.run.device.type == "cuda" else {}),
-        }
+        """What a checkpoint holds beside step, configuration and random state."""
+        networks = {"network": self.network.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
+        return {"count": self.count, "tokenizer": self.run.tokenizer, **networks}
 
     def load(self, state):
-        """Go on from a checkpoint of `state`."""
-        self.step = state["step"]
-        self.network.load_state_dict(state["network"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].cpu())
-        if "cuda_random" in state and self.run.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.run.device)
+        """Go on from a checkpoint's `state`."""
+        for name in ("network", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
 
-    def loss(self, network, tokens, rows, drop=None):
-        """What is minimised, and its parts by name."""
-        known = known_of(self.config, tokens, rows, self.run.device, self.count)
+    def loss(self, network, tokens, rows, drop=None, generator=None):
+        """What is minimised, and its parts by name: bits a token, or mean squared error of the noise."""
+        known = known_of(self.config, tokens, rows, self.device, self.count)
         if self.config.model == "ldm":
-            loss = network.loss(tokens.features[rows].to(self.run.device), known, drop)
+            loss = network.loss(torch.from_numpy(tokens.features[rows]).to(self.device).float(), known, drop, generator)
             return loss, {"noise": loss}
-        parts = token_losses(network, tokens.indices[rows].to(self.run.device), known, drop)
+        parts = token_losses(network, tokens.indices[rows].to(self.device), known, drop)
         names = part_names(self.run)
         return sum(parts), {name: part / math.log(2) for name, part in zip(names, parts)}
 
-    def train_step(self, tokens, batches):
-        """One step on a list of index lists → dict of () tensors."""
-        config, device = self.config, self.run.device
-        progress = min(1.0, (self.step + 1) / max(1, config.warmup))
+    def train_step(self, batches):
+        """One step on a list of lists of rows → dict of () tensors."""
+        config, device, metrics = self.config, self.device, {}
+        warm = min(1.0, (self.step + 1) / max(1, config.warmup))
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * progress * (0.55 + 0.45 * math.cos(math.pi * self.step / config.steps))
+            group["lr"] = config.lr * warm * (0.55 + 0.45 * math.cos(math.pi * self.step / config.steps))
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        metrics = {}
         for rows in batches:
             drop = torch.rand(len(rows), device=device) < config.drop_condition if config.condition != "none" else None
             with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda"):
-                loss, parts = self.loss(self.network, tokens, rows, drop)
+                loss, parts = self.loss(self.network, self.train_set, rows, drop)
             (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / len(batches)
@@ -351,21 +364,31 @@ class StageTrainer:
         self.optimizer.step()
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))  # a short run is not weighed down by its first weights
-        for average, parameter in zip(self.ema.parameters(), self.network.parameters()):
-            average.lerp_(parameter.detach(), 1 - decay)
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
         return metrics
 
     @torch.no_grad()
-    def validate(self, tokens):
-        """The averaged weights' loss over a split, its parts by name → dict of floats."""
-        network, totals = self.ema.eval(), {}
-        with torch.random.fork_rng(devices=[self.run.device] if self.run.device.type == "cuda" else []):
-            torch.manual_seed(0)  # ldm's noise: the same at each validation
-            for rows in torch.arange(len(tokens.labels)).split(self.config.batch_size):
-                loss, parts = self.loss(network, tokens, rows)
-                for name, value in {"loss": loss, **parts}.items():
-                    totals[name] = totals.get(name, 0.0) + value * len(rows) / len(tokens.labels)
-        return {name: float(value) for name, value in totals.items()}
+    def validate(self):
+        """The averaged weights' loss over the validation split, with the same noise each time."""
+        network, totals, generator = self.ema.eval(), {}, torch.Generator(self.device).manual_seed(0)
+        for rows in torch.arange(len(self.val_set.labels)).split(self.config.batch_size):
+            loss, parts = self.loss(network, self.val_set, rows, generator=generator)
+            for name, value in {"loss": loss, **parts}.items():
+                totals[name] = totals.get(name, 0.0) + value * len(rows) / len(self.val_set.labels)
+        values = {name: float(value) for name, value in totals.items()}
+        unit = (lambda value: f" bits a position (perplexity {2**value:,.0f})") if self.config.model == "gpt" else lambda value: ""
+        words = ", ".join(f"{name} {value:.3f}{unit(value)}" for name, value in values.items() if name != "loss")
+        return -values["loss"], values, words
+
+    def statistics(self):
+        """Nothing beside the losses."""
+        return {}
+
+    def describe(self, line):
+        """A line of metrics.jsonl in words."""
+        names = ["noise"] if self.config.model == "ldm" else part_names(self.run)
+        unit = " bits a position" if self.config.model == "gpt" else ""
+        return " ".join(f"{name} {line[name]:.3f}" for name in names) + unit
 
 
 def part_names(run):
@@ -378,79 +401,39 @@ def train(args, runs):
     """The sub-command: train a second stage on a run's tokens."""
     (run,) = one(runs, "train")
     config = stage_config(args, run)
-    folder = stage_folder(run, config)
-    state = load_checkpoint(folder / "last.pt") if args.resume else None
-    if state is None and (folder / "last.pt").exists() and not args.overwrite:
+    folder, state = stage_folder(run, config), None
+    if args.resume:
+        state = load_checkpoint(folder / "last.pt")
+        check_tokenizer(run, state, folder)
+        fixed = [name for name, value in args.given.items() if name not in ("device", "steps") and value != state["config"][name]]
+        if fixed:
+            flag = f"--{fixed[0].replace('_', '-')}"
+            raise UserError(f"--resume cannot change {flag} from {state['config'][fixed[0]]!r}; train anew with --overwrite")
+        config = SynthesisConfig(**{**state["config"], **args.given})
+    elif folder.exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
-    fixed = [name for name, value in args.given.items() if state and name not in ("device", "steps") and value != state["config"][name]]
-    if fixed:
-        raise UserError(
-            f"--resume cannot change --{fixed[0].replace('_', '-')} from {state['config'][fixed[0]]!r}; train anew with --overwrite"
-        )
-    if state is not None and state["tokenizer"] != run.tokenizer:
-        raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it anew with --overwrite")
     with_features = config.model == "ldm"
-    train_set, val_set = (tokens_of(run, split, with_features) for split in ("train", "val"))
+    train_set, val_set = tokens_of(run, "train", config.views, with_features), tokens_of(run, "val", 1, with_features)
     if config.batch_size > len(train_set.labels):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training images")
-    if state is not None:
-        config = SynthesisConfig(**{**state["config"], "device": config.device, "steps": args.given.get("steps", state["config"]["steps"])})
-    trainer = StageTrainer(config, run, train_set, condition_count(config, train_set, val_set) if state is None else state["count"])
-    if state is None:
-        for name in ("last.pt", "evaluation.json"):  # of one that is overwritten
-            (folder / name).unlink(missing_ok=True)
-    else:
-        trainer.load(state)
+    trainer = StageTrainer(config, run, state["count"] if state else condition_count(config, train_set, val_set), train_set, val_set)
+    if state:
+        resume_from(trainer, state)
         trim_metrics(folder / "metrics.jsonl", trainer.step)
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=1))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    save_config(config, folder)
     weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     print(
-        f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} images of "
-        f"{'×'.join(map(str, run.model.grid))} positions → {folder}"
+        f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} grids "
+        f"of {'×'.join(map(str, run.model.grid))} positions → {folder}"
     )
-    with open(folder / "metrics.jsonl", "a" if state else "w", buffering=1) as log:
-        run_steps(trainer, train_set, val_set, folder, log)
-    print(
-        f"done: {folder / 'last.pt'}; look at samples with: python synthesize.py {run.path} sample --model {config.model} --condition {config.condition}"
+    order = TrainBatches(
+        len(train_set.labels), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
     )
-
-
-def run_steps(trainer, train_set, val_set, folder, log):
-    """The loop: step, log, validate, save."""
-    config, progress, began, first = trainer.config, Progress(), time.monotonic(), trainer.step
-    steps = (trainer.step * config.accumulate, config.steps * config.accumulate)
-    batches = iter(TrainBatches(len(train_set.labels), config.batch_size, *steps, config.seed))
-    while trainer.step < config.steps:
-        metrics = trainer.train_step(train_set, [[index for index, _ in next(batches)] for _ in range(config.accumulate)])
-        last = trainer.step == config.steps
-        if trainer.step % config.log_every == 0 or last:
-            line = {"step": trainer.step, **{name: value.item() for name, value in metrics.items()}}
-            if not math.isfinite(line["loss"]):
-                raise UserError(
-                    f"the loss is not finite at step {trainer.step}; the last checkpoint is '{folder / 'last.pt'}'; try a lower --lr"
-                )
-            seconds = (time.monotonic() - began) / (trainer.step - first)
-            left = int((config.steps - trainer.step) * seconds)
-            log.write(json.dumps(line) + "\n")
-            parts = " ".join(f"{name} {value:.3f}" for name, value in line.items() if name not in ("step", "loss"))
-            unit = " bits a token" if config.model == "gpt" else ""
-            speed = config.batch_size * config.accumulate / seconds
-            progress(
-                f"step {trainer.step:,}/{config.steps:,} loss {line['loss']:.3f} {parts}{unit} {speed:.3g} images/s left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            )
-        if trainer.step % config.eval_every == 0 or last:
-            scores = trainer.validate(val_set)
-            log.write(json.dumps({"step": trainer.step, **{f"validation_{name}": value for name, value in scores.items()}}) + "\n")
-            parts = ", ".join(
-                f"{name} {value:.3f}" + (f" bits (perplexity {2**value:,.0f})" if config.model == "gpt" else "")
-                for name, value in scores.items()
-                if name != "loss"
-            )
-            progress(f"step {trainer.step:,}: validation {parts}", now=True)
-            with whole_file(folder / "last.pt") as temporary:
-                torch.save(trainer.state(), temporary)
+    run_steps(trainer, ([row for row, _ in batch] for batch in order), trainer.validate, folder)
+    print(f"done: look at samples with: python synthesize.py {run.path} sample --model {config.model} --condition {config.condition}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -458,11 +441,20 @@ def run_steps(trainer, train_set, val_set, folder, log):
 
 
 def check_choices(args):
-    """Raise UserError for flags of sampling that cannot be."""
+    """Raise UserError for flags of sampling that cannot be, or that say nothing of the model or condition asked for."""
     if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.sampling_steps < 1:
         raise UserError("--temperature and --top-k must not be negative, --top-p lie in (0, 1], --sampling-steps be at least 1")
     if getattr(args, "number", 1) < 1 or getattr(args, "repeat", 1) < 1:
         raise UserError("--number and --repeat must be at least 1")
+    if args.call is sample:
+        if args.model == "ldm" and (args.temperature, args.top_k, args.top_p, args.joint) != (1.0, 0, 1.0, True):
+            raise UserError("--temperature, --top-k, --top-p and --no-joint are of --model gpt, not ldm")
+        if args.model == "gpt" and args.sampling_steps != 50:
+            raise UserError("--sampling-steps is of --model ldm, not gpt; a transformer takes one step a position")
+        if args.condition == "none" and args.scale != 1:
+            raise UserError("--scale guides towards a condition; add --condition class or segmentation")
+        if args.label and args.condition != "class":
+            raise UserError("--label needs --condition class")
 
 
 def draw_images(run, stage, tokens, rows, args, seed, given=None):
@@ -496,28 +488,21 @@ def given_features(run, tokens, rows, given):
     Raises:
         UserError: for a word put before Gumbel-VQ, whose codes do not lie among its features.
     """
-    features = tokens.features[rows].to(run.device).chunk(len(run.model.codebook.sizes), dim=1)
+    features = torch.from_numpy(tokens.features[rows]).to(run.device).float().chunk(len(run.model.codebook.sizes), dim=1)
     own, kept, masks = run.model.by_codebook(tokens.indices[rows].to(run.device)), [], []
     for z, codebook, index, true in zip(features, run.model.codebook(), run.model.by_codebook(given), own):
         mask, put = (index >= 0).all(dim=1, keepdim=True), ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
         if put.any() and run.config.quantizer == "gumbel":
             raise UserError("--pin with --model ldm needs codes that are features; Gumbel-VQ's are not")
         vectors = codebook[index.clamp_min(0)].mean(dim=1).permute(0, 3, 1, 2)  # (B, D, h, w)
-        kept.append(torch.where(put, vectors, z) if put.any() else z)
+        kept.append(torch.where(put, vectors, z))
         masks.append(mask.expand_as(z))
     return torch.cat(kept, dim=1), torch.cat(masks, dim=1)
 
 
-def given_tokens(run, tokens, rows, complete, pins):
-    """What of some images is given: a known part, and words in their places → (B, M, h, w) int64, −1 elsewhere.
-
-    Args:
-        complete: "", "top", "bottom", "left", "right", or a PNG whose white pixels are known.
-        pins: list of "row,column=adjective,noun"; a word may be left out.
-    Raises:
-        UserError: for a position or a word that is not there.
-    """
-    height, width = run.model.grid
+def known_part(complete, grid):
+    """(h, w) bool: "top", "bottom", "left", "right", or the white pixels of a PNG; nothing for "". Raises UserError for another."""
+    height, width = grid
     known = torch.zeros(height, width, dtype=torch.bool)
     halves = {"top": (slice(0, height // 2), slice(None)), "bottom": (slice(height // 2, None), slice(None))}
     halves |= {"left": (slice(None), slice(0, width // 2)), "right": (slice(None), slice(width // 2, None))}
@@ -529,20 +514,34 @@ def given_tokens(run, tokens, rows, complete, pins):
                 known = torch.from_numpy(np.asarray(file.convert("L").resize((width, height), Image.Resampling.BOX)) > 127)
         except OSError as error:
             raise UserError(f"--complete {complete}: neither top, bottom, left or right, nor a PNG mask ({error})") from None
-    given = torch.where(known, tokens.indices[rows], -1)
+    return known
+
+
+def pin_words(run, given, pins):
+    """(B, M, h, w) given tokens, −1 elsewhere, with words put in their places.
+
+    Args:
+        pins: list of "row,column=adjective,noun"; a word may be left out.
+    Raises:
+        UserError: for a position or a word that is not there.
+    """
+    (height, width), given, names = run.model.grid, given.clone(), part_names(run)
     lists = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
     for pin in pins:
         place, _, words = pin.partition("=")
         try:
             row, column = map(int, place.split(","))
-            names = words.split(",")
-            for i, (name, listed) in enumerate(zip(names, lists)):
-                if name:
-                    given[:, i, row, column] = listed.index(name)
-            if len(names) > len(lists) or not (0 <= row < height and 0 <= column < width):
-                raise ValueError
-        except (ValueError, IndexError):
-            raise UserError(f"--pin {pin}: expected row,column=word,word within {height}×{width}, of this run's words") from None
+        except ValueError:
+            row, column = -1, -1
+        words = words.split(",")
+        if not (0 <= row < height and 0 <= column < width) or len(words) > len(lists) or not any(words):
+            raise UserError(f"--pin {pin}: expected row,column={','.join(names)} of a grid of {height} by {width}, counted from 0")
+        for i, word in enumerate(words):
+            if word and word not in lists[i]:
+                near = difflib.get_close_matches(word, lists[i], 3) or lists[i][:3]
+                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this run's codebook; there are {', '.join(near)} …")
+            if word:
+                given[:, i, row, column] = lists[i].index(word)
     return given
 
 
@@ -555,48 +554,63 @@ def colours_of_labels(maps, count):
 
 
 def sample(args, runs):
-    """The sub-command: Fig. 8's grid. Rows: condition, originals, known part, samples of each run; a column an image."""
-    rows_of_picture, printed = [], []
+    """The sub-command: Fig. 8's grid, a column an image. Rows: condition, originals, and of each run the known part and what is drawn."""
+    rows_of_picture, words_of_samples = [], []
     for run in runs:
+        if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
+            raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
         stage = load_stage(run, stage_config(args, run))
         tokens = tokens_of(run, "val", with_features=args.model == "ldm" and bool(args.complete or args.pin))
-        if run.config.resolution != runs[0].config.resolution or run.config.dataset != runs[0].config.dataset:
-            raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
-        count = len(tokens.labels)
-        rows = torch.tensor(args.images or np.linspace(0, count - 1, min(args.number, count)).astype(int).tolist())
-        if rows.max() >= count or rows.min() < 0:
-            raise UserError(f"--images {rows.max()}: there are images 0 … {count - 1}")
-        if args.label:
-            names = make_dataset(run.config, "val", check=False).classes
-            if args.label not in names[: stage[2]] or stage[1].condition != "class":
-                raise UserError(f"--label {args.label}: needs --condition class and one of {', '.join(names)}")
-            tokens = tokens._replace(labels=torch.full_like(tokens.labels, names.index(args.label)))
-        given = given_tokens(run, tokens, rows, args.complete, args.pin)
-        decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
+        rows = chosen_images(args, len(tokens.labels))
         if not rows_of_picture:
-            if stage[1].condition == "segmentation":
-                rows_of_picture += list(colours_of_labels(tokens.segmentation[rows].long(), stage[2]))
-            dataset = make_dataset(run.config, "val", check=run.config.skip_broken)  # for the numbers of those left
-            rows_of_picture += list(to_images(torch.stack([dataset[int(row)]["image"] for row in rows]), torch.device("cpu")))
+            rows_of_picture = condition_rows(args, run, stage, tokens, rows)
+        if args.label:
+            classes = make_dataset(run.config, "val", check=False).classes
+            if args.label not in classes[: stage[2]]:
+                raise UserError(f"--label {args.label}: classes are {', '.join(classes[: stage[2]])}")
+            tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(args.label)))
+        known, name = known_part(args.complete, run.model.grid), run.path.name
+        decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
+        pinned = pin_words(run, torch.full_like(tokens.indices[rows], -1), args.pin)
+        ways = [(f"{name}: sample", pinned)]
         if args.complete:
-            shown = (given_tokens(run, tokens, rows, args.complete, [])[:, :1] >= 0).repeat_interleave(
-                run.config.resolution // given.shape[2], 2
-            )
-            shown = shown.repeat_interleave(run.config.resolution // given.shape[3], 3)
-            rows_of_picture += [torch.where(mask, image, 0) for mask, image in zip(shown, decode(tokens.indices[rows]))]
-        for repeat in range(args.repeat):
-            drawn = draw_images(run, stage, tokens, rows, args, args.seed + repeat, given if args.complete or args.pin else None)
-            images = decode(drawn)
-            rows_of_picture += images
-            printed += [(run, index, tokens, image) for index, tokens, image in zip(rows.tolist(), drawn, images)] if args.words else []
+            size = [run.config.resolution // side for side in run.model.grid]
+            shown = known.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
+            rows_of_picture.append((f"{name}: known", [torch.where(shown, image, 0) for image in decode(tokens.indices[rows])]))
+            ways.insert(0, (f"{name}: completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), args.pin)))
+        for way, given in ways:
+            for repeat in range(args.repeat):
+                drawn = draw_images(run, stage, tokens, rows, args, args.seed + repeat, given if (given >= 0).any() else None)
+                rows_of_picture.append((way, decode(drawn)))
+                words_of_samples += [(run, way, *parts) for parts in zip(rows.tolist(), drawn, rows_of_picture[-1][1], given)]
     path = Path(args.output or stage_folder(runs[0], stage_config(args, runs[0])) / "samples.png")
-    save_grid(rows_of_picture, path, len(rows))
-    print(f"{path}: {len(rows)} columns, {len(rows_of_picture) // len(rows)} rows")
-    for number, (run, index, drawn, image) in enumerate(printed):
+    draw_comparison(rows_of_picture, path, len(rows), max(128, runs[0].config.resolution))
+    print(f"{path}: {len(rows)} columns, {len(rows_of_picture)} rows")
+    for number, (run, way, index, drawn, image, given) in enumerate(words_of_samples if args.words else []):
         words = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
         picture = path.with_name(f"{path.stem}-words-{number}.png")
-        draw_words(image, drawn, words, picture)
-        print(f"\n{run.path}, image {index}, {picture}\n{words_of(drawn, words)}")
+        draw_words(image, drawn, words, picture, (given >= 0).any(dim=0))
+        print(f"\n{way} for image {index}, {picture}\n{words_of(drawn, words)}")
+
+
+def chosen_images(args, count):
+    """The rows of --images, or --number of them spread over `count`. Raises UserError for one that is not there."""
+    rows = torch.tensor(args.images or evenly(count, args.number))
+    if rows.max() >= count or rows.min() < 0:
+        raise UserError(f"--images {int(rows.max() if rows.max() >= count else rows.min())}: there are images 0 … {count - 1}")
+    return rows
+
+
+def condition_rows(args, run, stage, tokens, rows):
+    """The first rows of Fig. 8's grid: label maps where they are the condition, and the images themselves."""
+    dataset, shown = make_dataset(run.config, "val", check=run.config.skip_broken), []  # for the numbers of those left
+    if stage[1].condition == "segmentation":
+        maps = colours_of_labels(tokens.segmentation[rows].long(), stage[2])
+        shown.append(("label map", list(F.interpolate(maps, size=run.config.resolution))))
+    if stage[1].condition == "class":
+        print("columns: " + ", ".join(dataset.classes[tokens.labels[row]] for row in rows))
+    originals = torch.stack([dataset[int(row)]["image"] for row in rows])
+    return [*shown, ("original", list(to_images(originals, torch.device("cpu"))))]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -632,20 +646,24 @@ def unigram_bits(train_set, val_set, sizes):
 def evaluate_stage(run, stage, args, inception):
     """One row of Table 6 → dict."""
     network, config, count, step = stage
-    train_set, val_set = (tokens_of(run, split) for split in ("train", "val"))
-    positions = math.prod(run.model.grid)
+    with_features = config.model == "ldm"
+    val_set, positions = tokens_of(run, "val", 1, with_features), math.prod(run.model.grid)
     result = {"run": str(run.path), "model": config.model, "condition": config.condition, "joint": config.joint, "step": step}
     if config.model == "gpt":
-        bits = likelihood(run, stage, val_set)
+        bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", config.views)
         result["bits"] = dict(zip(part_names(run), (bits.mean(0) / positions).tolist()))
         result["bits_image"] = float(bits.sum(1).mean())
         result["bits_uniform"] = sum(map(math.log2, run.sizes)) * positions
         result["bits_unigram"] = sum(unigram_bits(train_set, val_set, run.sizes)) * positions
-        if config.condition == "segmentation":
-            other = likelihood(run, stage, val_set, torch.arange(len(bits)).roll(1))
+        result["bits_per_bit"] = result["bits_image"] / result["bits_uniform"]
+        if config.condition == "segmentation":  # half a split away, as neighbours may be frames of one film
+            other = likelihood(run, stage, val_set, torch.arange(len(bits)).roll(len(bits) // 2))
             result["own_map_wins"] = float((bits.sum(1) < other.sum(1)).double().mean())
-    path = run.path / "evaluation.json"
-    result["psnr"] = json.loads(path.read_text())["psnr"] if path.is_file() else None
+    else:
+        trainer = StageTrainer(config, run, count, val_set, val_set)
+        trainer.ema = network
+        result["noise"] = trainer.validate()[1]["noise"]
+    result["psnr"] = decoded_psnr(run, val_set)
     result["fid"] = sampled_fid(run, stage, val_set, args, inception[0]) if inception[0] is not None else None
     result["fid_note"] = inception[1]
     with whole_file(stage_folder(run, config) / "evaluation.json") as temporary:
@@ -653,28 +671,50 @@ def evaluate_stage(run, stage, args, inception):
     return result
 
 
+def evaluation_images(run, tokens):
+    """Batches of a run's evaluation images, (B, 3, R, R) uint8, with their rows among the tokens."""
+    dataset = make_dataset(run.config, "val", check=run.config.skip_broken)
+    loader = make_loader(dataset, run.device, -1, batch_size=run.config.batch_size)
+    return zip((batch["image"] for batch in loader), torch.arange(len(tokens.labels)).split(run.config.batch_size))
+
+
+def decoded_psnr(run, tokens):
+    """Mean PSNR of the evaluation images' tokens, decoded: what the bits of a tokenizer are worth."""
+    scores = []
+    for images, rows in evaluation_images(run, tokens):
+        decoded = decode_tokens(run.model, tokens.indices[rows], run.device, run.config.batch_size)
+        scores.append(psnr(decoded, to_images(images, torch.device("cpu"))))
+    return torch.cat(scores).mean().item()
+
+
 @torch.no_grad()
-def sampled_fid(run, stage, tokens, args, network):
+def sampled_fid(run, stage, tokens, args, inception):
     """FID of as many samples as there are evaluation images against these, both at the run's resolution."""
-    network, features = network.to(run.device), ([], [])
-    loader = make_loader(make_dataset(run.config, "val", check=run.config.skip_broken), run.device, -1, batch_size=run.config.batch_size)
-    for n, (batch, rows) in enumerate(zip(loader, torch.arange(len(tokens.labels)).split(run.config.batch_size))):
+    inception, features = inception.to(run.device), ([], [])
+    for n, (images, rows) in enumerate(evaluation_images(run, tokens)):
         drawn = decode_tokens(run.model, draw_images(run, stage, tokens, rows, args, args.seed + n), run.device, run.config.batch_size)
-        for kept, images in zip(features, (batch["image"], to_bytes(drawn))):
-            kept.append(network(images.to(run.device)).cpu())
-    moments = [
-        part
-        for kept in features
-        for part in (torch.cat(kept).double().numpy().mean(axis=0), np.cov(torch.cat(kept).double().numpy(), rowvar=False))
-    ]
-    return frechet_distance(*moments)
+        for kept, part in zip(features, (images, to_bytes(drawn))):
+            kept.append(inception(part.to(run.device)).cpu().double())
+    return fid(*(torch.cat(kept).numpy() for kept in features))
+
+
+COLUMNS = {  # of Table 6: name in evaluation.json → title, format
+    "fid": ("FID ↓", ".2f"),
+    "bits_image": ("bits an image ↓", ",.1f"),
+    "bits_per_bit": ("per bit of its tokens ↓", ".3f"),
+    "bits_unigram": ("unigram", ",.0f"),
+    "bits_uniform": ("uniform", ",.0f"),
+    "own_map_wins": ("own map likelier", ".1%"),
+    "noise": ("noise error ↓", ".4f"),
+    "psnr": ("PSNR of its tokens, dB ↑", ".2f"),
+}
 
 
 def evaluate(args, runs):
     """The sub-command: a table of every second stage of every run."""
     inception, results = load_inception(args.inception), []
     for run in runs:
-        for path in sorted((run.path / "synthesis").glob("*/last.pt")):
+        for path in sorted((run.path / "synthesis").glob("*/best.pt")):
             try:
                 stage = load_stage(run, SynthesisConfig(**load_checkpoint(path)["config"]))
                 results.append(evaluate_stage(run, stage, args, inception))
@@ -682,24 +722,17 @@ def evaluate(args, runs):
                 print(f"not in the table: {error}")
     if not results:
         raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; train one with: python synthesize.py RUN train")
-    print(
-        "| run | model | condition | FID ↓ | bits a position ↓ | bits an image ↓ | unigram | uniform | own map likelier | PSNR of the tokens |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|---|")
-    number = lambda value, form: "–" if value is None else format(value, form)
-    for row in results:
-        parts = " + ".join(f"{value:.2f}" for value in row["bits"].values()) if "bits" in row else "–"
-        cells = [
-            row["run"],
-            row["model"] + ("" if row["joint"] else ", independent heads"),
-            row["condition"],
-            number(row["fid"], ".2f"),
-            parts,
-        ]
-        cells += [number(row.get(name), ",.0f") for name in ("bits_image", "bits_unigram", "bits_uniform")]
-        print("| " + " | ".join([*cells, number(row.get("own_map_wins"), ".1%"), number(row["psnr"], ".2f")]) + " |")
+    rows = [["run", "model", "condition", "bits a position ↓", *(title for title, _ in COLUMNS.values())]]
+    for result in results:
+        cell = lambda name, form: "–" if result.get(name) is None else format(result[name], form)
+        parts = " + ".join(f"{value:.3f}" for value in result["bits"].values()) if "bits" in result else "–"
+        model = result["model"] + ("" if result["joint"] else ", independent heads")
+        rows.append([result["run"], model, result["condition"], parts, *(cell(name, form) for name, (_, form) in COLUMNS.items())])
+    print(as_markdown(rows))
     if results[0]["fid"] is None:
         print(f"\nFID: – ({results[0]['fid_note']})")
+    if any(result["model"] == "ldm" for result in results):
+        print("\nldm has no likelihood of tokens: its noise error is the mean squared error of ε, of variance 1")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -785,6 +818,7 @@ def parse(argv=None):
             sub.add_argument(
                 "--condition", choices=("none", "class", "segmentation"), default="none", help="and which condition (default: none)"
             )
+            sub.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="--no-joint: the independent heads")
             sub.add_argument("--number", type=int, default=8, help="images, spread over the evaluation split (default: 8)")
             sub.add_argument("--images", type=int, nargs="+", metavar="INDEX", help="… or these")
             sub.add_argument("--label", default="", metavar="CLASS", help="class to draw instead of the images' own")

@@ -765,24 +765,22 @@ def make_loader(dataset, device, workers, **options):
 
 
 def save_checkpoint(path, trainer):
-    """Everything that resuming and decoding need, as plain tensors, numbers and strings."""
-    state = {
-        "version": CHECKPOINT_VERSION,
-        "config": dataclasses.asdict(trainer.config),
-        "step": trainer.step,
-        "best": trainer.best,
-        "prior": trainer.prior,
-        "model": trainer.model.state_dict(),
-        "last_used": trainer.last_used,
-        "generator_optimizer": trainer.generator_optimizer.state_dict(),
-        "random": torch.get_rng_state(),
-    }
+    """What `trainer.state` holds, the step, the configuration and the random state, as plain tensors, numbers and strings."""
+    state = {"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(trainer.config), "step": trainer.step, "best": trainer.best}
+    state.update(trainer.state(), random=torch.get_rng_state())
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
-    if trainer.discriminator is not None:
-        state.update(discriminator=trainer.discriminator.state_dict(), discriminator_optimizer=trainer.discriminator_optimizer.state_dict())
     with whole_file(path) as temporary:
         torch.save(state, temporary)
+
+
+def resume_from(trainer, state):
+    """Give a trainer of either stage the state of a checkpoint, random state and all."""
+    trainer.step, trainer.best = state["step"], state["best"]
+    trainer.load(state)
+    torch.set_rng_state(state["random"].cpu())
+    if "cuda_random" in state and trainer.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_random"].cpu(), trainer.device)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -880,12 +878,13 @@ class Trainer:
         config: Config.
         prior: dict of `portable`, or None.
         device: torch.device.
+        images: of an epoch.
     """
 
-    def __init__(self, config, prior, device):
+    def __init__(self, config, prior, device, images=1):
         torch.manual_seed(config.seed)
         self.config, self.prior, self.device = config, prior, device
-        self.step, self.best = 0, -math.inf
+        self.step, self.best, self.epoch = 0, -math.inf, math.ceil(images / (config.batch_size * config.accumulate))
         try:
             self.model = VQModel(config, prior)
         except ValueError as error:
@@ -917,18 +916,23 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
+    def state(self):
+        """Everything that resuming and decoding need, as plain tensors, numbers and strings."""
+        state = {"prior": self.prior, "model": self.model.state_dict(), "last_used": self.last_used}
+        state["generator_optimizer"] = self.generator_optimizer.state_dict()
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        return state
+
     def load(self, state):
-        """Go on from a checkpoint."""
-        self.step, self.best = state["step"], state["best"]
+        """Go on from a checkpoint's `state`."""
         self.model.load_state_dict(state["model"])
         self.generator_optimizer.load_state_dict(state["generator_optimizer"])
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["discriminator"])
             self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
         self.last_used = [used.to(self.device) for used in state["last_used"]]
-        torch.set_rng_state(state["random"].cpu())
-        if "cuda_random" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), self.device)
 
     def reconstruction_loss(self, x_hat, x):
         """First term of Eq. 2, and LPIPS beside it → (total, {name: value})."""
@@ -992,8 +996,8 @@ class Trainer:
         return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
 
     @torch.no_grad()
-    def validate(self, loader, picture, pairs=16):
-        """Mean PSNR over a loader, dB; some of its images go to `picture`, originals above reconstructions."""
+    def validate(self, loader, folder, pairs=16):
+        """Mean PSNR over a loader; some of its images go to a picture, originals above reconstructions. For `run_steps`."""
         self.model.eval()
         scores, shown, wanted = [], [], set(evenly(len(loader.dataset), pairs))
         for batch in loader:
@@ -1003,12 +1007,21 @@ class Trainer:
                 if len(scores) + row in wanted:
                     shown += [x[row].cpu(), x_hat[row].cpu()]
             scores.extend(psnr(x_hat, x))
-        draw_pairs(shown, picture)
-        return torch.stack(scores).mean().item()
+        draw_pairs(shown, folder / f"step_{self.step:07d}.png")
+        score = torch.stack(scores).mean().item()
+        return score, {"psnr": score}, f"PSNR {score:.2f} dB over {len(scores)} images"
 
-    def codes_used(self, epoch_steps):
-        """Codes of each codebook chosen in the latest `epoch_steps` steps."""
-        return [int((used >= max(0, self.step - epoch_steps)).sum()) for used in self.last_used]
+    def statistics(self):
+        """Codes of each codebook chosen in the latest epoch, for metrics.jsonl."""
+        return {"codes_used": [int((used >= max(0, self.step - self.epoch)).sum()) for used in self.last_used]}
+
+    def describe(self, line):
+        """A line of metrics.jsonl in words."""
+        losses = " ".join(f"{name} {line[name]:.4f}" for name in ("loss", "pixel", "perceptual", "quantizer") if name in line)
+        if "real_logits" in line:
+            losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f})"
+            losses += f" λ {line['adaptive_weight']:.3g}"
+        return losses + " codes " + " + ".join(f"{used}/{len(every)}" for used, every in zip(line["codes_used"], self.last_used))
 
 
 def draw_pairs(images, path, columns=8):
@@ -1138,84 +1151,81 @@ def train(config, resume=False, overwrite=False):
         check_folder(out, overwrite)
     device, train_set, val_set = check_inputs(config, resume)
     if resume:
-        trainer = Trainer(config, state["prior"], device)
-        trainer.load(state)
+        trainer = Trainer(config, state["prior"], device, len(train_set))
+        resume_from(trainer, state)
         trim_metrics(out / "metrics.jsonl", trainer.step)
         save_config(config, out)
         changed = [f"{name} {old} → {getattr(config, name)}" for name, old in state["config"].items() if getattr(config, name) != old]
         print(f"resumed at step {trainer.step:,}" + (f"; changed: {', '.join(changed)}" if changed else ""))
     else:
         prior = make_prior(config, train_set)
-        trainer = Trainer(config, portable(prior), device)
+        trainer = Trainer(config, portable(prior), device, len(train_set))
         if config.init:
             start_from(trainer, config.init)
         start_run(config, out, trainer, prior)  # nothing was touched before all this succeeded
     announce(config, trainer, train_set, val_set, out)
-    batches = TrainBatches(
-        len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
-    )
-    loader = make_loader(train_set, device, config.workers, batch_sampler=batches)
+    order = TrainBatches(len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed)
+    loader = make_loader(train_set, device, config.workers, batch_sampler=order)
     validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
     validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
-    with open(out / "metrics.jsonl", "a", buffering=1) as log:
-        run_steps(trainer, loader, validation, out, log)
+    batches = (to_images(batch["image"], device) for batch in loader)
+    run_steps(trainer, batches, lambda: trainer.validate(validation, out / "reconstructions"), out)
     return out
 
 
-def run_steps(trainer, loader, validation, out, log):
-    """The loop: step, log, validate, save."""
-    config, progress = trainer.config, Progress()
-    epoch_steps = math.ceil(len(loader.dataset) / (config.batch_size * config.accumulate))
-    images, waited = iter(loader), 0.0
+def run_steps(trainer, batches, validate, out):
+    """The loop of both stages: step, log, validate, save.
+
+    Args:
+        trainer: Trainer, or StageTrainer of synthesize.py.
+        batches: iterator of micro-batches.
+        validate: () → score, the higher the better; dict of floats to log; and their words.
+        out: folder of metrics.jsonl, last.pt and best.pt.
+    """
+    config, progress, waited = trainer.config, Progress(), 0.0
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
-    while trainer.step < config.steps:
-        began = time.monotonic()
-        batches = [to_images(next(images)["image"], trainer.device) for _ in range(config.accumulate)]
-        waited += time.monotonic() - began
-        metrics = trainer.train_step(batches)
-        last = trainer.step == config.steps
-        if trainer.step % config.log_every == 0 or last:
-            metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
-            now, since = time.monotonic(), trainer.step - recent[-1][0]
-            recent.append((trainer.step, now))
-            steps_done, seconds = trainer.step - recent[0][0], now - recent[0][1]
-            line = {
-                "step": trainer.step,
-                **metrics,
-                "codes_used": trainer.codes_used(epoch_steps),
-                "images_per_second": round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2),
-                "data_wait": round(waited / since, 4),  # seconds a step
-            }
-            waited = 0.0
-            log.write(json.dumps(line) + "\n")
-            if not math.isfinite(line["loss"]):
-                raise UserError(
-                    f"the loss is {line['loss']} at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr"
-                )
-            progress(progress_line(trainer, line, seconds / steps_done), now=last)
-        if trainer.step % config.eval_every == 0 or last:
-            score = trainer.validate(validation, out / "reconstructions" / f"step_{trainer.step:07d}.png")
-            if not math.isfinite(score):
-                raise UserError(
-                    f"the reconstructions are not finite at step {trainer.step}; the last good checkpoint is {out / 'last.pt'}; try a smaller --lr"
-                )
-            progress(f"step {trainer.step:,}: validation PSNR {score:.2f} dB over {len(validation.dataset)} images", now=True)
-            if score > trainer.best:
-                trainer.best = score
-                save_checkpoint(out / "best.pt", trainer)
-            save_checkpoint(out / "last.pt", trainer)
+    with open(out / "metrics.jsonl", "a", buffering=1) as log:
+        while trainer.step < config.steps:
+            began = time.monotonic()
+            group = [next(batches) for _ in range(config.accumulate)]
+            waited += time.monotonic() - began
+            metrics = trainer.train_step(group)
+            last = trainer.step == config.steps
+            if trainer.step % config.log_every == 0 or last:
+                metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
+                check_finite(metrics, trainer.step, out)
+                now, since = time.monotonic(), trainer.step - recent[-1][0]
+                recent.append((trainer.step, now))
+                steps_done, seconds = trainer.step - recent[0][0], now - recent[0][1]
+                speed = round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2)
+                timing = {"images_per_second": speed, "data_wait": round(waited / since, 4)}  # seconds a step
+                line, waited = {"step": trainer.step, **metrics, **trainer.statistics(), **timing}, 0.0
+                log.write(json.dumps(line) + "\n")
+                progress(progress_line(trainer, line, seconds / steps_done), now=last)
+            if trainer.step % config.eval_every == 0 or last:
+                score, values, words = validate()
+                check_finite(values, trainer.step, out)
+                log.write(json.dumps({"step": trainer.step, **{f"validation_{name}": value for name, value in values.items()}}) + "\n")
+                progress(f"step {trainer.step:,}: validation {words}", now=True)
+                if score > trainer.best:
+                    trainer.best = score
+                    save_checkpoint(out / "best.pt", trainer)
+                save_checkpoint(out / "last.pt", trainer)
+
+
+def check_finite(values, step, out):
+    """Raise UserError that names the first of some values that is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            saved = f"the last good checkpoint is '{out / 'last.pt'}'" if (out / "last.pt").exists() else "there is no checkpoint yet"
+            raise UserError(f"{name.replace('_', ' ')} is {value} at step {step:,}; {saved}; try a smaller --lr")
 
 
 def progress_line(trainer, line, seconds_a_step):
-    """One line for people: step, losses, codes used of each codebook, speed, time left."""
-    config, left = trainer.config, int((trainer.config.steps - trainer.step) * seconds_a_step)
-    losses = " ".join(f"{name} {line[name]:.4f}" for name in ("loss", "pixel", "perceptual", "quantizer") if name in line)
-    if "real_logits" in line:
-        losses += f" D {line['discriminator']:.3f} (real {line['real_logits']:+.2f}, fake {line['fake_logits']:+.2f})"
-        losses += f" λ {line['adaptive_weight']:.3g}"
-    codes = " + ".join(f"{used}/{size}" for used, size in zip(line["codes_used"], trainer.model.codebook.sizes))
+    """One line for people: step, losses, what the trainer tells of itself, speed, time left."""
+    left = int((trainer.config.steps - trainer.step) * seconds_a_step)
     return (
-        f"step {trainer.step:,}/{config.steps:,} {losses} codes {codes} {line['images_per_second']:.3g} images/s "
+        f"step {trainer.step:,}/{trainer.config.steps:,} {trainer.describe(line)} {line['images_per_second']:.3g} images/s "
         f"waits {1000 * line['data_wait']:.0f} ms/step for data, left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
     )
 

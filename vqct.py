@@ -1010,36 +1010,6 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
 
-class Condition(nn.Module):
-    """What is known of an image, as features at each position: nothing, its class, or its label map.
-
-    Args:
-        kind: "none", "class" or "segmentation".
-        count: classes, or labels of the map.
-    """
-
-    def __init__(self, kind, count, width):
-        super().__init__()
-        self.kind, self.count = kind, count
-        self.absent = nn.Parameter(torch.zeros(width))  # stands for a condition that is dropped or not known
-        if kind == "class":
-            self.embedding = nn.Embedding(count, width)
-        elif kind == "segmentation":  # each position sees the labels in and around it
-            self.embedding = nn.Sequential(nn.Conv2d(count, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
-
-    def forward(self, known, batch, drop=None):
-        """known: None, classes (B,) int64 with −1 unknown, or label shares (B, L, h, w); drop: (B,) bool → (B, N or 1, W)."""
-        absent = self.absent.expand(batch, 1, -1)
-        if self.kind == "none" or known is None:
-            return absent
-        if self.kind == "class":
-            features = self.embedding(known.clamp_min(0))[:, None]  # (B, 1, W)
-            drop = known < 0 if drop is None else drop | (known < 0)
-        else:
-            features = self.embedding(known).flatten(2).mT  # (B, N, W)
-        return features if drop is None else torch.where(drop[:, None, None], absent, features)
-
-
 class Positions(nn.Module):
     """Learned positions of a grid: a vector for each row plus one for each column."""
 
@@ -1053,6 +1023,69 @@ class Positions(nn.Module):
         return (self.row + self.column).flatten(0, 1)
 
 
+class Condition(nn.Module):
+    """What is known of an image, as features at each position: nothing, its class, or its label map.
+
+    Of a label map each position sees the labels in and around it, and by a block of attention all others.
+
+    Args:
+        kind: "none", "class" or "segmentation".
+        count: classes, or labels of the map.
+        grid, width, heads: as of TokenTransformer.
+    """
+
+    def __init__(self, kind, count, grid, width, heads=8):
+        super().__init__()
+        self.kind, self.count = kind, count
+        self.absent = nn.Parameter(torch.zeros(width))  # stands for a condition that is dropped or not known
+        if kind == "class":
+            self.embedding = nn.Embedding(count, width)
+        elif kind == "segmentation":
+            self.embedding = nn.Sequential(nn.Conv2d(count, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+            self.positions, self.block = Positions(grid, width), Block(width, heads)
+            for layer in (self.block.project, self.block.mlp[2]):  # at first each position sees its own surroundings alone
+                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+
+    def forward(self, known, batch, drop=None):
+        """known: None, classes (B,) int64 with −1 unknown, or label shares (B, L, h, w); drop: (B,) bool → (B, N or 1, W)."""
+        absent = self.absent.expand(batch, 1, -1)
+        if self.kind == "none" or known is None:
+            return absent
+        if self.kind == "class":
+            features = self.embedding(known.clamp_min(0))[:, None]  # (B, 1, W)
+            drop = known < 0 if drop is None else drop | (known < 0)
+        else:
+            features = self.block(self.embedding(known).flatten(2).mT + self.positions())  # (B, N, W)
+        return features if drop is None else torch.where(drop[:, None, None], absent, features)
+
+
+class CodeEmbedding(nn.Module):
+    """A vector for each code, into and out of a transformer: learned, plus a linear map of the code itself.
+
+    With the map, codes that lie close begin alike, and what is learned of one serves its neighbours.
+
+    Args:
+        size: codes; width: features; codes: (size, D) vectors that are known of them, or None.
+    """
+
+    def __init__(self, size, width, codes=None):
+        super().__init__()
+        self.learned, self.map = nn.Parameter(0.04 * torch.randn(size, width)), None
+        if codes is not None:
+            self.register_buffer("codes", (codes - codes.mean(dim=0)) / codes.std().clamp_min(1e-6))
+            self.map = nn.Parameter(0.5 * codes.shape[1] ** -0.5 * torch.randn(codes.shape[1], width))
+
+    def forward(self, indices):
+        """(…) indices → (…, W)."""
+        rows = F.embedding(indices, self.learned)
+        return rows if self.map is None else rows + F.embedding(indices, self.codes) @ self.map
+
+    def logits(self, x):
+        """(…, W) → (…, K), inner products with every code's vector."""
+        scores = F.linear(x, self.learned)
+        return scores if self.map is None else scores + F.linear(F.linear(x, self.map), self.codes)
+
+
 class TokenTransformer(nn.Module):
     """p(tokens | condition) in raster order, one step a position (§4.4; Esser et al. 2021 for one codebook).
 
@@ -1064,21 +1097,22 @@ class TokenTransformer(nn.Module):
         grid: (h, w) positions.
         condition: Condition of the same width.
         joint: whether a token's prediction sees those before it at its position; a control without.
+        codes: M tensors (K_i, D), the tokenizer's codes, as a first idea of which tokens are alike; or None.
     """
 
-    def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, joint=True):
+    def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, joint=True, codes=None):
         super().__init__()
         self.sizes, self.grid, self.width, self.joint = tuple(sizes), tuple(grid), width, joint
         self.condition, self.positions = condition, Positions(grid, width)
-        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
+        codes = codes or [None] * len(sizes)
+        self.embeddings = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in zip(sizes, codes))
         self.start = nn.Parameter(0.02 * torch.randn(width))
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout) for _ in range(depth))
-        self.predict = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, size)) for size in sizes
-        )
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.02)
+        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)) for _ in sizes)
+        self.outputs = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in zip(sizes, codes))
+        for output in self.outputs:  # no code is much likelier than another before anything is learned
+            output.map is not None and nn.init.zeros_(output.map)
 
     def cache(self, batch):
         """Room for keys and values of every position: depth tensors (2, B, H, N, d)."""
@@ -1110,7 +1144,7 @@ class TokenTransformer(nn.Module):
         """(B, T, K_i) logits of token i; tokens (B, ≥ i, T) are those of the same positions before it."""
         if self.joint:
             hidden = hidden + sum(self.embeddings[j](tokens[:, j]) for j in range(i))
-        return self.predict[i](hidden)
+        return self.outputs[i].logits(self.heads[i](hidden))
 
     def forward(self, tokens, known=None, drop=None):
         """(B, M, h, w) tokens → a list of M logits, (B, N, K_i), each given all tokens before it."""
@@ -1219,10 +1253,11 @@ class Denoiser(nn.Module):
             x = block(x, signal)
         return self.leave(self.norm(x)).mT.unflatten(2, self.grid)
 
-    def loss(self, z, known=None, drop=None):
+    def loss(self, z, known=None, drop=None, generator=None):
         """Mean squared error of ε at a random t for each of (B, C, h, w) features → ()."""
         z = (z - self.mean) / self.std
-        t, noise = torch.rand(len(z), device=z.device) * self.LAST, torch.randn_like(z)
+        t = torch.rand(len(z), device=z.device, generator=generator) * self.LAST
+        noise = torch.randn(z.shape, device=z.device, generator=generator)
         z_t = (t * math.pi / 2).cos()[:, None, None, None] * z + (t * math.pi / 2).sin()[:, None, None, None] * noise
         return F.mse_loss(self(z_t, t, self.condition(known, len(z), drop)), noise)
 

@@ -73,7 +73,7 @@ def bench_prior(corpus, size=20_000, rounds=3):
 
 def bench_sampling(batch=8, rounds=3):
     """Seconds of drawing 256 positions of two tokens, with keys and values kept and without."""
-    model = TokenTransformer((903, 2888), (16, 16), Condition("none", 0, 256)).eval()
+    model = TokenTransformer((903, 2888), (16, 16), Condition("none", 0, (16, 16), 256)).eval()
     ours, theirs = [], []
     for _ in range(rounds):
         ours.append(seconds(sample_tokens, model, batch))

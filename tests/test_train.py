@@ -367,17 +367,19 @@ def run_tiny(out, **choices):
     return train(resolve({**TINY, "out": str(out), "steps": 8, **choices}))
 
 
-def lines_of(out):
+def lines_of(out, kind="loss"):
+    """The lines of metrics.jsonl that hold `kind`, without their times."""
     lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in ("images_per_second", "data_wait")} for line in lines]
+    timeless = [{name: value for name, value in line.items() if name not in ("images_per_second", "data_wait")} for line in lines]
+    return [line for line in timeless if kind in line]
 
 
 def test_training_lowers_the_loss_and_leaves_a_whole_run(tmp_path):
     out = run_tiny(tmp_path / "run", steps=60, eval_every=30, gan_start=40)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    pixel = [line["pixel"] for line in lines]
+    lines, pixel = lines_of(out), [line["pixel"] for line in lines_of(out)]
+    assert [line["step"] for line in lines_of(out, "validation_psnr")] == [30, 60]
     assert len(lines) == 60 and np.mean(pixel[-10:]) < 0.5 * np.mean(pixel[:5])
-    assert all({"step", "loss", "codes_used", "images_per_second"} <= set(line) for line in lines)
+    assert all({"step", "loss", "codes_used"} <= set(line) for line in lines)
     assert "adaptive_weight" not in lines[39] and {"adaptive_weight", "real_logits", "fake_logits", "discriminator"} <= set(lines[40])
     assert {p.name for p in out.iterdir()} == {
         "config.json",
@@ -600,12 +602,14 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 
 def test_codes_used_counts_the_latest_epoch(prior):
-    trainer = Trainer(resolve(TINY), portable(prior), torch.device("cpu"))
-    assert trainer.codes_used(10) == [0, 0]
+    config = resolve(TINY)
+    trainer = Trainer(config, portable(prior), torch.device("cpu"), images=10 * config.batch_size)
+    assert trainer.statistics() == {"codes_used": [0, 0]}
     trainer.step = 30
     trainer.last_used[0][:] = torch.tensor([-1, 5, 19, 20, 25, 29, 0])
-    assert trainer.codes_used(10) == [3, 0]  # chosen in steps 20 … 29
-    assert trainer.codes_used(100) == [6, 0]
+    assert trainer.statistics() == {"codes_used": [3, 0]}  # chosen in steps 20 … 29
+    trainer.epoch = 100
+    assert trainer.statistics() == {"codes_used": [6, 0]}
 
 
 def test_psnr_by_hand():

@@ -160,7 +160,7 @@ def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
     assert np.allclose(uniform, np.log2(here.sizes))
     main([str(run), "evaluate"])
     printed = capsys.readouterr().out
-    assert "| gpt | segmentation | 6." in printed and "FID: – (" in printed
+    assert "| gpt | segmentation | " in printed and "FID: – (" in printed
     saved = json.loads((run / "synthesis" / "gpt-segmentation" / "evaluation.json").read_text())
     assert math.isclose(saved["bits_per_bit"], saved["bits_image"] / (256 * sum(map(math.log2, here.sizes))))
     x = to_images(torch.stack([DemoDataset("val", 32)[i]["image"] for i in range(5)]), torch.device("cpu"))
@@ -203,6 +203,47 @@ def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
             main([*shared, *flags])
 
 
+@pytest.mark.parametrize("model", ["gpt", "ldm"])
+def test_a_word_in_its_place_stays(run, model):
+    here, trained, tokens, args = stage(run, "--model", model, "--condition", "none")
+    if here.prior is None:
+        pytest.skip("codes without words")
+    nothing = torch.full_like(tokens.indices[:2], -1)
+    for words, stay in ((here.prior["adjective_words"][2], 0), ("," * (len(here.sizes) - 1) + here.prior["noun_words"][2], -1)):
+        given = pin_words(here, nothing, [f"1,2={words}"])
+        assert (given >= 0).sum() == 2 and (nothing == -1).all()
+        drawn = draw_images(here, trained, tokens, torch.arange(2), args, 0, given)
+        assert (drawn[:, stay, 1, 2] == 2).all() and drawn.shape == nothing.shape
+
+
+def test_views_are_crops_and_flips_with_their_maps(run):
+    here = Run(run, torch.device("cpu"))
+    one, three = tokens_of(here, "val"), tokens_of(here, "val", 3)
+    dataset = DemoDataset("val", 32)
+    assert len(three.labels) == 15 and torch.equal(three.indices[:5], one.indices) and torch.equal(three.labels[5:10], one.labels)
+    dataset.with_segmentation = True
+    item = dataset[2, 5 + 2]  # the second view of image 2
+    with torch.no_grad():
+        assert torch.equal(here.model.encode(to_images(item["image"][None], here.device))[0], three.indices[7])
+    assert torch.equal(three.segmentation[7].long(), item["segmentation"].where(item["segmentation"] != dataset.unlabeled, -1))
+    assert any(torch.equal(three.segmentation[5 + i], one.segmentation[i].flip(-1)) for i in range(5))
+
+
+def test_features_are_encoded_once(run):
+    here = Run(run, torch.device("cpu"))
+    tokens = tokens_of(here, "val", with_features=True)
+    (path,) = run.glob("features-????????????.npy")
+    made = path.stat().st_mtime_ns
+    again = tokens_of(here, "val", with_features=True)
+    assert path.stat().st_mtime_ns == made and np.array_equal(again.features, tokens.features)
+    x = to_images(torch.stack([DemoDataset("val", 32)[i]["image"] for i in range(5)]), here.device)
+    with torch.no_grad():
+        features = torch.cat(here.model.features(x), dim=1)
+    assert np.allclose(tokens.features, features, atol=2e-3 * features.abs().max())  # half precision
+    tokens_of(here, "val", 2, with_features=True)
+    assert not path.exists() and len(list(run.glob("features-????????????.npy"))) == 1  # the old ones are gone
+
+
 def test_a_second_stage_belongs_to_its_tokenizer(run):
     here, _, _, args = stage(run, "--condition", "none")
     here.tokenizer = "0" * 64
@@ -223,6 +264,9 @@ def test_flags_that_cannot_be_are_a_line(run, tmp_path):
         (["sample", "--top-p", "0"], "--top-p lie in"),
         (["sample", "--number", "0"], "must be at least 1"),
         (["sample", "--label", "robin"], "needs --condition class"),
+        (["sample", "--scale", "2"], "--scale guides towards a condition"),
+        (["sample", "--model", "ldm", "--top-k", "5"], "are of --model gpt"),
+        (["sample", "--sampling-steps", "5"], "--sampling-steps is of --model ldm"),
     ):
         with pytest.raises(UserError, match=message):
             main([str(run), *flags, *(["--output", str(tmp_path / "x.png")] if flags[0] == "sample" else [])])

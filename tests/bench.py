@@ -1,23 +1,348 @@
-"""Timings against plain forms, in one process: medians of rounds in which both take turns.
+"""Timings against plain forms and installed peers, in one process: all forms of a row take turns on fresh tensors.
 
-    python tests/bench.py                     sampling of tokens with and without a cache
-    python tests/bench.py CORPUS              … and the prior's builder against the straightforward algorithm
+    python tests/bench.py                            every row but the last, on the CPU
+    python tests/bench.py --device cuda
+    python tests/bench.py --only nearest --corpus CORPUS
 
-CORPUS is what prior.py reads: text, COCO captions JSON, a Flickr file or a folder. NLTK's data must be there.
+A ratio is the peer's time over ours, so more is better for us; its median, least and largest over the rounds, and
+the ratio of the least times. CORPUS is what prior.py reads, for its builder; NLTK's data must be there. The peers
+faiss-cpu, vector-quantize-pytorch and pytorch-fid are measured where they are installed.
 """
 
 import argparse
+import importlib
 import itertools
+import math
+import platform
 import statistics
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import nltk
+import numpy as np
+import scipy.linalg
+import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import vqct  # noqa: E402
+from evaluate import fid  # noqa: E402
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
-from vqct import Condition, TokenTransformer, sample_tokens  # noqa: E402
+from train import Config, Trainer, pick_device  # noqa: E402
+from vqct import CodebookTransfer, Condition, NormalizedAdjacency, TokenTransformer, VQModel, nearest_code, sample_tokens  # noqa: E402
+
+DEVICE = torch.device("cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# Timing
+
+
+def wait():
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function, *arguments):
+    wait()
+    start = time.perf_counter()
+    function(*arguments)
+    wait()
+    return time.perf_counter() - start
+
+
+def compare(what, ours, peers, make=tuple, rounds=7):
+    """Print how much longer each of `peers`, a dict name → function or reason why not, takes than `ours` on what `make` gives."""
+    times, forms = {}, {"ours": ours, **{name: peer for name, peer in peers.items() if callable(peer)}}
+    for form in forms.values():
+        form(*make())  # warm
+    for turn in range(rounds):
+        for name in sorted(forms, key=lambda name: (list(forms).index(name) + turn) % len(forms)):
+            times.setdefault(name, []).append(seconds(forms[name], *make()))
+    print(f"\n{what}: {show(times['ours'])}")
+    for name, peer in peers.items():
+        if callable(peer):
+            ratios = [theirs / own for theirs, own in zip(times[name], times["ours"])]
+            least = min(times[name]) / min(times["ours"])
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f}), of least times {least:.2f}"
+            print(f"  against {name}, {show(times[name])}: {spread}")
+        else:
+            print(f"  against {name}: {peer}")
+    return times
+
+
+def show(times):
+    return f"{1000 * statistics.median(times):.3g} ms"
+
+
+def extra_memory(function, *arguments):
+    """Bytes that a call holds at its peak beside its arguments."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function(*arguments)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(*arguments)
+    changes = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = itertools.accumulate(event.nbytes() for event in sorted(changes, key=lambda event: event.start_ns()))
+    return max(held, default=0)
+
+
+def installed(name, make):
+    """What `make` makes of a peer's module, or why not."""
+    try:
+        return make(importlib.import_module(name))
+    except ImportError:
+        return f"{name} is not installed"
+
+
+# ---------------------------------------------------------------------------------------------
+# Eq. 1
+
+
+def full_distances(z, codebook):
+    """Nearest codes by the whole distance matrix, as the field writes it."""
+    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+    return distances.argmin(1)
+
+
+def tiled_product(rows, codes):
+    """The bare matrix product in tiles, which nothing is done with."""
+
+    def product(z, codebook):
+        for part in z.split(rows):
+            for tile in codebook.split(codes):
+                part @ tile.T
+
+    return product
+
+
+def best_tiling(make):
+    tilings = itertools.product((256, 512, 1024, 4096, 16384), (512, 2048, 4096, 16384))
+    timed = {tiling: min(seconds(tiled_product(*tiling), *make()) for _ in range(3)) for tiling in tilings}
+    return min(timed, key=timed.get)
+
+
+def faiss_index(faiss):
+    faiss.omp_set_num_threads(torch.get_num_threads())
+
+    def search(z, codebook):
+        index = faiss.IndexFlatL2(codebook.shape[1])
+        index.add(codebook.numpy())
+        return index.search(z.numpy(), 1)[1]
+
+    return search if DEVICE.type == "cpu" else "faiss-cpu is for the CPU"
+
+
+def euclidean_codebook(module):
+    layer = module.VectorQuantize(dim=256, codebook_size=CODES).eval().to(DEVICE)
+
+    @torch.no_grad()
+    def search(z, codebook):
+        layer._codebook.embed.copy_(codebook[None])
+        return layer(z[None])[1]
+
+    return search
+
+
+CODES = 16384
+
+
+def bench_nearest(dim=256):
+    """The search among many codes, and how it grows with them."""
+    rows, codes = (65_536, 8_192) if DEVICE.type == "cuda" else (16_384, CODES)
+    make = lambda: (torch.randn(rows, dim, device=DEVICE), torch.randn(codes, dim, device=DEVICE))
+    tiling = best_tiling(make)
+    peers = {
+        f"the bare product in tiles of {tiling[0]} × {tiling[1]}": tiled_product(*tiling),
+        "the full distance matrix": full_distances,
+        "torch.cdist and argmin": lambda z, codebook: torch.cdist(z, codebook).argmin(1),
+        "faiss IndexFlatL2": installed("faiss", faiss_index),
+        "vector-quantize-pytorch": installed("vector_quantize_pytorch", euclidean_codebook) if codes == CODES else "of another size",
+    }
+    times = compare(f"nearest code, {rows:,} features of {dim} channels, {codes:,} codes", nearest_code, peers, make)
+    product = statistics.median(times[next(iter(peers))])
+    for name in ("ours", *(name for name, peer in peers.items() if callable(peer))):
+        print(f"  {name}: {statistics.median(times[name]) / product:.2f} × the product")
+    data = make()
+    for form in (nearest_code, full_distances):
+        print(f"  extra memory of {form.__name__}: {extra_memory(form, *data) / 2**20:,.1f} MiB")
+    agree = (nearest_code(*data) == full_distances(*data)).double().mean().item()
+    print(f"  the same code as by the full matrix for {agree:.4%}; the rest are ties to its rounding")
+    grown = []
+    for count in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        data = torch.randn(4096, dim, device=DEVICE), torch.randn(count, dim, device=DEVICE)
+        grown.append(f"{count:,} codes {show([seconds(nearest_code, *data) for _ in range(5)])}")
+    print("  4,096 features, " + ", ".join(grown))
+
+
+# ---------------------------------------------------------------------------------------------
+# A training step
+
+
+def explicit_attention(self, x):
+    """AttentionBlock by two matrix products and a softmax between them."""
+    query, key, value = self.query_key_value(self.norm(x)).flatten(2).chunk(3, dim=1)  # (B, C, HW)
+    weights = (query.mT @ key * query.shape[1] ** -0.5).softmax(-1)  # (B, HW, HW)
+    return x + self.project((value @ weights.mT).reshape(x.shape))
+
+
+def taming_step(trainer, x):
+    """A step as taming-transformers makes it: a forward pass for each of the two optimizers, both terms of λ from the loss down."""
+    model, discriminator, last = trainer.model, trainer.discriminator, trainer.model.decoder.to_image.weight
+    model.train()
+    discriminator.requires_grad_(False)
+    output = model(x)
+    loss, generator_loss = F.mse_loss(output.x_hat, x), -discriminator(output.x_hat).mean()
+    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, generator_loss)]
+    weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * trainer.config.gan_weight
+    trainer.generator_optimizer.zero_grad()
+    (loss + weight * generator_loss + output.quantizer_loss).backward()
+    trainer.generator_optimizer.step()
+    discriminator.requires_grad_(True)
+    x_hat = model(x).x_hat
+    trainer.discriminator_optimizer.zero_grad()
+    vqct.hinge_loss(discriminator(x.detach()), discriminator(x_hat.detach())).backward()
+    trainer.discriminator_optimizer.step()
+
+
+def plain(function):
+    """A function under the plain forms of search and attention."""
+
+    def run(*arguments):
+        with (
+            mock.patch.object(vqct, "nearest_code", full_distances),
+            mock.patch.object(vqct.AttentionBlock, "forward", explicit_attention),
+        ):
+            return function(*arguments)
+
+    return run
+
+
+def make_trainer(resolution, **more):
+    sizes = dict(codes="uniform", codebooks=1, codebook_size=16384, trained=True, transfer="none")
+    config = Config(resolution=resolution, perceptual_weight=0.0, gan_start=0, lr=1e-5, preset="f16", **sizes, **more)
+    return Trainer(config, None, DEVICE)
+
+
+def bench_step():
+    """A step of the f16 network with its adversary against taming-transformers' way."""
+    cuda = DEVICE.type == "cuda"
+    resolution, batch = (256, 8) if cuda else (128, 2)
+    ours, theirs = make_trainer(resolution, compile=cuda), make_trainer(resolution, amp=False)
+    if cuda:
+        theirs.model.to(memory_format=torch.contiguous_format), theirs.discriminator.to(memory_format=torch.contiguous_format)
+    make = lambda size=resolution: (torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1,)
+    step = lambda x: ours.train_step([x.contiguous(memory_format=torch.channels_last)])
+    peer = plain(lambda x: taming_step(theirs, x))
+    title = f"training step with adversary, f16 network, 16,384 codes, {batch} images of {resolution}²"
+    compare(title, step, {"the same as taming-transformers steps, float32": peer}, make, rounds=5)
+    if cuda:
+        print(f"  extra memory: {extra_memory(step, *make()) / 2**30:.2f} GiB, theirs {extra_memory(peer, *make()) / 2**30:.2f} GiB")
+    for size in (64, 128, 192, 256):
+        data = make(size)
+        step(*data)
+        print(f"  {size}²: {show([seconds(step, *data) for _ in range(2)])}", end="")
+    print()
+
+
+# ---------------------------------------------------------------------------------------------
+# Eq. 3
+
+
+class PlainSparse(torch.nn.Module):
+    """torch.sparse.mm with its own backward."""
+
+    def __init__(self, adjacency):
+        super().__init__()
+        size = (adjacency.nodes, adjacency.nodes)
+        self.matrix = torch.sparse_coo_tensor(torch.stack([adjacency.row, adjacency.column]), adjacency.value, size).coalesce()
+
+    def forward(self, nodes):
+        return torch.sparse.mm(self.matrix, nodes)
+
+
+def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
+    """The transfer network on a graph of the paper's size, forward and backward."""
+    rng = np.random.default_rng(0)
+    pairs = rng.choice(adjectives * nouns, edges, replace=False)
+    adjacency = NormalizedAdjacency(np.stack([pairs // nouns, adjectives + pairs % nouns], 1), adjectives + nouns).to(DEVICE)
+    dense = torch.zeros(adjacency.nodes, adjacency.nodes, device=DEVICE)
+    dense[adjacency.row, adjacency.column] = adjacency.value
+    scatter = lambda nodes: torch.zeros_like(nodes).index_add(0, adjacency.row, adjacency.value[:, None] * nodes[adjacency.column])
+    products = {"ours": adjacency, "the dense formula": lambda nodes: dense @ nodes, "a scatter of every edge": scatter}
+    products["torch.sparse.mm with its own backward"] = PlainSparse(adjacency).to(DEVICE)
+    network = CodebookTransfer((512, 512, 512, 256), torch.nn.Identity()).to(DEVICE)
+    vectors = torch.randn(adjacency.nodes, 512, device=DEVICE)
+
+    def passes(product):
+        def run():
+            nodes = vectors
+            for layer in network.layers:
+                nodes = F.relu(layer(nodes, product))
+            network.zero_grad()
+            nodes.square().sum().backward()
+            return [layer.weight.grad.clone() for layer in network.layers]
+
+        return run
+
+    forms = {name: passes(product) for name, product in products.items()}
+    compare(f"transfer network, {adjectives:,} + {nouns:,} nodes, {edges:,} edges, forward and backward", forms.pop("ours"), forms)
+    found = [torch.cat([part.flatten() for part in passes(product)()]) for product in products.values()]
+    worst = max(((other - found[0]).norm() / found[0].norm()).item() for other in found[1:])
+    print(f"  gradients differ by at most {worst:.1e}, relative")
+
+
+# ---------------------------------------------------------------------------------------------
+# The other rows
+
+
+def bench_frechet(dim=2048):
+    """The Fréchet distance of Inception-sized Gaussians."""
+
+    def by_sqrtm(a, b):
+        mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+        root = scipy.linalg.sqrtm(cov_a @ cov_b)
+        return np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b) - 2 * np.trace(root.real)
+
+    rng = np.random.default_rng(0)
+    mix = rng.standard_normal((dim, dim)) / math.sqrt(dim)
+    for images in (3 * dim, dim // 4):
+        make = lambda: (rng.standard_normal((images, dim)) @ mix, 0.1 + rng.standard_normal((images, dim)) @ mix)
+        moments = lambda a, b: (a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
+        peers = {"scipy.linalg.sqrtm of the product": by_sqrtm}
+        peers["pytorch-fid"] = installed(
+            "pytorch_fid.fid_score", lambda module: lambda a, b: module.calculate_frechet_distance(*np.array(moments(a, b), dtype=object))
+        )
+        compare(f"Fréchet distance of {images:,} and {images:,} features of {dim:,} channels", fid, peers, make, rounds=3)
+        a, b = make()
+        print(f"  they differ by {abs(fid(a, b) / by_sqrtm(a, b) - 1):.1e}, relative")
+
+
+def bench_tokenise():
+    """Images to indices with the codes kept in evaluation mode, and computed anew each time."""
+    from train import DemoDataset, make_prior, portable, resolve
+
+    config = resolve({})
+    model = VQModel(config, portable(make_prior(config, DemoDataset("train", 64)))).eval().to(DEVICE)
+
+    def anew(x):
+        model.codebook._forget()
+        return model.encode(x)
+
+    with torch.no_grad():
+        make = lambda: (torch.rand(8, 3, 64, 64, device=DEVICE) * 2 - 1,)
+        compare("tokenising 8 images of the demo, tiny preset", model.encode, {"without the codebook kept": anew}, make, rounds=15)
+
+
+def bench_sampling(batch=8):
+    """Drawing 256 positions of two tokens, with keys and values kept and without."""
+    model = TokenTransformer((903, 2888), (16, 16), Condition("none", 0, (16, 16), 256)).eval().to(DEVICE)
+    peers = {"without a cache": lambda: sample_tokens(model, batch, cached=False)}
+    compare(f"{batch} samples of 256 positions, 6 blocks of width 256", lambda: sample_tokens(model, batch), peers, rounds=3)
 
 
 def straightforward_prior(captions):
@@ -37,61 +362,44 @@ def straightforward_prior(captions):
     return adjectives, nouns, edges
 
 
-def seconds(function, *arguments):
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def bench_prior(corpus, size=20_000, rounds=3):
-    """Seconds of counting `size` captions against the straightforward algorithm, and how the time grows with the corpus."""
+def bench_prior(corpus, size=20_000):
+    """Counting captions against the straightforward algorithm, and how the time grows with the corpus."""
     speech = WordNetSpeech()
-    captions = list(itertools.islice(read_captions(corpus), size))
-    straightforward_prior(captions[:100]), count_corpus(captions[:100], speech)  # loads NLTK's data
-    ours, theirs = [], []
-    for _ in range(rounds):
-        ours.append(seconds(count_corpus, captions, speech, False, CORES))
-        theirs.append(seconds(straightforward_prior, captions))
-    ratios = [b / a for a, b in zip(ours, theirs)]
-    print(f"prior of {len(captions):,} captions, {CORES} cores: {statistics.median(ours):.2f} s ({min(ours):.2f} … {max(ours):.2f})")
-    print(
-        f"  straightforward {statistics.median(theirs):.2f} s: {statistics.median(ratios):.2f} times as long ({min(ratios):.2f} … {max(ratios):.2f})"
-    )
-    alone = statistics.median(seconds(count_corpus, captions, speech, False, 1) for _ in range(rounds))
-    print(
-        f"  on one core {alone:.2f} s, with the neighbours that corpus vectors need {seconds(count_corpus, captions, speech, True, CORES):.2f} s"
-    )
-    whole = list(itertools.islice(read_captions(corpus), 10 * size // 2))
-    for contexts in (False, True):
-        small, large = (
-            statistics.median(seconds(count_corpus, whole[:count], speech, contexts, CORES) for _ in range(rounds))
-            for count in (len(whole) // 10, len(whole))
-        )
-        growth = f"{len(whole) // 10:,} captions {small:.2f} s, {len(whole):,} captions {large:.2f} s: 10 × the text takes {large / small:.1f} × the time"
-        print(f"  {growth}{' (with neighbours)' if contexts else ''}")
+    captions = list(itertools.islice(read_captions(corpus), 5 * size))
+    ours = lambda: count_corpus(captions[:size], speech, False, CORES)
+    peers = {"the straightforward algorithm": lambda: straightforward_prior(captions[:size])}
+    compare(f"prior of {min(size, len(captions)):,} captions on {CORES} cores", ours, peers, rounds=3)
+    grown = []
+    for count in (len(captions) // 10, len(captions) // 5, len(captions) // 2, len(captions)):
+        grown.append(f"{count:,} captions {seconds(count_corpus, captions[:count], speech, False, CORES):.2f} s")
+    print("  " + ", ".join(grown))
 
 
-def bench_sampling(batch=8, rounds=3):
-    """Seconds of drawing 256 positions of two tokens, with keys and values kept and without."""
-    model = TokenTransformer((903, 2888), (16, 16), Condition("none", 0, (16, 16), 256)).eval()
-    ours, theirs = [], []
-    for _ in range(rounds):
-        ours.append(seconds(sample_tokens, model, batch))
-        theirs.append(seconds(lambda: sample_tokens(model, batch, cached=False)))
-    ratios = [b / a for a, b in zip(ours, theirs)]
-    print(f"{batch} images of 256 positions, 6 blocks of width 256: {statistics.median(ours):.2f} s with a cache")
-    print(
-        f"  without {statistics.median(theirs):.2f} s: {statistics.median(ratios):.1f} times as long ({min(ratios):.1f} … {max(ratios):.1f})"
-    )
+ROWS = {
+    "nearest": bench_nearest,
+    "step": bench_step,
+    "transfer": bench_transfer,
+    "frechet": bench_frechet,
+    "tokenise": bench_tokenise,
+    "sampling": bench_sampling,
+}
 
 
 def main():
+    global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("corpus", metavar="CORPUS", nargs="?", help="captions")
-    corpus = parser.parse_args().corpus
-    bench_sampling()
-    if corpus:
-        bench_prior(corpus)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument("--only", nargs="+", choices=[*ROWS, "prior"], help="rows to measure (default: all)")
+    parser.add_argument("--corpus", default="", help="captions, for the prior's builder")
+    args = parser.parse_args()
+    DEVICE = pick_device(args.device)
+    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}")
+    for row, bench in ROWS.items():
+        if not args.only or row in args.only:
+            bench()
+    if args.corpus:
+        bench_prior(args.corpus)
 
 
 if __name__ == "__main__":

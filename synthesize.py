@@ -44,13 +44,18 @@ from train import (
     load_run,
     make_dataset,
     make_loader,
+    first_alone,
+    parallel,
     pick_device,
     psnr,
+    rank,
     resume_from,
     run_steps,
     save_config,
     to_images,
+    torchrun,
     trim_metrics,
+    unsynchronised,
 )
 from vqct import Condition, Denoiser, TokenTransformer, sample_features, sample_tokens
 
@@ -296,10 +301,15 @@ def check_tokenizer(run, state, folder):
 # Training
 
 
-def token_losses(network, tokens, known, drop=None):
-    """Mean negative log-likelihood, nats a token, of each of the M tokens of a position → list of () tensors."""
-    logits = network(tokens, known, drop)
-    return [F.cross_entropy(part.float().mT, tokens[:, i].flatten(1)) for i, part in enumerate(logits)]
+class Loss(torch.nn.Module):
+    """A network's `loss` as a forward pass, which is what DistributedDataParallel averages the gradients of."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *inputs, **more):
+        return self.network.loss(*inputs, **more)
 
 
 class StageTrainer:
@@ -320,6 +330,7 @@ class StageTrainer:
             self.network.mean.copy_(some.mean(dim=(0, 2, 3)).view(-1, 1, 1))
             self.network.std.copy_(some.std(dim=(0, 2, 3)).clamp_min(1e-6).view(-1, 1, 1))
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
+        self.losses = parallel(Loss(self.network), run.device)
         matrices = [parameter for parameter in self.network.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.network.parameters() if parameter.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -335,15 +346,13 @@ class StageTrainer:
         for name in ("network", "ema", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
 
-    def loss(self, network, tokens, rows, drop=None, generator=None):
-        """What is minimised, and its parts by name: bits a token, or mean squared error of the noise."""
-        known = known_of(self.config, tokens, rows, self.device, self.count)
-        if self.config.model == "ldm":
-            loss = network.loss(torch.from_numpy(tokens.features[rows]).to(self.device).float(), known, drop, generator)
-            return loss, {"noise": loss}
-        parts = token_losses(network, tokens.indices[rows].to(self.device), known, drop)
-        names = part_names(self.run)
-        return sum(parts), {name: part / math.log(2) for name, part in zip(names, parts)}
+    def parts(self, loss, tokens, rows, drop=None, generator=None):
+        """What is minimised, a sum of losses, and these by name: bits a token, or mean squared error of the noise."""
+        known, ldm = known_of(self.config, tokens, rows, self.device, self.count), self.config.model == "ldm"
+        data = torch.from_numpy(tokens.features[rows]).float() if ldm else tokens.indices[rows]
+        losses = loss(data.to(self.device), known, drop, generator)
+        names = ["noise"] if ldm else part_names(self.run)
+        return sum(losses), {name: part / (1 if ldm else math.log(2)) for name, part in zip(names, losses)}
 
     def train_step(self, batches):
         """One step on a list of lists of rows → dict of () tensors."""
@@ -353,11 +362,12 @@ class StageTrainer:
             group["lr"] = config.lr * warm * (0.55 + 0.45 * math.cos(math.pi * self.step / config.steps))
         self.network.train()
         self.optimizer.zero_grad(set_to_none=True)
-        for rows in batches:
+        for number, rows in enumerate(batches):
             drop = torch.rand(len(rows), device=device) < config.drop_condition if config.condition != "none" else None
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda"):
-                loss, parts = self.loss(self.network, self.train_set, rows, drop)
-            (loss / len(batches)).backward()
+            with unsynchronised(self.losses, but=number == len(batches) - 1):
+                with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda"):
+                    loss, parts = self.parts(self.losses, self.train_set, rows, drop)
+                (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / len(batches)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
@@ -372,7 +382,7 @@ class StageTrainer:
         """The averaged weights' loss over the validation split, with the same noise each time."""
         network, totals, generator = self.ema.eval(), {}, torch.Generator(self.device).manual_seed(0)
         for rows in torch.arange(len(self.val_set.labels)).split(self.config.batch_size):
-            loss, parts = self.loss(network, self.val_set, rows, generator=generator)
+            loss, parts = self.parts(network.loss, self.val_set, rows, generator=generator)
             for name, value in {"loss": loss, **parts}.items():
                 totals[name] = totals.get(name, 0.0) + value * len(rows) / len(self.val_set.labels)
         values = {name: float(value) for name, value in totals.items()}
@@ -413,17 +423,22 @@ def train(args, runs):
     elif folder.exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
     with_features = config.model == "ldm"
-    train_set, val_set = tokens_of(run, "train", config.views, with_features), tokens_of(run, "val", 1, with_features)
+    with first_alone():
+        train_set, val_set = tokens_of(run, "train", config.views, with_features), tokens_of(run, "val", 1, with_features)
     if config.batch_size > len(train_set.labels):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training images")
     trainer = StageTrainer(config, run, state["count"] if state else condition_count(config, train_set, val_set), train_set, val_set)
     if state:
         resume_from(trainer, state)
-        trim_metrics(folder / "metrics.jsonl", trainer.step)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    save_config(config, folder)
+    if not rank():
+        if state:
+            trim_metrics(folder / "metrics.jsonl", trainer.step)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        save_config(config, folder)
+    else:  # its own noise and dropout
+        torch.manual_seed(config.seed + 1_000_003 * rank() + trainer.step)
     weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     print(
         f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} grids "
@@ -850,11 +865,12 @@ def main(argv=None):
     args = parse(argv)
     if hasattr(args, "temperature"):
         check_choices(args)
-    runs = [Run(path, pick_device(args.given.get("device", "auto"))) for path in args.runs]
-    for config in (run.config for run in runs):
-        config.data, config.labels = args.data or config.data, args.labels or config.labels
-        config.skip_broken = args.skip_broken or config.skip_broken
-    args.call(args, runs)
+    with torchrun():
+        runs = [Run(path, pick_device(args.given.get("device", "auto"))) for path in args.runs]
+        for config in (run.config for run in runs):
+            config.data, config.labels = args.data or config.data, args.labels or config.labels
+            config.skip_broken = args.skip_broken or config.skip_broken
+        args.call(args, runs)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ step 0, and reconstructions/*.png (originals above reconstructions).
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -42,6 +44,7 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import ExifTags, Image, ImageOps
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
 from prior import (
@@ -63,7 +66,7 @@ from prior import (
     shuffled,
     whole_file,
 )
-from vqct import LPIPS, Discriminator, ModelConfig, VQModel, adaptive_weight, hinge_loss, load_taming, needs_prior
+from vqct import LPIPS, Discriminator, ModelConfig, VQModel, across, adaptive_weight, hinge_loss, load_taming, needs_prior
 
 CHECKPOINT_VERSION = 1
 
@@ -209,7 +212,7 @@ def resolve(given, check=True):
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
     recipe = RECIPES[given.get("recipe", Config.recipe)]
     config = Config(**{**PRESETS[preset], **recipe, **METHODS[method], **given, "preset": preset})
-    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
+    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
     config.out = config.out or "runs/" + "-".join([config.dataset, config.method, *variant(config)])
     if config.dataset in DATASETS:
         config.data = config.data or f"data/{DATASETS[config.dataset].folder}"
@@ -259,10 +262,70 @@ BOUNDS = (
 )
 
 
+def rank():
+    """This process's number among those that torchrun started; 0 where there is one."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def processes():
+    """How many processes torchrun started, on all machines together."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def torchrun():
+    """The processes that torchrun started, joined for the length of a block; only the first of them speaks."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    with open(os.devnull, "w") as nowhere:
+        out, error = (nowhere, nowhere) if rank() else (sys.stdout, sys.stderr)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            yield
+    torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def first_alone():
+    """The first process runs the block before the others, which then find the files that it made."""
+    if rank():
+        torch.distributed.barrier()
+    yield
+    if processes() > 1 and not rank():
+        torch.distributed.barrier()
+
+
+def parallel(network, device):
+    """A network whose gradients are averaged over all processes; itself where there is one."""
+    if processes() == 1:
+        return network
+    newer = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    return DistributedDataParallel(
+        network,
+        [device] if device.type == "cuda" else None,
+        **{"forward_sync_buffers" if newer else "broadcast_buffers": False},  # the discriminator runs twice before its backward pass
+    )
+
+
+@contextlib.contextmanager
+def unsynchronised(*networks, but):
+    """A block in which gradients are only added up, in all micro-steps `but` the last; they cross processes once a step."""
+    with contextlib.ExitStack() as stack:
+        for network in networks:
+            if isinstance(network, DistributedDataParallel) and not but:
+                stack.enter_context(network.no_sync())
+        yield
+
+
 def pick_device(name):
-    """torch.device for a --device flag. Raises UserError where this machine lacks it."""
+    """torch.device for a --device flag; auto and cuda are torchrun's share. Raises UserError where this machine lacks it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and processes() > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -723,10 +786,14 @@ def find_prior(config, dataset):
 
 
 class TrainBatches:
-    """Sampler of (index, draw) keys for steps `start` … `steps`: a new permutation each epoch, any step reachable at once."""
+    """Sampler of (index, draw) keys for micro-steps `start` … `steps`: a new permutation each epoch, any step reachable at once.
+
+    `batch_size` images a process: together the processes take what one would take with a batch so much larger.
+    """
 
     def __init__(self, length, batch_size, start, steps, seed):
         self.length, self.batch_size, self.start, self.steps, self.seed = length, batch_size, start, steps, seed
+        self.share, self.shares = rank(), processes()
 
     def __len__(self):
         return self.steps - self.start
@@ -735,7 +802,8 @@ class TrainBatches:
         epoch, order = -1, None
         for step in range(self.start, self.steps):
             batch = []
-            for draw in range(step * self.batch_size, (step + 1) * self.batch_size):
+            first = (step * self.shares + self.share) * self.batch_size
+            for draw in range(first, first + self.batch_size):
                 if draw // self.length != epoch:
                     epoch = draw // self.length
                     order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
@@ -884,21 +952,25 @@ class Trainer:
     def __init__(self, config, prior, device, images=1):
         torch.manual_seed(config.seed)
         self.config, self.prior, self.device = config, prior, device
-        self.step, self.best, self.epoch = 0, -math.inf, math.ceil(images / (config.batch_size * config.accumulate))
+        self.step, self.best, self.epoch = 0, -math.inf, math.ceil(images / (config.batch_size * config.accumulate * processes()))
         try:
             self.model = VQModel(config, prior)
         except ValueError as error:
             raise UserError(str(error)) from None
         self.model = self.model.to(device, memory_format=torch.channels_last)
         self.generator_optimizer = self._adam(self.model)
-        self.discriminator = self.discriminator_optimizer = self.perceptual = None
+        self.discriminator = self.discriminator_optimizer = self.critic = self.perceptual = None
         if config.gan_weight > 0:
             self.discriminator = Discriminator(layers=config.discriminator_layers).to(device, memory_format=torch.channels_last)
+            if device.type == "cuda" and processes() > 1:  # batch statistics are those of all processes; gloo cannot
+                self.discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
             self.discriminator_optimizer = self._adam(self.discriminator)
+            self.critic = parallel(self.discriminator, device)
         if config.perceptual_weight > 0:
             self.perceptual = load_lpips(config).to(device, memory_format=torch.channels_last)
         # the step at which each code was last chosen: a moving count over the latest epoch
         self.last_used = [torch.full((size,), -1, dtype=torch.int64, device=device) for size in self.model.codebook.sizes]
+        self.generator = parallel(self.model, device)
         if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
             for network in filter(None, (self.model.encoder, self.model.decoder.layers, self.discriminator, self.perceptual)):
                 network.compile()
@@ -950,32 +1022,35 @@ class Trainer:
         self.generator_optimizer.zero_grad(set_to_none=True)
         if adversarial:
             self.discriminator_optimizer.zero_grad(set_to_none=True)
-        for x in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-                output = self.model(x)
-                # Losses are differentiated down to the reconstruction only; both of the adaptive
-                # weight's norms and the generator's backward pass start from these gradients.
-                x_hat = output.x_hat.detach().requires_grad_()
-                loss, terms = self.reconstruction_loss(x_hat.float(), x)
-                (gradient,) = torch.autograd.grad(loss, x_hat)
-                if adversarial:
-                    gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
-                    terms.update(gan_terms)
-            torch.autograd.backward(
-                [output.x_hat, output.quantizer_loss], [gradient * share, torch.full_like(output.quantizer_loss, share)]
-            )
-            if adversarial:
-                terms.update(self.discriminate(x, x_hat.detach(), share))
-            terms.update(quantizer=output.quantizer_loss, loss=loss + output.quantizer_loss)
+        for number, x in enumerate(batches):
+            with unsynchronised(*filter(None, (self.generator, self.critic)), but=number == len(batches) - 1):
+                terms, indices = self.micro_step(x, share, adversarial)
             for name, value in terms.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() * share
-            for used, indices in zip(self.last_used, self.model.by_codebook(output.indices)):
-                used[indices.flatten()] = self.step
+            for used, chosen in zip(self.last_used, self.model.by_codebook(indices)):
+                used[chosen.flatten()] = self.step
         self.generator_optimizer.step()
         if adversarial:
             self.discriminator_optimizer.step()
         self.step += 1
         return metrics
+
+    def micro_step(self, x, share, adversarial):
+        """Add the gradients of one micro-batch, times its share of the step → ({name: value}, indices)."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
+            output = self.generator(x)
+            # Losses are differentiated down to the reconstruction only; both of the adaptive
+            # weight's norms and the generator's backward pass start from these gradients.
+            x_hat = output.x_hat.detach().requires_grad_()
+            loss, terms = self.reconstruction_loss(x_hat.to(x.dtype), x)
+            (gradient,) = torch.autograd.grad(loss, x_hat)
+            if adversarial:
+                gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
+                terms.update(gan_terms)
+        torch.autograd.backward([output.x_hat, output.quantizer_loss], [gradient * share, torch.full_like(output.quantizer_loss, share)])
+        if adversarial:
+            terms.update(self.discriminate(x, x_hat.detach(), share))
+        return {**terms, "quantizer": output.quantizer_loss, "loss": loss + output.quantizer_loss}, output.indices
 
     def add_adversary(self, attached, x_hat, gradient):
         """Add −E[D(x̂)], adaptively weighted, to the gradient at the reconstruction → (gradient, {name: value})."""
@@ -989,7 +1064,7 @@ class Trainer:
     def discriminate(self, x, x_hat, share):
         """The discriminator's turn on the same images → {name: value}."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-            real, fake = self.discriminator(x), self.discriminator(x_hat)
+            real, fake = self.critic(x), self.critic(x_hat)
             real, fake = real.float(), fake.float()
             loss = hinge_loss(real, fake)
         (loss * share).backward()
@@ -1012,7 +1087,8 @@ class Trainer:
         return score, {"psnr": score}, f"PSNR {score:.2f} dB over {len(scores)} images"
 
     def statistics(self):
-        """Codes of each codebook chosen in the latest epoch, for metrics.jsonl."""
+        """Codes of each codebook chosen in the latest epoch, by any process, for metrics.jsonl."""
+        self.last_used = [across(used, "max") for used in self.last_used]
         return {"codes_used": [int((used >= max(0, self.step - self.epoch)).sum()) for used in self.last_used]}
 
     def describe(self, line):
@@ -1149,20 +1225,26 @@ def train(config, resume=False, overwrite=False):
             raise UserError(f"run '{out}' is at step {state['step']} already; give --steps more than that")
     else:
         check_folder(out, overwrite)
-    device, train_set, val_set = check_inputs(config, resume)
+    with first_alone():
+        device, train_set, val_set = check_inputs(config, resume)
     if resume:
         trainer = Trainer(config, state["prior"], device, len(train_set))
         resume_from(trainer, state)
-        trim_metrics(out / "metrics.jsonl", trainer.step)
-        save_config(config, out)
+        if not rank():
+            trim_metrics(out / "metrics.jsonl", trainer.step)
+            save_config(config, out)
         changed = [f"{name} {old} → {getattr(config, name)}" for name, old in state["config"].items() if getattr(config, name) != old]
         print(f"resumed at step {trainer.step:,}" + (f"; changed: {', '.join(changed)}" if changed else ""))
     else:
-        prior = make_prior(config, train_set)
+        with first_alone():
+            prior = make_prior(config, train_set)
         trainer = Trainer(config, portable(prior), device, len(train_set))
         if config.init:
             start_from(trainer, config.init)
-        start_run(config, out, trainer, prior)  # nothing was touched before all this succeeded
+        if not rank():
+            start_run(config, out, trainer, prior)  # nothing was touched before all this succeeded
+    if rank():  # its own noise and dropout
+        torch.manual_seed(config.seed + 1_000_003 * rank() + trainer.step)
     announce(config, trainer, train_set, val_set, out)
     order = TrainBatches(len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed)
     loader = make_loader(train_set, device, config.workers, batch_sampler=order)
@@ -1184,7 +1266,7 @@ def run_steps(trainer, batches, validate, out):
     """
     config, progress, waited = trainer.config, Progress(), 0.0
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
-    with open(out / "metrics.jsonl", "a", buffering=1) as log:
+    with open(os.devnull if rank() else out / "metrics.jsonl", "a", buffering=1) as log:
         while trainer.step < config.steps:
             began = time.monotonic()
             group = [next(batches) for _ in range(config.accumulate)]
@@ -1192,17 +1274,20 @@ def run_steps(trainer, batches, validate, out):
             metrics = trainer.train_step(group)
             last = trainer.step == config.steps
             if trainer.step % config.log_every == 0 or last:
-                metrics = {name: value.item() for name, value in metrics.items()}  # waits for the device
+                metrics = {name: across(value, "mean").item() for name, value in metrics.items()}  # waits for the device
                 check_finite(metrics, trainer.step, out)
                 now, since = time.monotonic(), trainer.step - recent[-1][0]
                 recent.append((trainer.step, now))
                 steps_done, seconds = trainer.step - recent[0][0], now - recent[0][1]
-                speed = round(steps_done * config.batch_size * config.accumulate / max(seconds, 1e-9), 2)
+                speed = round(steps_done * config.batch_size * config.accumulate * processes() / max(seconds, 1e-9), 2)
                 timing = {"images_per_second": speed, "data_wait": round(waited / since, 4)}  # seconds a step
                 line, waited = {"step": trainer.step, **metrics, **trainer.statistics(), **timing}, 0.0
                 log.write(json.dumps(line) + "\n")
                 progress(progress_line(trainer, line, seconds / steps_done), now=last)
             if trainer.step % config.eval_every == 0 or last:
+                trainer.statistics()  # joins what the processes count, for the checkpoint
+                if rank():
+                    continue
                 score, values, words = validate()
                 check_finite(values, trainer.step, out)
                 log.write(json.dumps({"step": trainer.step, **{f"validation_{name}": value for name, value in values.items()}}) + "\n")
@@ -1254,7 +1339,7 @@ def resumed(stored, given):
     if fixed:
         raise UserError(f"--resume cannot change --{fixed[0].replace('_', '-')} from {stored[fixed[0]]!r}; start another run with --out")
     config = Config(**{**stored, **given})
-    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate
+    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
     return check_config(config)
 
 
@@ -1827,11 +1912,14 @@ class DemoDataset(ImageDataset):
 
 
 def main(argv=None):
-    config, given, resume, overwrite = parse(argv)
-    if resume:
-        config = resumed(load_checkpoint(Path(config.out) / "last.pt")["config"], {**given, "out": config.out})
-    out = train(config, resume, overwrite)
-    print(f"done: {out / 'last.pt'}; look at {sorted((out / 'reconstructions').glob('*.png'))[-1]}; measure with: python evaluate.py {out}")
+    with torchrun():
+        config, given, resume, overwrite = parse(argv)
+        if resume:
+            config = resumed(load_checkpoint(Path(config.out) / "last.pt")["config"], {**given, "out": config.out})
+        out = train(config, resume, overwrite)
+        print(
+            f"done: {out / 'last.pt'}; look at {sorted((out / 'reconstructions').glob('*.png'))[-1]}; measure with: python evaluate.py {out}"
+        )
 
 
 if __name__ == "__main__":

@@ -126,6 +126,26 @@ def _exact_offset(codebook):
     return (middle / grid).round() * grid
 
 
+def across(x, how):
+    """A tensor of every process of torch.distributed, joined without gradient; x itself where there is one process.
+
+    Args:
+        how: "mean" or "max", elementwise; "rows": concatenated along the first axis; "first": the first process's.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    count, x = torch.distributed.get_world_size(), x.detach().clone()
+    if how == "rows":
+        parts = [torch.empty_like(x) for _ in range(count)]
+        torch.distributed.all_gather(parts, x)
+        return torch.cat(parts)
+    if how == "first":
+        torch.distributed.broadcast(x, 0)
+    else:
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
+    return x / count if how == "mean" else x
+
+
 class VectorQuantizer(nn.Module):
     """Eq. 1 and the last two terms of Eq. 2: ‖sg[ẑ] − z_q‖² + β ‖sg[z_q] − ẑ‖².
 
@@ -268,10 +288,11 @@ class ClusteredQuantizer(VectorQuantizer):
         size = len(codebook)
         share = torch.zeros_like(self.usage)  # (K,), not by bincount, which waits for the device
         share.index_add_(0, indices.flatten(), share.new_full((indices.numel(),), 1 / indices.numel()))
-        self.usage.lerp_(share, 1 - self.decay)
+        self.usage.lerp_(across(share, "mean"), 1 - self.decay)
+        features = across(features, "rows")
         alpha = torch.exp(-10 * size * self.usage / (1 - self.decay) - 1e-3)[:, None]  # (K, 1)
         anchors = torch.cat([features[draw(-torch.cdist(codes, features).square())] for codes in codebook.split(1024)])
-        codebook.lerp_(anchors, alpha)
+        codebook.copy_(across(codebook.lerp(anchors, alpha), "first"))
 
     @staticmethod
     def contrast(features, codebook, temperature=0.07):
@@ -695,12 +716,12 @@ def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gra
         reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses at
             x_hat. Taken there once, they serve both λ and the generator's own backward pass.
     Returns:
-        () float32, without gradient.
+        () without gradient; of the mean gradients, where several processes share a batch.
     """
     norms = []
     for gradient in (reconstruction_gradient, adversarial_gradient):
         (at_weight,) = torch.autograd.grad(x_hat, last_weight, gradient, retain_graph=True)
-        norms.append(at_weight.float().norm())
+        norms.append(across(at_weight, "mean").norm())
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
 
 
@@ -1154,6 +1175,10 @@ class TokenTransformer(nn.Module):
         hidden = self.hidden(previous, self.condition(known, len(tokens), drop))
         return [self.logits(hidden, tokens, i) for i in range(len(self.sizes))]
 
+    def loss(self, tokens, known=None, drop=None, generator=None):
+        """Mean negative log-likelihood of each of the M tokens of a position → list of () tensors, nats."""
+        return [F.cross_entropy(part.float().mT, tokens[:, i].flatten(1)) for i, part in enumerate(self(tokens, known, drop))]
+
 
 def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One index from each row of (B, K) logits → (B,).
@@ -1254,12 +1279,12 @@ class Denoiser(nn.Module):
         return self.leave(self.norm(x)).mT.unflatten(2, self.grid)
 
     def loss(self, z, known=None, drop=None, generator=None):
-        """Mean squared error of ε at a random t for each of (B, C, h, w) features → ()."""
+        """Mean squared error of ε at a random t for each of (B, C, h, w) features → a list of one () tensor."""
         z = (z - self.mean) / self.std
         t = torch.rand(len(z), device=z.device, generator=generator) * self.LAST
         noise = torch.randn(z.shape, device=z.device, generator=generator)
         z_t = (t * math.pi / 2).cos()[:, None, None, None] * z + (t * math.pi / 2).sin()[:, None, None, None] * noise
-        return F.mse_loss(self(z_t, t, self.condition(known, len(z), drop)), noise)
+        return [F.mse_loss(self(z_t, t, self.condition(known, len(z), drop)), noise)]
 
 
 @torch.no_grad()

@@ -55,8 +55,12 @@ def speech(tmp_path_factory):
     return WordNetSpeech()
 
 
-@pytest.fixture
-def prior():
+@pytest.fixture(name="prior")
+def small_prior_fixture():
+    return small_prior()
+
+
+def small_prior():
     """A small prior of random vectors: 7 adjectives, 9 nouns, 12 dimensions."""
     from prior import Prior
 

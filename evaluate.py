@@ -31,6 +31,7 @@ from PIL import Image, ImageDraw
 from prior import BOLD, FONT, PARTS, SMALL, Progress, UserError, WordListSpeech, command, load_arrays, save_png, whole_file, write_free
 from train import (
     Config,
+    first_alone,
     code_words,
     codebook_names,
     draw_pairs,
@@ -41,10 +42,13 @@ from train import (
     make_dataset,
     make_loader,
     pick_device,
+    processes,
     psnr,
+    rank,
     to_images,
+    torchrun,
 )
-from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, nearest_code, rescale
+from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, across, nearest_code, rescale
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
@@ -165,16 +169,15 @@ def mean_image(dataset, device, limit=10_000):
 
 @torch.no_grad()
 def reconstruct(model, dataset, device, batch_size, baseline, inception=None, lpips=None, save=None):
-    """Every image of a dataset through a model in evaluation mode.
+    """Every image of a dataset through a model in evaluation mode, each process of torchrun its share.
 
     Returns:
         scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr, and lpips where there is one;
-        indices: (N, M, h, w) int32; features: originals' and reconstructions', (N, 2048) or empty lists;
-        pairs: sixteen originals and reconstructions in turn.
+        indices: (N, M, h, w) int32; features: originals' and reconstructions', (N, 2048), or an empty list.
     """
-    scores, indices, features, pairs, progress = {}, [], ([], []), [], Progress()
-    shown = set(evenly(len(dataset), 16))
-    for batch in make_loader(dataset, device, -1, batch_size=batch_size):
+    scores, indices, features, progress = {}, [], [], Progress()
+    mine = torch.utils.data.Subset(dataset, range(rank(), len(dataset), processes()))
+    for batch in make_loader(mine, device, -1, batch_size=batch_size):
         x = to_images(batch["image"], device)
         output = model(x)
         x_hat = output.x_hat.float()
@@ -192,15 +195,30 @@ def reconstruct(model, dataset, device, batch_size, baseline, inception=None, lp
         indices.append(output.indices.int())
         eight_bits = batch["image"].to(device), to_bytes(x_hat)
         if inception is not None:
-            for kept, images in zip(features, eight_bits):
-                kept.append(inception(images).cpu().double())
+            features.append(torch.cat([inception(images)[:, None] for images in eight_bits], dim=1).float().cpu())  # (B, 2, 2048)
         if save is not None:
             save_images(save, batch["index"].tolist(), eight_bits)
-        for row in (row for row, index in enumerate(batch["index"].tolist()) if index in shown):
-            pairs += [x[row].cpu(), x_hat[row].cpu()]
-        progress(f"reconstructing: {sum(map(len, indices)):,}/{len(dataset):,} images")
-    scores = {name: torch.cat(values).cpu().double().numpy() for name, values in scores.items()}
-    return scores, torch.cat(indices).cpu().numpy(), [torch.cat(kept).numpy() if kept else kept for kept in features], pairs
+        progress(f"reconstructing: {sum(map(len, indices)):,}/{len(mine):,} images")
+    gather = lambda parts: of_all_processes(torch.cat(parts).to(device), len(dataset)).cpu().numpy()
+    scores = {name: gather(values).astype(np.float64) for name, values in scores.items()}
+    return scores, gather(indices), gather(features).swapaxes(0, 1).astype(np.float64) if features else []
+
+
+def of_all_processes(rows, total):
+    """The rows of `total` that the processes have in turn, (share, …), put together again, (total, …)."""
+    share = math.ceil(total / processes())
+    rows = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
+    return across(rows, "rows").unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:total]
+
+
+@torch.no_grad()
+def reconstructed_pairs(model, dataset, device, batch_size, count=16):
+    """`count` originals and reconstructions in turn."""
+    pairs = []
+    for batch in make_loader(torch.utils.data.Subset(dataset, evenly(len(dataset), count)), device, 0, batch_size=batch_size):
+        x = to_images(batch["image"], device)
+        pairs += [image.cpu() for pair in zip(x, model(x).x_hat.float()) for image in pair]
+    return pairs
 
 
 def save_images(folder, indices, images):
@@ -267,7 +285,7 @@ def evaluate(
     Args:
         inception: InceptionFeatures or None, and the reason for None; lpips: LPIPS likewise.
     Returns:
-        Evaluation.
+        Evaluation; None in all processes of torchrun but the first.
     """
     device = pick_device(device)
     model, config, prior, step = load_run(path, device, checkpoint)
@@ -276,7 +294,10 @@ def evaluate(
     dataset = make_dataset(config, "val")
     baseline = mean_image(make_dataset(config, "train"), device)
     network, perceptual = (part and part.to(device) for part in (inception[0], lpips[0]))
-    scores, indices, features, pairs = reconstruct(model, dataset, device, config.batch_size, baseline, network, perceptual, save)
+    scores, indices, features = reconstruct(model, dataset, device, config.batch_size, baseline, network, perceptual, save)
+    if rank():
+        return None
+    pairs = reconstructed_pairs(model, dataset, device, config.batch_size)
     by_codebook = [part.numpy() for part in model.by_codebook(torch.from_numpy(indices))]
     usage = code_usage(by_codebook, model.codebook.sizes)
     result = {
@@ -850,17 +871,26 @@ def load_perceptual(trunk_weights="", lpips_weights=""):
 
 def main(argv=None):
     """Evaluate every run named, then print one table."""
-    args = parse(argv)
-    for path in args.runs:
-        if not (Path(path) / f"{args.checkpoint}.pt").is_file():
-            raise UserError(f"'{path}' is not a run of train.py: it has no {args.checkpoint}.pt")
-    pick_device(args.device)
-    inception, lpips = load_inception(args.inception), load_perceptual(args.trunk_weights, args.lpips_weights)
-    evaluations = []
-    for path in args.runs:
-        save = args.save and (Path(args.save) / Path(path).resolve().name if len(args.runs) > 1 else Path(args.save))
-        evaluations.append(evaluate(path, args.data, args.device, inception, lpips, save, args.checkpoint, args.figures, args.skip_broken))
-        print(f"{path}: evaluation.json, reconstructions.png{', figures/' if args.figures else ''}{f'; images in {save}' if save else ''}")
+    with torchrun():
+        args = parse(argv)
+        for path in args.runs:
+            if not (Path(path) / f"{args.checkpoint}.pt").is_file():
+                raise UserError(f"'{path}' is not a run of train.py: it has no {args.checkpoint}.pt")
+        pick_device(args.device)
+        with first_alone():  # which downloads what is missing
+            inception, lpips = load_inception(args.inception), load_perceptual(args.trunk_weights, args.lpips_weights)
+        evaluations = []
+        for path in args.runs:
+            save = args.save and (Path(args.save) / Path(path).resolve().name if len(args.runs) > 1 else Path(args.save))
+            choices = (args.data, args.device, inception, lpips, save, args.checkpoint, args.figures, args.skip_broken)
+            evaluations.append(evaluate(path, *choices))
+            print(f"{path}: evaluation.json, reconstructions.png{', figures/' * args.figures}{f'; images in {save}' * bool(save)}")
+        if not rank():
+            report(args, evaluations, inception, lpips)
+
+
+def report(args, evaluations, inception, lpips):
+    """Print the table and what is to be said of its columns; draw what compares runs."""
     results = [evaluation.result for evaluation in evaluations]
     if args.figures and len(results) > 1 and len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1:
         folder = Path(args.runs[0]).parent / "comparison"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import ROOT, small_prior
+from evaluate import reconstruct
 from synthesize import Loss
 from test_train import TINY
 from train import TrainBatches, Trainer, parallel, portable, resolve
@@ -59,12 +60,24 @@ def cluster(share, shares):
     return codebook.detach(), quantizer.usage
 
 
+def evaluation(prior):
+    """Scores, indices and features of seven images, of all processes together."""
+    torch.manual_seed(0)
+    model = Trainer(resolve(TINY), prior, torch.device("cpu")).model.eval()
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
+    dataset = [{"image": image, "index": index, "label": 0} for index, image in enumerate(images)]
+    inception = lambda x: x.float().mean(dim=(2, 3))  # any features
+    scores, indices, features = reconstruct(model, dataset, torch.device("cpu"), 2, torch.zeros(3, 32, 32), inception)
+    return {name: torch.tensor(value) for name, value in {**scores, "indices": indices, "features": features}.items()}
+
+
 def work(share, shares, folder, prior):
     """What each of two processes does; the first saves it."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=share, world_size=shares)
     found = {choice: gradients(choice, prior, share, shares) for choice in CHOICES}
     found["second stage"], found["cluster"] = second_stage(share, shares), cluster(share, shares)
+    found["evaluation"] = evaluation(prior)
     found["keys"] = list(TrainBatches(10, 2, 3, 6, seed=0))
     torch.save(found, Path(folder) / f"{share}.pt")
     torch.distributed.destroy_process_group()
@@ -104,6 +117,13 @@ def test_two_processes_keep_the_same_codes(found):
 def test_two_processes_take_the_batches_of_one(found):
     together = [first + second for first, second in zip(*(process["keys"] for process in found))]
     assert together == list(TrainBatches(10, 4, 3, 6, seed=0))
+
+
+def test_two_processes_evaluate_each_image_once(found):
+    expected = evaluation(portable(small_prior()))
+    for process in found:
+        for name, value in expected.items():
+            assert process["evaluation"][name].shape == value.shape and torch.allclose(process["evaluation"][name], value, rtol=1e-4), name
 
 
 def test_torchrun_trains_and_resumes(tmp_path):

@@ -50,6 +50,7 @@ from train import (
     psnr,
     rank,
     resume_from,
+    resumed,
     run_steps,
     save_config,
     to_images,
@@ -118,12 +119,12 @@ def encode_dataset(run, dataset, views, path):
     """Every image of a dataset as Tokens: its centre crop, then `views` − 1 random ones. `path` is where features go, if anywhere."""
     model, (height, width), progress = run.model, run.model.grid, Progress()
     keys = [(index, view * len(dataset) + index) if view else index for view in range(views) for index in range(len(dataset))]
-    dataset.with_segmentation, kept = True, {name: [] for name in ("indices", "labels", "segmentation")}
+    dataset.with_segmentation, done, kept = True, 0, {name: [] for name in ("indices", "labels", "segmentation")}
     stride = max(1, run.config.resolution // height // SUBSAMPLES)
     shape = (len(keys), run.model.code_dim * len(model.codebook.sizes), height, width)
     features = path and np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     for batch in make_loader(dataset, run.device, -1, sampler=keys, batch_size=run.config.batch_size):
-        z, done = model.features(to_images(batch["image"], run.device)), sum(map(len, kept["labels"]))
+        z = model.features(to_images(batch["image"], run.device))
         kept["indices"].append(model.snap(z).cpu())
         kept["labels"].append(batch["label"])
         if "segmentation" in batch:
@@ -131,13 +132,14 @@ def encode_dataset(run, dataset, views, path):
             kept["segmentation"].append(maps.where((maps != dataset.unlabeled) & (maps < 2**15), -1).short())
         if path:
             features[done : done + len(batch["label"])] = torch.cat(z, dim=1).half().cpu().numpy()
-        progress(f"encoding: {done + len(batch['label']):,}/{len(keys):,} images")
+        done += len(batch["label"])
+        progress(f"encoding: {done:,}/{len(keys):,} images")
     return Tokens(**{name: torch.cat(parts) if parts else None for name, parts in kept.items()})
 
 
 def tokens_of(run, split, views=1, with_features=False):
     """A split of a run's data set as Tokens, encoded once and kept in the run under the tokenizer's checksum and the data's place."""
-    config, name = run.config, "" if split == "val" else f"-{split}"
+    config, name = run.config, f"-{split}" * (split != "val") + f"-{views}" * (views > 1)
     source = json.dumps([config.dataset, str(Path(config.data).resolve()), config.labels, config.skip_broken, views])
     path, key = run.path / f"tokens{name}.npz", hashlib.sha256(f"{run.tokenizer}{source}".encode()).hexdigest()[:12]
     features = run.path / f"features{name}-{key}.npy"
@@ -242,8 +244,8 @@ def known_of(config, tokens, rows, device, count):
     if config.condition == "none":
         return None
     if config.condition == "class":
-        return tokens.labels[rows].to(device)
-    maps, (height, width) = tokens.segmentation[rows].to(device).long(), tokens.indices.shape[2:]
+        return send(tokens.labels[rows], device)
+    maps, (height, width) = send(tokens.segmentation[rows], device).long(), tokens.indices.shape[2:]
     cells = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1)).transpose(2, 3).flatten(3)  # (B, h, w, S²)
     cells = cells.where((cells >= 0) & (cells < count), count)
     shares = torch.zeros(*cells.shape[:3], count + 1, device=device).scatter_add_(3, cells, torch.ones_like(cells, dtype=torch.float))
@@ -277,12 +279,11 @@ def stage_folder(run, config):
     return run.path / "synthesis" / "-".join([config.model, config.condition, *["independent"] * (not config.joint)])
 
 
-def load_stage(run, config):
+def load_stage(run, folder):
     """A trained second stage → (network of the best averaged weights in evaluation mode, its SynthesisConfig, count, step)."""
-    folder = stage_folder(run, config)
     if not (folder / "best.pt").is_file():
-        command = f"python synthesize.py {run.path} train --model {config.model} --condition {config.condition}"
-        raise UserError(f"no second stage in '{folder}'; train one with: {command}" + " --no-joint" * (not config.joint))
+        advice = f"python synthesize.py {run.path} train, with the same --model and --condition"
+        raise UserError(f"no second stage in '{folder}'; train one with: {advice}")
     state = load_checkpoint(folder / "best.pt")
     check_tokenizer(run, state, folder)
     stored = SynthesisConfig(**state["config"])
@@ -312,6 +313,31 @@ class Loss(torch.nn.Module):
         return self.network.loss(*inputs, **more)
 
 
+def send(x, device):
+    """A tensor to the device, without waiting for what CUDA is still doing."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def losses_of(config, run, count, loss, tokens, rows, drop=None, generator=None):
+    """What is minimised, a sum of losses, and these by name: bits a token, or mean squared error of the noise."""
+    known, ldm = known_of(config, tokens, rows, run.device, count), config.model == "ldm"
+    data = torch.from_numpy(tokens.features[rows]).float() if ldm else tokens.indices[rows]
+    losses = loss(send(data, run.device), known, drop, generator)
+    names = ["noise"] if ldm else part_names(run)
+    return sum(losses), {name: part / (1 if ldm else math.log(2)) for name, part in zip(names, losses)}
+
+
+@torch.no_grad()
+def validation(config, run, count, network, tokens):
+    """Mean `losses_of` over a split, with the same noise each time → dict of floats."""
+    totals, generator = {}, torch.Generator(run.device).manual_seed(0)
+    for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
+        loss, parts = losses_of(config, run, count, network.loss, tokens, rows, None, generator)
+        for name, value in {"loss": loss, **parts}.items():
+            totals[name] = totals.get(name, 0.0) + value * len(rows) / len(tokens.labels)
+    return {name: float(value) for name, value in totals.items()}
+
+
 class StageTrainer:
     """State of a second stage's training and its step, for `run_steps`.
 
@@ -326,7 +352,7 @@ class StageTrainer:
         self.step, self.best, self.train_set, self.val_set = 0, -math.inf, train_set, val_set
         self.network = make_network(config, run, count)
         if config.model == "ldm":
-            some = torch.from_numpy(np.stack([train_set.features[row] for row in evenly(len(train_set.features), 4096)])).float()
+            some = torch.from_numpy(train_set.features[evenly(len(train_set.features), 4096)]).float()
             self.network.mean.copy_(some.mean(dim=(0, 2, 3)).view(-1, 1, 1))
             self.network.std.copy_(some.std(dim=(0, 2, 3)).clamp_min(1e-6).view(-1, 1, 1))
         self.ema = copy.deepcopy(self.network).requires_grad_(False)
@@ -346,14 +372,6 @@ class StageTrainer:
         for name in ("network", "ema", "optimizer"):
             getattr(self, name).load_state_dict(state[name])
 
-    def parts(self, loss, tokens, rows, drop=None, generator=None):
-        """What is minimised, a sum of losses, and these by name: bits a token, or mean squared error of the noise."""
-        known, ldm = known_of(self.config, tokens, rows, self.device, self.count), self.config.model == "ldm"
-        data = torch.from_numpy(tokens.features[rows]).float() if ldm else tokens.indices[rows]
-        losses = loss(data.to(self.device), known, drop, generator)
-        names = ["noise"] if ldm else part_names(self.run)
-        return sum(losses), {name: part / (1 if ldm else math.log(2)) for name, part in zip(names, losses)}
-
     def train_step(self, batches):
         """One step on a list of lists of rows → dict of () tensors."""
         config, device, metrics = self.config, self.device, {}
@@ -366,7 +384,7 @@ class StageTrainer:
             drop = torch.rand(len(rows), device=device) < config.drop_condition if config.condition != "none" else None
             with unsynchronised(self.losses, but=number == len(batches) - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda"):
-                    loss, parts = self.parts(self.losses, self.train_set, rows, drop)
+                    loss, parts = losses_of(config, self.run, self.count, self.losses, self.train_set, rows, drop)
                 (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / len(batches)
@@ -374,18 +392,13 @@ class StageTrainer:
         self.optimizer.step()
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))  # a short run is not weighed down by its first weights
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
         return metrics
 
-    @torch.no_grad()
     def validate(self):
-        """The averaged weights' loss over the validation split, with the same noise each time."""
-        network, totals, generator = self.ema.eval(), {}, torch.Generator(self.device).manual_seed(0)
-        for rows in torch.arange(len(self.val_set.labels)).split(self.config.batch_size):
-            loss, parts = self.parts(network.loss, self.val_set, rows, generator=generator)
-            for name, value in {"loss": loss, **parts}.items():
-                totals[name] = totals.get(name, 0.0) + value * len(rows) / len(self.val_set.labels)
-        values = {name: float(value) for name, value in totals.items()}
+        """The averaged weights' loss over the validation split, for `run_steps`."""
+        values = validation(self.config, self.run, self.count, self.ema.eval(), self.val_set)
         unit = (lambda value: f" bits a position (perplexity {2**value:,.0f})") if self.config.model == "gpt" else lambda value: ""
         words = ", ".join(f"{name} {value:.3f}{unit(value)}" for name, value in values.items() if name != "loss")
         return -values["loss"], values, words
@@ -415,11 +428,7 @@ def train(args, runs):
     if args.resume:
         state = load_checkpoint(folder / "last.pt")
         check_tokenizer(run, state, folder)
-        fixed = [name for name, value in args.given.items() if name not in ("device", "steps") and value != state["config"][name]]
-        if fixed:
-            flag = f"--{fixed[0].replace('_', '-')}"
-            raise UserError(f"--resume cannot change {flag} from {state['config'][fixed[0]]!r}; train anew with --overwrite")
-        config = SynthesisConfig(**{**state["config"], **args.given})
+        config = resumed(SynthesisConfig, state, args.given, ("device", "steps", "log_every", "eval_every"), folder)
     elif folder.exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
     with_features = config.model == "ldm"
@@ -437,8 +446,6 @@ def train(args, runs):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         save_config(config, folder)
-    else:  # its own noise and dropout
-        torch.manual_seed(config.seed + 1_000_003 * rank() + trainer.step)
     weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     print(
         f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} grids "
@@ -507,7 +514,7 @@ def given_features(run, tokens, rows, given):
     own, kept, masks = run.model.by_codebook(tokens.indices[rows].to(run.device)), [], []
     for z, codebook, index, true in zip(features, run.model.codebook(), run.model.by_codebook(given), own):
         mask, put = (index >= 0).all(dim=1, keepdim=True), ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
-        if put.any() and run.config.quantizer == "gumbel":
+        if run.config.quantizer == "gumbel" and put.any():
             raise UserError("--pin with --model ldm needs codes that are features; Gumbel-VQ's are not")
         vectors = codebook[index.clamp_min(0)].mean(dim=1).permute(0, 3, 1, 2)  # (B, D, h, w)
         kept.append(torch.where(put, vectors, z))
@@ -574,7 +581,7 @@ def sample(args, runs):
     for run in runs:
         if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
             raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
-        stage = load_stage(run, stage_config(args, run))
+        stage = load_stage(run, stage_folder(run, stage_config(args, run)))
         tokens = tokens_of(run, "val", with_features=args.model == "ldm" and bool(args.complete or args.pin))
         rows = chosen_images(args, len(tokens.labels))
         if not rows_of_picture:
@@ -623,7 +630,7 @@ def condition_rows(args, run, stage, tokens, rows):
         maps = colours_of_labels(tokens.segmentation[rows].long(), stage[2])
         shown.append(("label map", list(F.interpolate(maps, size=run.config.resolution))))
     if stage[1].condition == "class":
-        print("columns: " + ", ".join(dataset.classes[tokens.labels[row]] for row in rows))
+        print("columns: " + ", ".join([*dataset.classes, "–"][tokens.labels[row]] for row in rows))
     originals = torch.stack([dataset[int(row)]["image"] for row in rows])
     return [*shown, ("original", list(to_images(originals, torch.device("cpu"))))]
 
@@ -664,6 +671,8 @@ def evaluate_stage(run, stage, args, inception):
     with_features = config.model == "ldm"
     val_set, positions = tokens_of(run, "val", 1, with_features), math.prod(run.model.grid)
     result = {"run": str(run.path), "model": config.model, "condition": config.condition, "joint": config.joint, "step": step}
+    names = ("temperature", "top_k", "top_p", "scale", "seed") if config.model == "gpt" else ("sampling_steps", "scale", "seed")
+    result["sampling"] = {name: getattr(args, name) for name in names}
     if config.model == "gpt":
         bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", config.views)
         result["bits"] = dict(zip(part_names(run), (bits.mean(0) / positions).tolist()))
@@ -675,9 +684,7 @@ def evaluate_stage(run, stage, args, inception):
             other = likelihood(run, stage, val_set, torch.arange(len(bits)).roll(len(bits) // 2))
             result["own_map_wins"] = float((bits.sum(1) < other.sum(1)).double().mean())
     else:
-        trainer = StageTrainer(config, run, count, val_set, val_set)
-        trainer.ema = network
-        result["noise"] = trainer.validate()[1]["noise"]
+        result["noise"] = validation(config, run, count, network, val_set)["noise"]
     result["psnr"] = decoded_psnr(run, val_set)
     result["fid"] = sampled_fid(run, stage, val_set, args, inception[0]) if inception[0] is not None else None
     result["fid_note"] = inception[1]
@@ -731,8 +738,7 @@ def evaluate(args, runs):
     for run in runs:
         for path in sorted((run.path / "synthesis").glob("*/best.pt")):
             try:
-                stage = load_stage(run, SynthesisConfig(**load_checkpoint(path)["config"]))
-                results.append(evaluate_stage(run, stage, args, inception))
+                results.append(evaluate_stage(run, load_stage(run, path.parent), args, inception))
             except UserError as error:
                 print(f"not in the table: {error}")
     if not results:
@@ -795,6 +801,8 @@ def stage_config(args, run):
         for name in names.split():
             if not fits(getattr(config, name)):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must {what}")
+    if config.model == "ldm" and not config.joint:
+        raise UserError("--no-joint is of --model gpt; ldm has no heads of tokens")
     if config.width % (2 * config.heads):
         raise UserError(f"--width {config.width} must be a multiple of twice the {config.heads} heads")
     return config

@@ -16,6 +16,7 @@ step 0, and reconstructions/*.png (originals above reconstructions).
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import inspect
@@ -279,23 +280,41 @@ def torchrun():
         yield
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            raise UserError(f"torchrun started more processes on this machine than its {count} GPUs; lower --nproc-per-node")
+        torch.cuda.set_device(local)
+    torch.distributed.init_process_group(timeout=datetime.timedelta(days=1))  # the first may download or encode for long
     with open(os.devnull, "w") as nowhere:
         out, error = (nowhere, nowhere) if rank() else (sys.stdout, sys.stderr)
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
-            yield
+            try:
+                yield
+            except UserError:
+                if rank():  # the first says it
+                    raise SystemExit(2) from None
+                raise
     torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager
 def first_alone():
-    """The first process runs the block before the others, which then find the files that it made."""
+    """The first process runs the block before the others, which then find the files that it made, or end where it failed."""
+    if processes() == 1:
+        yield
+        return
+    well = torch.zeros(())
     if rank():
-        torch.distributed.barrier()
-    yield
-    if processes() > 1 and not rank():
-        torch.distributed.barrier()
+        torch.distributed.broadcast(well, 0)
+        if not well:
+            raise SystemExit(2)
+        yield
+        return
+    try:
+        yield
+        well += 1
+    finally:
+        torch.distributed.broadcast(well, 0)
 
 
 def parallel(network, device):
@@ -835,6 +854,7 @@ def make_loader(dataset, device, workers, **options):
 def save_checkpoint(path, trainer):
     """What `trainer.state` holds, the step, the configuration and the random state, as plain tensors, numbers and strings."""
     state = {"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(trainer.config), "step": trainer.step, "best": trainer.best}
+    state["processes"] = processes()
     state.update(trainer.state(), random=torch.get_rng_state())
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
@@ -1221,8 +1241,6 @@ def train(config, resume=False, overwrite=False):
     out, state = Path(config.out), None
     if resume:
         state = load_checkpoint(out / "last.pt")
-        if state["step"] >= config.steps:
-            raise UserError(f"run '{out}' is at step {state['step']} already; give --steps more than that")
     else:
         check_folder(out, overwrite)
     with first_alone():
@@ -1243,8 +1261,6 @@ def train(config, resume=False, overwrite=False):
             start_from(trainer, config.init)
         if not rank():
             start_run(config, out, trainer, prior)  # nothing was touched before all this succeeded
-    if rank():  # its own noise and dropout
-        torch.manual_seed(config.seed + 1_000_003 * rank() + trainer.step)
     announce(config, trainer, train_set, val_set, out)
     order = TrainBatches(len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed)
     loader = make_loader(train_set, device, config.workers, batch_sampler=order)
@@ -1266,6 +1282,7 @@ def run_steps(trainer, batches, validate, out):
     """
     config, progress, waited = trainer.config, Progress(), 0.0
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
+    own_noise(trainer)
     with open(os.devnull if rank() else out / "metrics.jsonl", "a", buffering=1) as log:
         while trainer.step < config.steps:
             began = time.monotonic()
@@ -1287,6 +1304,7 @@ def run_steps(trainer, batches, validate, out):
             if trainer.step % config.eval_every == 0 or last:
                 trainer.statistics()  # joins what the processes count, for the checkpoint
                 if rank():
+                    own_noise(trainer)
                     continue
                 score, values, words = validate()
                 check_finite(values, trainer.step, out)
@@ -1296,6 +1314,14 @@ def run_steps(trainer, batches, validate, out):
                     trainer.best = score
                     save_checkpoint(out / "best.pt", trainer)
                 save_checkpoint(out / "last.pt", trainer)
+    if processes() > 1:
+        torch.distributed.barrier()
+
+
+def own_noise(trainer):
+    """Noise and dropout of all processes but the first, whose random state is the checkpoint's, follow from seed, rank and step."""
+    if rank():
+        torch.manual_seed(trainer.config.seed + 1_000_003 * rank() + trainer.step)
 
 
 def check_finite(values, step, out):
@@ -1332,15 +1358,24 @@ CHANGEABLE = (
 )
 
 
-def resumed(stored, given):
-    """The Config of a checkpoint with the flags of a --resume. Raises UserError for one that would make it another run."""
-    stored = dataclasses.asdict(Config(**stored))
-    fixed = [name for name, value in given.items() if name not in CHANGEABLE and value != stored[name]]
+def resumed(kind, state, given, changeable, name):
+    """The configuration, a dataclass `kind`, of a checkpoint with the flags of a --resume.
+
+    Raises:
+        UserError: for flags or processes that would make it another run, or if nothing is left to do.
+    """
+    stored = dataclasses.asdict(kind(**state["config"]))
+    fixed = [flag for flag, value in given.items() if flag not in changeable and value != stored[flag]]
     if fixed:
-        raise UserError(f"--resume cannot change --{fixed[0].replace('_', '-')} from {stored[fixed[0]]!r}; start another run with --out")
-    config = Config(**{**stored, **given})
-    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
-    return check_config(config)
+        raise UserError(
+            f"--resume cannot change --{fixed[0].replace('_', '-')} from {stored[fixed[0]]!r}; start another run, or --overwrite"
+        )
+    if state["processes"] != processes():
+        raise UserError(f"'{name}' was trained by {state['processes']} processes; resume it by as many, not by {processes()}")
+    config = kind(**{**stored, **given})
+    if state["step"] >= config.steps:
+        raise UserError(f"'{name}' is at step {state['step']} already; give --steps more than that")
+    return config
 
 
 def check_inputs(config, resume=False):
@@ -1349,11 +1384,12 @@ def check_inputs(config, resume=False):
         download(config.dataset, Path(config.data))
     names = ("trunk_weights", "lpips_weights") if resume else ("prior", "init", "trunk_weights", "lpips_weights")
     paths = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
+    check = not rank() or config.skip_broken  # what the first process has found readable is so
     found, problems = {}, [f"{flag} '{path}' does not exist" for flag, path in paths.items() if path and not Path(path).exists()]
     for name, make in (
         ("device", lambda: pick_device(config.device)),
-        ("train", lambda: make_dataset(config, "train", check=not problems)),
-        ("val", lambda: make_dataset(config, "val", check=not problems)),
+        ("train", lambda: make_dataset(config, "train", check=check and not problems)),
+        ("val", lambda: make_dataset(config, "val", check=check and not problems)),
     ):
         try:
             found[name] = make()
@@ -1915,11 +1951,14 @@ def main(argv=None):
     with torchrun():
         config, given, resume, overwrite = parse(argv)
         if resume:
-            config = resumed(load_checkpoint(Path(config.out) / "last.pt")["config"], {**given, "out": config.out})
+            state, given = load_checkpoint(Path(config.out) / "last.pt"), {**given, "out": config.out}
+            config = resumed(Config, state, given, CHANGEABLE, config.out)
+            config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
+            check_config(config)
         out = train(config, resume, overwrite)
-        print(
-            f"done: {out / 'last.pt'}; look at {sorted((out / 'reconstructions').glob('*.png'))[-1]}; measure with: python evaluate.py {out}"
-        )
+        if not rank():
+            picture = sorted((out / "reconstructions").glob("*.png"))[-1]
+            print(f"done: {out / 'last.pt'}; look at {picture}; measure with: python evaluate.py {out}")
 
 
 if __name__ == "__main__":

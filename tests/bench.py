@@ -31,7 +31,7 @@ import vqct  # noqa: E402
 from evaluate import fid  # noqa: E402
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
 from train import Config, Trainer, pick_device  # noqa: E402
-from vqct import CodebookTransfer, Condition, NormalizedAdjacency, TokenTransformer, VQModel, nearest_code, sample_tokens  # noqa: E402
+from vqct import CodebookTransfer, Condition, NormalizedAdjacency, TokenTransformer, VectorQuantizer, VQModel, nearest_code, sample_tokens  # noqa: E402
 
 DEVICE = torch.device("cpu")
 
@@ -41,8 +41,8 @@ DEVICE = torch.device("cpu")
 
 
 def wait():
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
+    if DEVICE.type != "cpu":
+        torch.accelerator.synchronize()
 
 
 def seconds(function, *arguments):
@@ -137,23 +137,25 @@ def faiss_index(faiss):
     return search if DEVICE.type == "cpu" else "faiss-cpu is for the CPU"
 
 
-def euclidean_codebook(module):
-    layer = module.VectorQuantize(dim=256, codebook_size=CODES).eval().to(DEVICE)
+def whole_layer(codes, dim):
+    """vector-quantize-pytorch's layer in evaluation mode, with the search, look-up and loss of ours."""
 
-    @torch.no_grad()
-    def search(z, codebook):
-        layer._codebook.embed.copy_(codebook[None])
-        return layer(z[None])[1]
+    def make(module):
+        layer = module.VectorQuantize(dim=dim, codebook_size=codes).eval().to(DEVICE)
 
-    return search
+        @torch.no_grad()
+        def quantize(z, codebook):
+            layer._codebook.embed.copy_(codebook[None])
+            return layer(z[None])
 
+        return quantize
 
-CODES = 16384
+    return make
 
 
 def bench_nearest(dim=256):
     """The search among many codes, and how it grows with them."""
-    rows, codes = (65_536, 8_192) if DEVICE.type == "cuda" else (16_384, CODES)
+    rows, codes = (65_536, 8_192) if DEVICE.type == "cuda" else (16_384, 16_384)
     make = lambda: (torch.randn(rows, dim, device=DEVICE), torch.randn(codes, dim, device=DEVICE))
     tiling = best_tiling(make)
     peers = {
@@ -161,7 +163,6 @@ def bench_nearest(dim=256):
         "the full distance matrix": full_distances,
         "torch.cdist and argmin": lambda z, codebook: torch.cdist(z, codebook).argmin(1),
         "faiss IndexFlatL2": installed("faiss", faiss_index),
-        "vector-quantize-pytorch": installed("vector_quantize_pytorch", euclidean_codebook) if codes == CODES else "of another size",
     }
     times = compare(f"nearest code, {rows:,} features of {dim} channels, {codes:,} codes", nearest_code, peers, make)
     product = statistics.median(times[next(iter(peers))])
@@ -172,6 +173,10 @@ def bench_nearest(dim=256):
         print(f"  extra memory of {form.__name__}: {extra_memory(form, *data) / 2**20:,.1f} MiB")
     agree = (nearest_code(*data) == full_distances(*data)).double().mean().item()
     print(f"  the same code as by the full matrix for {agree:.4%}; the rest are ties to its rounding")
+    layer = VectorQuantizer().eval()
+    peers = {"vector-quantize-pytorch's": installed("vector_quantize_pytorch", whole_layer(codes, dim))}
+    ours = torch.no_grad()(lambda z, codebook: layer(z.T[None, :, :, None], codebook))
+    compare("the whole quantizer in evaluation mode, the same sizes", ours, peers, make, rounds=3)
     grown = []
     for count in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
         data = torch.randn(4096, dim, device=DEVICE), torch.randn(count, dim, device=DEVICE)
@@ -203,9 +208,10 @@ def taming_step(trainer, x):
     (loss + weight * generator_loss + output.quantizer_loss).backward()
     trainer.generator_optimizer.step()
     discriminator.requires_grad_(True)
-    x_hat = model(x).x_hat
+    with torch.no_grad():  # the generator is frozen for the other optimizer
+        x_hat = model(x).x_hat
     trainer.discriminator_optimizer.zero_grad()
-    vqct.hinge_loss(discriminator(x.detach()), discriminator(x_hat.detach())).backward()
+    vqct.hinge_loss(discriminator(x.detach()), discriminator(x_hat)).backward()
     trainer.discriminator_optimizer.step()
 
 
@@ -233,13 +239,16 @@ def bench_step():
     cuda = DEVICE.type == "cuda"
     resolution, batch = (256, 8) if cuda else (128, 2)
     ours, theirs = make_trainer(resolution, compile=cuda), make_trainer(resolution, amp=False)
-    if cuda:
-        theirs.model.to(memory_format=torch.contiguous_format), theirs.discriminator.to(memory_format=torch.contiguous_format)
+    theirs.model.to(memory_format=torch.contiguous_format), theirs.discriminator.to(memory_format=torch.contiguous_format)
     make = lambda size=resolution: (torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1,)
     step = lambda x: ours.train_step([x.contiguous(memory_format=torch.channels_last)])
     peer = plain(lambda x: taming_step(theirs, x))
     title = f"training step with adversary, f16 network, 16,384 codes, {batch} images of {resolution}²"
-    compare(title, step, {"the same as taming-transformers steps, float32": peer}, make, rounds=5)
+    peers = {"as taming-transformers steps, float32": peer}
+    if cuda:
+        eager = make_trainer(resolution, amp=False)
+        peers["ours in float32, not compiled"] = lambda x: eager.train_step([x.contiguous(memory_format=torch.channels_last)])
+    compare(title, step, peers, make, rounds=5)
     if cuda:
         print(f"  extra memory: {extra_memory(step, *make()) / 2**30:.2f} GiB, theirs {extra_memory(peer, *make()) / 2**30:.2f} GiB")
     for size in (64, 128, 192, 256):
@@ -315,7 +324,7 @@ def bench_frechet(dim=2048):
         moments = lambda a, b: (a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
         peers = {"scipy.linalg.sqrtm of the product": by_sqrtm}
         peers["pytorch-fid"] = installed(
-            "pytorch_fid.fid_score", lambda module: lambda a, b: module.calculate_frechet_distance(*np.array(moments(a, b), dtype=object))
+            "pytorch_fid.fid_score", lambda module: lambda a, b: module.calculate_frechet_distance(*moments(a, b))
         )
         compare(f"Fréchet distance of {images:,} and {images:,} features of {dim:,} channels", fid, peers, make, rounds=3)
         a, b = make()
@@ -382,6 +391,7 @@ ROWS = {
     "frechet": bench_frechet,
     "tokenise": bench_tokenise,
     "sampling": bench_sampling,
+    "prior": bench_prior,
 }
 
 
@@ -389,17 +399,17 @@ def main():
     global DEVICE
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
-    parser.add_argument("--only", nargs="+", choices=[*ROWS, "prior"], help="rows to measure (default: all)")
+    parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to measure (default: all)")
     parser.add_argument("--corpus", default="", help="captions, for the prior's builder")
     args = parser.parse_args()
     DEVICE = pick_device(args.device)
+    if DEVICE.type == "cuda":
+        torch.cuda.set_device(DEVICE)
     name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}")
     for row, bench in ROWS.items():
         if not args.only or row in args.only:
-            bench()
-    if args.corpus:
-        bench_prior(args.corpus)
+            bench(*[args.corpus] * (row == "prior")) if row != "prior" or args.corpus else print("\nprior: give a --corpus")
 
 
 if __name__ == "__main__":

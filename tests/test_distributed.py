@@ -134,6 +134,12 @@ def test_torchrun_trains_and_resumes(tmp_path):
     done = run(*flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done: run/last.pt") == 1 and "step 4/4" in done.stderr  # one of them speaks
+    alone = subprocess.run(
+        [sys.executable, command[-1], "--out", "run", "--resume", "--steps", "6"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert alone.returncode == 2 and "was trained by 2 processes" in alone.stderr
+    done = run(*flags)
+    assert done.returncode != 0 and done.stderr.count("run 'run' exists already") == 1 and "Traceback (most" not in done.stdout
     done = run("--resume", "--steps", "6")
     assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

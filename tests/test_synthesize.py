@@ -23,6 +23,7 @@ from synthesize import (
     parse,
     pin_words,
     stage_config,
+    stage_folder,
     tokens_of,
     unigram_bits,
     words_of,
@@ -99,7 +100,7 @@ def stage(run, *flags):
     folder = run / "synthesis" / "-".join([args.model, args.condition, *["independent"] * ("--no-joint" in flags)])
     if not folder.exists():
         main([str(run), "train", *flags, *SMALL, "--steps", "3"])
-    return here, load_stage(here, stage_config(args, here)), tokens_of(here, "val", 1, args.model == "ldm"), args
+    return here, load_stage(here, stage_folder(here, stage_config(args, here))), tokens_of(here, "val", 1, args.model == "ldm"), args
 
 
 @pytest.mark.parametrize("model", ["gpt", "ldm"])
@@ -138,6 +139,14 @@ def test_a_resumed_second_stage_equals_an_uninterrupted_one(run):
         StageTrainer.train_step = step
     main([str(run), "train", "--condition", "segmentation", "--resume"])
     again = torch.load(folder / "last.pt", weights_only=True)
+    trainer = StageTrainer(
+        SynthesisConfig(**{**whole["config"], "steps": 1}),
+        here := Run(run, torch.device("cpu")),
+        whole["count"],
+        *[tokens_of(here, "val")] * 2,
+    )
+    trainer.train_step([[0, 1]])
+    assert not any(average.requires_grad for average in trainer.ema.parameters())  # no graph grows from step to step
     for name in ("network", "ema"):
         assert all(torch.equal(value, again[name][key]) for key, value in whole[name].items())
     repeated = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -219,6 +228,8 @@ def test_a_word_in_its_place_stays(run, model):
 def test_views_are_crops_and_flips_with_their_maps(run):
     here = Run(run, torch.device("cpu"))
     one, three = tokens_of(here, "val"), tokens_of(here, "val", 3)
+    made = (run / "tokens.npz").stat().st_mtime_ns
+    assert torch.equal(tokens_of(here, "val").indices, one.indices) and (run / "tokens.npz").stat().st_mtime_ns == made  # both are kept
     dataset = DemoDataset("val", 32)
     assert len(three.labels) == 15 and torch.equal(three.indices[:5], one.indices) and torch.equal(three.labels[5:10], one.labels)
     dataset.with_segmentation = True
@@ -240,17 +251,18 @@ def test_features_are_encoded_once(run):
     with torch.no_grad():
         features = torch.cat(here.model.features(x), dim=1)
     assert np.allclose(tokens.features, features, atol=2e-3 * features.abs().max())  # half precision
-    tokens_of(here, "val", 2, with_features=True)
-    assert not path.exists() and len(list(run.glob("features-????????????.npy"))) == 1  # the old ones are gone
+    here.tokenizer = "0" * 64
+    tokens_of(here, "val", with_features=True)
+    assert not path.exists() and len(list(run.glob("features-????????????.npy"))) == 1  # those of another tokenizer are gone
 
 
 def test_a_second_stage_belongs_to_its_tokenizer(run):
     here, _, _, args = stage(run, "--condition", "none")
     here.tokenizer = "0" * 64
     with pytest.raises(UserError, match="another state"):
-        load_stage(here, stage_config(args, here))
+        load_stage(here, stage_folder(here, stage_config(args, here)))
     with pytest.raises(UserError, match="no second stage in"):
-        load_stage(here, SynthesisConfig(condition="class", joint=False))
+        load_stage(here, run / "synthesis" / "absent")
 
 
 def test_flags_that_cannot_be_are_a_line(run, tmp_path):
@@ -261,6 +273,8 @@ def test_flags_that_cannot_be_are_a_line(run, tmp_path):
         (["train", "--condition", "class", "--dropout", "1.5"], "--dropout 1.5 must lie"),
         (["train", "--condition", "none"], "exists already; go on with --resume"),
         (["train", "--condition", "none", "--resume", "--lr", "1"], "--resume cannot change --lr"),
+        (["train", "--condition", "none", "--resume", "--steps", "2"], "is at step 3 already"),
+        (["train", "--model", "ldm", "--no-joint"], "--no-joint is of --model gpt"),
         (["sample", "--top-p", "0"], "--top-p lie in"),
         (["sample", "--number", "0"], "must be at least 1"),
         (["sample", "--label", "robin"], "needs --condition class"),

@@ -62,38 +62,63 @@ def nearest_code(z, codebook, row_chunk=None, code_chunk=None):
     if z.dim() != 2 or codebook.dim() != 2 or z.shape[1] != codebook.shape[1] or len(codebook) == 0:
         raise ValueError(f"nearest_code takes (N, D) and (K, D) with K ≥ 1, got {tuple(z.shape)} and {tuple(codebook.shape)}")
     on_cpu = z.device.type == "cpu"
-    row_chunk = row_chunk or (512 if on_cpu else 8192)
-    code_chunk = code_chunk or (2048 if on_cpu else 8192)
+    row_chunk = row_chunk or (1024 if on_cpu else 8192)
+    code_chunk = code_chunk or (512 if on_cpu else 8192)
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         codebook = codebook.to(dtype)
-        first = _first_of_equal(codebook)
-        offset = _exact_offset(codebook)
-        codebook = codebook - offset
-        half_norms = codebook.square().sum(1).mul_(0.5)  # (K,)
-        tiles = list(zip(half_norms.split(code_chunk), codebook.split(code_chunk)))
-        indices = torch.empty(len(z), dtype=torch.int64, device=z.device)
-        for rows, out in zip(z.split(row_chunk), indices.split(row_chunk)):
-            rows = rows.to(dtype) - offset
-            best, start = None, 0
-            for tile_norms, tile in tiles:
-                score, index = torch.addmm(tile_norms, rows, tile.T, alpha=-1).min(dim=1)  # (rows,)
-                if best is None:
-                    best = score
-                    out.copy_(index)
-                else:
-                    closer = score < best  # strict, so that ties stay with the lower index
-                    best = torch.where(closer, score, best)
-                    out.copy_(torch.where(closer, index + start, out))
-                start += len(tile)
-    return first[indices]
+        first, offset = _first_of_equal(codebook), _exact_offset(codebook)
+        codes = codebook - offset
+        half_norms = codes.square().sum(1).mul_(0.5)  # (K,)
+        rows = z.to(dtype) - offset
+        search = _search_blocks if on_cpu else _search_tiles
+        return first[search(rows, codes, half_norms, row_chunk, code_chunk)]
+
+
+def _search_tiles(z, codes, half_norms, row_chunk, code_chunk):
+    """(N,) the code of least score of each row, by a running minimum over tiles; nothing waits for the device."""
+    indices = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    for rows, out in zip(z.split(row_chunk), indices.split(row_chunk)):
+        best = rows.new_full((len(rows),), math.inf)
+        for start in range(0, len(codes), code_chunk):
+            tile = slice(start, start + code_chunk)
+            score, index = torch.addmm(half_norms[tile], rows, codes[tile].T, alpha=-1).min(dim=1)  # (rows,)
+            out.copy_(torch.where(score < best, index + start, out))  # strict, so that ties stay with the lower index
+            best = torch.minimum(score, best)
+    return indices
+
+
+def _search_blocks(z, codes, half_norms, row_chunk, code_chunk, block=64):
+    """The same where a minimum is found twenty times as fast as its place: each row's best block of codes, then the code in it."""
+    block = min(block, code_chunk)
+    code_chunk -= code_chunk % block
+    missing = -len(codes) % block
+    codes, half_norms = F.pad(codes, (0, 0, 0, missing)), F.pad(half_norms, (0, missing), value=math.inf)
+    best = torch.zeros(len(z), dtype=torch.int64)
+    room = z.new_empty(min(row_chunk, len(z)), min(code_chunk, len(codes)))  # one tile's scores, again and again
+    least = z.new_empty(len(room), len(codes) // block)
+    for rows, out in zip(z.split(row_chunk), best.split(row_chunk)):
+        for start in range(0, len(codes) if least.shape[1] > 1 else 0, code_chunk):
+            tile = codes[start : start + code_chunk]
+            scores = torch.addmm(half_norms[start : start + code_chunk], rows, tile.T, alpha=-1, out=room[: len(rows), : len(tile)])
+            place = slice(start // block, (start + len(tile)) // block)
+            torch.amin(scores.unflatten(1, (-1, block)), dim=2, out=least[: len(rows), place])
+        if least.shape[1] > 1:
+            out.copy_(least[: len(rows)].argmin(dim=1))
+    indices = torch.empty_like(best)
+    for number, group in enumerate(best.argsort(stable=True).split(best.bincount(minlength=least.shape[1]).tolist())):
+        inside = slice(number * block, (number + 1) * block)
+        for part in group.split(row_chunk):
+            scores = torch.addmm(half_norms[inside], z[part], codes[inside].T, alpha=-1)  # (part, block)
+            indices[part] = scores.argmin(dim=1) + inside.start
+    return indices
 
 
 def _first_of_equal(codebook):
     """(K,) the lowest index of a code equal to each code, by sorting a 64-bit hash of their bits.
 
     A product may round equal columns differently by where they stand in a tile, so it cannot tell ties.
-    Two different codes share a hash with a chance of 2⁻⁶⁴.
+    Two different codes share a hash with a chance of 2⁻⁶⁴, of 2⁻⁴⁰ if their entries are small integers.
     """
     hashed, order = torch.cat([_hash_rows(codes) for codes in codebook.split(1024)]).sort(stable=True)
     new = torch.ones_like(order, dtype=torch.bool)
@@ -103,12 +128,12 @@ def _first_of_equal(codebook):
 
 
 def _hash_rows(codes):
-    """(K, D) float32 or float64 → (K,) int64: splitmix64 (Steele et al. 2014) of each entry and its place, summed."""
+    """(K, D) float32 or float64 → (K,) int64: the bits of the entries times fixed odd numbers, summed modulo 2⁶⁴."""
     bits = (codes + 0.0).view(torch.int32 if codes.dtype == torch.float32 else torch.int64).long()  # −0 becomes 0
-    mixed = bits + torch.arange(1, bits.shape[1] + 1, device=bits.device) * -0x61C8864680B583EB
-    mixed = (mixed ^ (mixed >> 30)) * -0x40A7B892E31B1A47
-    mixed = (mixed ^ (mixed >> 27)) * -0x6B2FB644ECCEEE15
-    return (mixed ^ (mixed >> 31)).sum(1)
+    bits = bits ^ (bits >> 32)  # round numbers have their bits at the top, where a product loses them
+    number = torch.arange(1, bits.shape[1] + 1, device=bits.device) * -0x61C8864680B583EB
+    number = (number ^ (number >> 30)) * -0x40A7B892E31B1A47  # mixed as by splitmix64 (Steele et al. 2014)
+    return (bits * (number ^ (number >> 27) | 1)).sum(1)
 
 
 def _exact_offset(codebook):

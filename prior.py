@@ -89,6 +89,8 @@ def _complain(error):
 def whole_file(path):
     """A temporary path that becomes `path` when the block ends well and vanishes when it does not."""
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"'{path}' is a folder; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)

@@ -97,6 +97,11 @@ BOUNDS = (
     ("lr", lambda value: value > 0, "be positive"),
     ("warmup weight_decay seed", lambda value: value >= 0, "not be negative"),
 )
+SAMPLING_BOUNDS = (
+    ("temperature top_k", lambda value: value >= 0, "not be negative"),
+    ("top_p", lambda value: 0 < value <= 1, "lie in (0, 1]"),
+    ("sampling_steps number repeat", lambda value: value >= 1, "be at least 1"),
+)
 TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
 SUBSAMPLES = 4  # pixels a side of a position at which its label map is kept, enough for shares in sixteenths
 
@@ -282,8 +287,9 @@ def stage_folder(run, config):
 def load_stage(run, folder):
     """A trained second stage → (network of the best averaged weights in evaluation mode, its SynthesisConfig, count, step)."""
     if not (folder / "best.pt").is_file():
-        advice = f"python synthesize.py {run.path} train, with the same --model and --condition"
-        raise UserError(f"no second stage in '{folder}'; train one with: {advice}")
+        there = sorted(path.parent.name for path in folder.parent.glob("*/best.pt"))
+        said = f"there is {', '.join(there)}" if there else "train one with the sub-command train"
+        raise UserError(f"no second stage '{folder.name}' in '{run.path}' (--model and --condition name one); {said}")
     state = load_checkpoint(folder / "best.pt")
     check_tokenizer(run, state, folder)
     stored = SynthesisConfig(**state["config"])
@@ -321,7 +327,7 @@ def send(x, device):
 def losses_of(config, run, count, loss, tokens, rows, drop=None, generator=None):
     """What is minimised, a sum of losses, and these by name: bits a token, or mean squared error of the noise."""
     known, ldm = known_of(config, tokens, rows, run.device, count), config.model == "ldm"
-    data = torch.from_numpy(tokens.features[rows]).float() if ldm else tokens.indices[rows]
+    data = torch.from_numpy(tokens.features[np.asarray(rows)]).float() if ldm else tokens.indices[rows]
     losses = loss(send(data, run.device), known, drop, generator)
     names = ["noise"] if ldm else part_names(run)
     return sum(losses), {name: part / (1 if ldm else math.log(2)) for name, part in zip(names, losses)}
@@ -429,7 +435,7 @@ def train(args, runs):
         state = load_checkpoint(folder / "last.pt")
         check_tokenizer(run, state, folder)
         config = resumed(SynthesisConfig, state, args.given, ("device", "steps", "log_every", "eval_every"), folder)
-    elif folder.exists() and not args.overwrite:
+    elif (folder / "last.pt").exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
     with_features = config.model == "ldm"
     with first_alone():
@@ -449,7 +455,7 @@ def train(args, runs):
     weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     print(
         f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} grids "
-        f"of {'×'.join(map(str, run.model.grid))} positions → {folder}"
+        f"of {'×'.join(map(str, run.model.grid))} positions, {config.steps:,} steps of {config.batch_size * config.accumulate} → {folder}"
     )
     order = TrainBatches(
         len(train_set.labels), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
@@ -464,10 +470,7 @@ def train(args, runs):
 
 def check_choices(args):
     """Raise UserError for flags of sampling that cannot be, or that say nothing of the model or condition asked for."""
-    if args.temperature < 0 or args.top_k < 0 or not 0 < args.top_p <= 1 or args.sampling_steps < 1:
-        raise UserError("--temperature and --top-k must not be negative, --top-p lie in (0, 1], --sampling-steps be at least 1")
-    if getattr(args, "number", 1) < 1 or getattr(args, "repeat", 1) < 1:
-        raise UserError("--number and --repeat must be at least 1")
+    check_bounds(args, SAMPLING_BOUNDS)
     if args.call is sample:
         if args.model == "ldm" and (args.temperature, args.top_k, args.top_p, args.joint) != (1.0, 0, 1.0, True):
             raise UserError("--temperature, --top-k, --top-p and --no-joint are of --model gpt, not ldm")
@@ -510,7 +513,7 @@ def given_features(run, tokens, rows, given):
     Raises:
         UserError: for a word put before Gumbel-VQ, whose codes do not lie among its features.
     """
-    features = torch.from_numpy(tokens.features[rows]).to(run.device).float().chunk(len(run.model.codebook.sizes), dim=1)
+    features = torch.from_numpy(tokens.features[np.asarray(rows)]).to(run.device).float().chunk(len(run.model.codebook.sizes), dim=1)
     own, kept, masks = run.model.by_codebook(tokens.indices[rows].to(run.device)), [], []
     for z, codebook, index, true in zip(features, run.model.codebook(), run.model.by_codebook(given), own):
         mask, put = (index >= 0).all(dim=1, keepdim=True), ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
@@ -533,9 +536,10 @@ def known_part(complete, grid):
     elif complete:
         try:
             with Image.open(complete) as file:
-                known = torch.from_numpy(np.asarray(file.convert("L").resize((width, height), Image.Resampling.BOX)) > 127)
-        except OSError as error:
-            raise UserError(f"--complete {complete}: neither top, bottom, left or right, nor a PNG mask ({error})") from None
+                light, alpha = np.asarray(file.convert("LA").resize((width, height), Image.Resampling.BOX), dtype=float).transpose(2, 0, 1)
+        except OSError:
+            raise UserError(f"--complete {complete}: neither top, bottom, left or right, nor a PNG that can be read") from None
+        known = torch.from_numpy(light * alpha > 127 * 255)
     return known
 
 
@@ -548,20 +552,25 @@ def pin_words(run, given, pins):
         UserError: for a position or a word that is not there.
     """
     (height, width), given, names = run.model.grid, given.clone(), part_names(run)
-    lists = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
+    lists, taken = per_token(run.model, code_words(run.prior, run.model.codebook.sizes)), set()
     for pin in pins:
-        place, _, words = pin.partition("=")
+        place, _, text = pin.partition("=")
         try:
             row, column = map(int, place.split(","))
         except ValueError:
             row, column = -1, -1
-        words = words.split(",")
+        words = [word.strip().lower() for word in text.split(",")]
         if not (0 <= row < height and 0 <= column < width) or len(words) > len(lists) or not any(words):
             raise UserError(f"--pin {pin}: expected row,column={','.join(names)} of a grid of {height} by {width}, counted from 0")
+        if (row, column) in taken:
+            raise UserError(f"--pin {pin}: row {row}, column {column} has its words already")
+        taken.add((row, column))
         for i, word in enumerate(words):
             if word and word not in lists[i]:
+                others = [name for name, listed in zip(names, lists) if word in listed]
                 near = difflib.get_close_matches(word, lists[i], 3) or lists[i][:3]
-                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this run's codebook; there are {', '.join(near)} …")
+                advice = f"it is one for {others[0]}; the order is {','.join(names)}" if others else f"the nearest are {', '.join(near)}"
+                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this run's codebook; {advice}")
             if word:
                 given[:, i, row, column] = lists[i].index(word)
     return given
@@ -585,7 +594,7 @@ def sample(args, runs):
         tokens = tokens_of(run, "val", with_features=args.model == "ldm" and bool(args.complete or args.pin))
         rows = chosen_images(args, len(tokens.labels))
         if not rows_of_picture:
-            rows_of_picture = condition_rows(args, run, stage, tokens, rows)
+            rows_of_picture = condition_rows(run, stage, tokens, rows)
         if args.label:
             classes = make_dataset(run.config, "val", check=False).classes
             if args.label not in classes[: stage[2]]:
@@ -593,24 +602,35 @@ def sample(args, runs):
             tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(args.label)))
         known, name = known_part(args.complete, run.model.grid), run.path.name
         decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
-        pinned = pin_words(run, torch.full_like(tokens.indices[rows], -1), args.pin)
-        ways = [(f"{name}: sample", pinned)]
+        nothing = torch.full_like(tokens.indices[rows], -1)
+        pinned = pin_words(run, nothing, args.pin)
+        rows_of_picture.append((f"{name}: the tokens decoded", decode(tokens.indices[rows])))
+        ways = [(f"{name}: {args.label or 'sample'}", pinned)]
         if args.complete:
             size = [run.config.resolution // side for side in run.model.grid]
             shown = known.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
-            rows_of_picture.append((f"{name}: known", [torch.where(shown, image, 0) for image in decode(tokens.indices[rows])]))
+            rows_of_picture.append((f"{name}: known", [torch.where(shown, image, 0) for image in rows_of_picture[-1][1]]))
             ways.insert(0, (f"{name}: completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), args.pin)))
         for way, given in ways:
             for repeat in range(args.repeat):
                 drawn = draw_images(run, stage, tokens, rows, args, args.seed + repeat, given if (given >= 0).any() else None)
-                rows_of_picture.append((way, decode(drawn)))
-                words_of_samples += [(run, way, *parts) for parts in zip(rows.tolist(), drawn, rows_of_picture[-1][1], given)]
+                rows_of_picture.append((f"{way} {repeat + 1}", decode(drawn)))
+                words_of_samples += [
+                    (run, f"{way} {repeat + 1}", *parts) for parts in zip(rows.tolist(), drawn, rows_of_picture[-1][1], pinned)
+                ]
+        after = (known.flatten().int().diff() > 0).any()
+        if args.model == "gpt" and (after or args.pin):
+            print(
+                "gpt draws from the top left on: what is given further on stays, but what is drawn before it does not know; ldm knows all"
+            )
     path = Path(args.output or stage_folder(runs[0], stage_config(args, runs[0])) / "samples.png")
     draw_comparison(rows_of_picture, path, len(rows), max(128, runs[0].config.resolution))
     print(f"{path}: {len(rows)} columns, {len(rows_of_picture)} rows")
-    for number, (run, way, index, drawn, image, given) in enumerate(words_of_samples if args.words else []):
+    for run, way, index, drawn, image, given in words_of_samples if args.words else []:
         words = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
-        picture = path.with_name(f"{path.stem}-words-{number}.png")
+        picture = path.with_name(
+            f"{path.stem}-image{index}-{way.split(': ')[1].replace(' ', '')}{f'-{run.path.name}' * (len(runs) > 1)}.png"
+        )
         draw_words(image, drawn, words, picture, (given >= 0).any(dim=0))
         print(f"\n{way} for image {index}, {picture}\n{words_of(drawn, words)}")
 
@@ -623,14 +643,14 @@ def chosen_images(args, count):
     return rows
 
 
-def condition_rows(args, run, stage, tokens, rows):
+def condition_rows(run, stage, tokens, rows):
     """The first rows of Fig. 8's grid: label maps where they are the condition, and the images themselves."""
     dataset, shown = make_dataset(run.config, "val", check=run.config.skip_broken), []  # for the numbers of those left
     if stage[1].condition == "segmentation":
         maps = colours_of_labels(tokens.segmentation[rows].long(), stage[2])
         shown.append(("label map", list(F.interpolate(maps, size=run.config.resolution))))
-    if stage[1].condition == "class":
-        print("columns: " + ", ".join([*dataset.classes, "–"][tokens.labels[row]] for row in rows))
+    named = lambda row: f" ({[*dataset.classes, '–'][tokens.labels[row]]})" * (stage[1].condition == "class")
+    print("columns: " + ", ".join(f"image {row}{named(row)}" for row in rows.tolist()))
     originals = torch.stack([dataset[int(row)]["image"] for row in rows])
     return [*shown, ("original", list(to_images(originals, torch.device("cpu"))))]
 
@@ -793,14 +813,19 @@ def one(runs, name):
     return runs
 
 
+def check_bounds(values, bounds):
+    """Raise UserError for the first of some flags that is out of its bounds."""
+    for names, fits, what in bounds:
+        for name in names.split():
+            if hasattr(values, name) and not fits(getattr(values, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(values, name)} must {what}")
+
+
 def stage_config(args, run):
     """The SynthesisConfig that flags name for a run: explicit flags before TINY's values."""
     small = TINY if run.config.preset == "tiny" else {}
     config = SynthesisConfig(**{**small, **args.given})
-    for names, fits, what in BOUNDS:
-        for name in names.split():
-            if not fits(getattr(config, name)):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must {what}")
+    check_bounds(config, BOUNDS)
     if config.model == "ldm" and not config.joint:
         raise UserError("--no-joint is of --model gpt; ldm has no heads of tokens")
     if config.width % (2 * config.heads):
@@ -822,7 +847,8 @@ def parse(argv=None):
         sub.set_defaults(call=call)
         return sub
 
-    sub = add("train", train, "Train a second stage on a run's tokens.")
+    small = ", ".join(f"{name} {value}" for name, value in TINY.items())
+    sub = add("train", train, f"Train a second stage on a run's tokens. For a tokenizer of the tiny preset the defaults are: {small}.")
     add_flags(sub, SynthesisConfig())
     start = sub.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from its last checkpoint")
@@ -861,7 +887,7 @@ def parse(argv=None):
     sub.add_argument("--split", choices=("train", "val"), default="val", help="images to encode (default: val)")
     sub.add_argument("--output", default="", help="token file, or with --decode folder of images (default: in the run)")
     sub.add_argument("--decode", default="", metavar="FILE", help="a token file to turn back into images")
-    sub.add_argument("--words", type=int, nargs="*", default=[], metavar="INDEX", help="images to print as words")
+    sub.add_argument("--words", type=int, nargs="+", default=[], metavar="INDEX", help="images to print as words")
     sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
     args = parser.parse_args(argv)
     args.given = {item.name: getattr(args, item.name) for item in dataclasses.fields(SynthesisConfig) if hasattr(args, item.name)}
@@ -876,6 +902,8 @@ def main(argv=None):
     with torchrun():
         runs = [Run(path, pick_device(args.given.get("device", "auto"))) for path in args.runs]
         for config in (run.config for run in runs):
+            if args.data and config.dataset == "demo" or args.labels and config.dataset != "folder":
+                raise UserError("--data is for runs of a data set with a folder, --labels for those of --dataset folder")
             config.data, config.labels = args.data or config.data, args.labels or config.labels
             config.skip_broken = args.skip_broken or config.skip_broken
         args.call(args, runs)

@@ -874,7 +874,7 @@ def resume_from(trainer, state):
 def load_checkpoint(path, device="cpu"):
     """A dict of `save_checkpoint`. Raises UserError for a file that is missing or something else."""
     if not Path(path).is_file():
-        raise UserError(f"no checkpoint '{path}'; train one with train.py, or name its run folder")
+        raise UserError(f"no checkpoint '{path}': it is no run's folder, or nothing was saved there yet")
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or "version" not in state:

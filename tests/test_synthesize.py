@@ -195,21 +195,41 @@ def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
     shared = [str(run), "sample", "--condition", "segmentation", "--output", str(tmp_path / "s.png")]
     main([*shared, "--pin", f"3,4={','.join(words)}", "--words", "--number", "1", "--repeat", "1"])
     printed = capsys.readouterr().out
-    with Image.open(tmp_path / "s-words-0.png") as picture:
+    with Image.open(tmp_path / "s-image0-sample1.png") as picture:
         assert picture.size == (16 * 84, 16 * 84)
     assert printed.splitlines()[-16:][3].split("  ")[0] and " ".join(words) in printed.splitlines()[-16:][3]
     Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save(tmp_path / "mask.png")
     main([*shared, "--complete", str(tmp_path / "mask.png"), "--number", "3"])
     with Image.open(tmp_path / "s.png") as picture:
-        assert picture.size == (190 + 3 * 132, 7 * 132)  # maps, originals, known parts, two completed, two samples
+        assert picture.size == (190 + 3 * 132, 8 * 132)  # maps, originals, decoded, known parts, two completed, two samples
+    transparent = np.uint8(255 * (np.indices((32, 32))[1] < 8))
+    Image.fromarray(np.dstack([np.full_like(transparent, 255), transparent]), "LA").save(tmp_path / "alpha.png")
+    assert (
+        known_part(str(tmp_path / "alpha.png"), (4, 4)).tolist()
+        == known_part(str(tmp_path / "mask.png"), (4, 4)).tolist()
+        == [[True] + [False] * 3] * 4
+    )
     for flags, message in (
         (["--pin", "3,99=red"], "--pin 3,99=red"),
         (["--pin", "3,4=zqxv"], "--pin 3,4=zqxv"),
+        (["--pin", "3,4=,zqxv"], "'zqxv' is no noun of this run's codebook; the nearest are")
+        if len(here.sizes) == 2
+        else (["--pin", "0,0="], "expected row,column=adjective1,adjective2,noun"),
+        (["--pin", f"3,4={words[-1]}"], "it is one for noun; the order is adj"),
+        (["--pin", f"3,4={words[0]}", f"3,4={words[0]}"], "has its words already"),
         (["--complete", "nowhere"], "neither top, bottom"),
+        (["--output", str(tmp_path)], "is a folder; name a file"),
         (["--images", "77"], "images 0 … 4"),
     ):
         with pytest.raises(UserError, match=message):
             main([*shared, *flags])
+
+
+def test_one_image_is_completed_as_several_are(run):
+    here, trained, tokens, args = stage(run, "--model", "ldm", "--condition", "none")
+    given = torch.where(known_part("top", here.model.grid), tokens.indices[3:4], -1)
+    drawn = draw_images(here, trained, tokens, torch.tensor([3]), args, 0, given)
+    assert drawn.shape == given.shape and torch.equal(drawn[given >= 0], given[given >= 0])
 
 
 @pytest.mark.parametrize("model", ["gpt", "ldm"])
@@ -261,7 +281,7 @@ def test_a_second_stage_belongs_to_its_tokenizer(run):
     here.tokenizer = "0" * 64
     with pytest.raises(UserError, match="another state"):
         load_stage(here, stage_folder(here, stage_config(args, here)))
-    with pytest.raises(UserError, match="no second stage in"):
+    with pytest.raises(UserError, match="no second stage 'absent' in .*; there is .*gpt-none"):
         load_stage(here, run / "synthesis" / "absent")
 
 
@@ -275,8 +295,9 @@ def test_flags_that_cannot_be_are_a_line(run, tmp_path):
         (["train", "--condition", "none", "--resume", "--lr", "1"], "--resume cannot change --lr"),
         (["train", "--condition", "none", "--resume", "--steps", "2"], "is at step 3 already"),
         (["train", "--model", "ldm", "--no-joint"], "--no-joint is of --model gpt"),
-        (["sample", "--top-p", "0"], "--top-p lie in"),
-        (["sample", "--number", "0"], "must be at least 1"),
+        (["sample", "--top-p", "0"], r"--top-p 0.0 must lie in \(0, 1\]"),
+        (["sample", "--number", "0"], "--number 0 must be at least 1"),
+        (["sample", "--labels", "/nope"], "--labels for those of --dataset folder"),
         (["sample", "--label", "robin"], "needs --condition class"),
         (["sample", "--scale", "2"], "--scale guides towards a condition"),
         (["sample", "--model", "ldm", "--top-k", "5"], "are of --model gpt"),
@@ -307,6 +328,6 @@ def test_two_runs_share_a_picture(run, tmp_path):
         [str(run), str(run), "sample", "--condition", "segmentation", "--number", "2", "--repeat", "1", "--output", str(tmp_path / "s.png")]
     )
     with Image.open(tmp_path / "s.png") as picture:
-        rows = np.array(picture)[:, 190:].reshape(4, 132, -1, 3)  # maps, originals, a sample of each
-    assert np.array_equal(rows[2], rows[3]) and not np.array_equal(rows[1], rows[2])
+        rows = np.array(picture)[:, 190:].reshape(6, 132, -1, 3)  # maps, originals, and of each tokens decoded and a sample
+    assert np.array_equal(rows[3], rows[5]) and np.array_equal(rows[2], rows[4]) and not np.array_equal(rows[2], rows[3])
     assert np.array_equal(rows[1][:128:4, :128:4], DemoDataset("val", 32)[0]["image"].permute(1, 2, 0).numpy())

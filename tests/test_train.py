@@ -474,7 +474,8 @@ def test_shared_forward_gives_the_gradients_of_the_written_loss(prior):
         (("--channels", "16"), "cannot change --channels from 8"),
         (("--method", "vqgan"), "cannot change --method from 'vqct'"),
         (("--gan-weight", "0"), "cannot change --gan-weight"),
-        (("--lr", "-1"), "--lr -1.0 must not be negative"),
+        (("--lr", "-1", "--steps", "2"), "--lr -1.0 must not be negative"),
+        ((), "is at step 1 already; give --steps more"),
     ],
 )
 def test_resuming_refuses_to_become_another_run(tmp_path, flags, message):

@@ -1005,7 +1005,9 @@ def test_conditions_are_those_of_each_image_and_position():
     one[0, 1, 0, 0] = 1
     moved = (condition.embedding(shares) != condition.embedding(one)).any(1)[0]
     assert moved[:3, :3].all() and not moved[3].any() and not moved[:, 3].any()  # aligned, with what is around
-    assert (condition(shares, 1) != condition(one, 1)).any(-1).all()  # and every position hears of it
+    assert ((condition(shares, 1) != condition(one, 1)).any(-1).view(4, 4) == moved).all()  # nothing more at the start
+    torch.nn.init.normal_(condition.block.project.weight)
+    assert (condition(shares, 1) != condition(one, 1)).any(-1).all()  # later every position hears of it
 
 
 def test_a_codes_embedding_starts_from_the_code():

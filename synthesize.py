@@ -585,54 +585,53 @@ def colours_of_labels(maps, count):
 
 
 def sample(args, runs):
-    """The sub-command: Fig. 8's grid, a column an image. Rows: condition, originals, and of each run the known part and what is drawn."""
-    rows_of_picture, words_of_samples = [], []
+    """The sub-command: Fig. 8's grid, a column an image. Rows: condition, originals, and what each run makes of them."""
+    picture_rows, path = [], Path(args.output or stage_folder(runs[0], stage_config(args, runs[0])) / "samples.png")
     for run in runs:
         if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
             raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
         stage = load_stage(run, stage_folder(run, stage_config(args, run)))
         tokens = tokens_of(run, "val", with_features=args.model == "ldm" and bool(args.complete or args.pin))
         rows = chosen_images(args, len(tokens.labels))
-        if not rows_of_picture:
-            rows_of_picture = condition_rows(run, stage, tokens, rows)
-        if args.label:
-            classes = make_dataset(run.config, "val", check=False).classes
-            if args.label not in classes[: stage[2]]:
-                raise UserError(f"--label {args.label}: classes are {', '.join(classes[: stage[2]])}")
-            tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(args.label)))
-        known, name = known_part(args.complete, run.model.grid), run.path.name
-        decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
-        nothing = torch.full_like(tokens.indices[rows], -1)
-        pinned = pin_words(run, nothing, args.pin)
-        rows_of_picture.append((f"{name}: the tokens decoded", decode(tokens.indices[rows])))
-        ways = [(f"{name}: {args.label or 'sample'}", pinned)]
-        if args.complete:
-            size = [run.config.resolution // side for side in run.model.grid]
-            shown = known.repeat_interleave(size[0], 0).repeat_interleave(size[1], 1)
-            rows_of_picture.append((f"{name}: known", [torch.where(shown, image, 0) for image in rows_of_picture[-1][1]]))
-            ways.insert(0, (f"{name}: completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), args.pin)))
-        for way, given in ways:
-            for repeat in range(args.repeat):
-                drawn = draw_images(run, stage, tokens, rows, args, args.seed + repeat, given if (given >= 0).any() else None)
-                rows_of_picture.append((f"{way} {repeat + 1}", decode(drawn)))
-                words_of_samples += [
-                    (run, f"{way} {repeat + 1}", *parts) for parts in zip(rows.tolist(), drawn, rows_of_picture[-1][1], pinned)
-                ]
-        after = (known.flatten().int().diff() > 0).any()
-        if args.model == "gpt" and (after or args.pin):
-            print(
-                "gpt draws from the top left on: what is given further on stays, but what is drawn before it does not know; ldm knows all"
-            )
-    path = Path(args.output or stage_folder(runs[0], stage_config(args, runs[0])) / "samples.png")
-    draw_comparison(rows_of_picture, path, len(rows), max(128, runs[0].config.resolution))
-    print(f"{path}: {len(rows)} columns, {len(rows_of_picture)} rows")
-    for run, way, index, drawn, image, given in words_of_samples if args.words else []:
-        words = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
-        picture = path.with_name(
-            f"{path.stem}-image{index}-{way.split(': ')[1].replace(' ', '')}{f'-{run.path.name}' * (len(runs) > 1)}.png"
-        )
-        draw_words(image, drawn, words, picture, (given >= 0).any(dim=0))
-        print(f"\n{way} for image {index}, {picture}\n{words_of(drawn, words)}")
+        picture_rows += [] if picture_rows else condition_rows(run, stage, tokens, rows)
+        pinned = pin_words(run, torch.full_like(tokens.indices[rows], -1), args.pin)
+        for name, images, drawn in rows_of_run(args, run, stage, tokens, rows, pinned):
+            picture_rows.append((f"{run.path.name}: {name}", images))
+            for index, *parts in zip(rows.tolist(), images, drawn, pinned) if args.words and drawn is not None else ():
+                say_words(run, f"{name} for image {index}", *parts, path)
+    draw_comparison(picture_rows, path, len(rows), max(128, runs[0].config.resolution))
+    print(f"{path}: {len(rows)} columns, {len(picture_rows)} rows")
+
+
+def rows_of_run(args, run, stage, tokens, rows, pinned):
+    """What a run makes of some images, each row its name, images, and indices where they were drawn."""
+    if args.label:
+        classes = make_dataset(run.config, "val", check=False).classes[: stage[2]]
+        if args.label not in classes:
+            raise UserError(f"--label {args.label}: classes are {', '.join(classes)}")
+        tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(args.label)))
+    decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
+    known, decoded = known_part(args.complete, run.model.grid), decode(tokens.indices[rows])
+    found, ways = [("its tokens decoded", decoded, None)], [(args.label or "sample", pinned)]
+    if args.complete:
+        mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
+        found.append(("known", [image * mask for image in decoded], None))
+        ways.insert(0, ("completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), args.pin)))
+    if args.model == "gpt" and (args.pin or (known.flatten().int().diff() > 0).any()):
+        print("gpt draws from the top left on; what is drawn does not know what is given further on, as --model ldm does")
+    for way, given in ways:
+        for repeat in range(args.repeat):
+            drawn = draw_images(run, stage, tokens, rows, args, args.seed + repeat, given if (given >= 0).any() else None)
+            found.append((f"{way} {repeat + 1}", decode(drawn), drawn))
+    return found
+
+
+def say_words(run, what, image, drawn, given, path):
+    """Print what an image's tokens read as, and write it into a picture beside `path`."""
+    words = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
+    picture = path.with_name(f"{path.stem}-{run.path.name}-{what.replace(' ', '-')}.png")
+    draw_words(image, drawn, words, picture, (given >= 0).any(dim=0))
+    print(f"\n{what}, {picture}\n{words_of(drawn, words)}\n")
 
 
 def chosen_images(args, count):

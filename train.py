@@ -1948,6 +1948,7 @@ class DemoDataset(ImageDataset):
 
 
 def main(argv=None):
+    """Train a run, or go on with one."""
     with torchrun():
         config, given, resume, overwrite = parse(argv)
         if resume:

@@ -195,9 +195,10 @@ def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
     shared = [str(run), "sample", "--condition", "segmentation", "--output", str(tmp_path / "s.png")]
     main([*shared, "--pin", f"3,4={','.join(words)}", "--words", "--number", "1", "--repeat", "1"])
     printed = capsys.readouterr().out
-    with Image.open(tmp_path / "s-image0-sample1.png") as picture:
+    with Image.open(tmp_path / f"s-{run.name}-sample-1-for-image-0.png") as picture:
         assert picture.size == (16 * 84, 16 * 84)
-    assert printed.splitlines()[-16:][3].split("  ")[0] and " ".join(words) in printed.splitlines()[-16:][3]
+    grid = printed.split("sample 1 for image 0, ")[1].splitlines()[1:17]
+    assert " ".join(words) in grid[3] and len(grid[3].split("  ")) >= 16
     Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save(tmp_path / "mask.png")
     main([*shared, "--complete", str(tmp_path / "mask.png"), "--number", "3"])
     with Image.open(tmp_path / "s.png") as picture:

@@ -34,7 +34,7 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
 
 from evaluate import as_markdown, draw_comparison, fid, load_inception, to_bytes
-from prior import SMALL, UserError, Progress, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
+from prior import SMALL, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
 from train import (
     TrainBatches,
     code_words,

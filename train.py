@@ -1370,8 +1370,9 @@ def resumed(kind, state, given, changeable, name):
         raise UserError(
             f"--resume cannot change --{fixed[0].replace('_', '-')} from {stored[fixed[0]]!r}; start another run, or --overwrite"
         )
-    if state["processes"] != processes():
-        raise UserError(f"'{name}' was trained by {state['processes']} processes; resume it by as many, not by {processes()}")
+    trained_by = state.get("processes", 1)  # checkpoints from before torchrun do not say
+    if trained_by != processes():
+        raise UserError(f"'{name}' was trained by {trained_by} processes; resume it by as many, not by {processes()}")
     config = kind(**{**stored, **given})
     if state["step"] >= config.steps:
         raise UserError(f"'{name}' is at step {state['step']} already; give --steps more than that")

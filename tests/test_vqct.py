@@ -96,6 +96,17 @@ def test_equally_near_codes_give_the_lowest_index():
         assert torch.equal(nearest_code(between, grid, code_chunk=code_chunk), expected)
 
 
+@pytest.mark.parametrize(
+    "rows, codes, row_chunk, code_chunk", [(50, 1, 7, 3), (200, 70, 64, 64), (130, 300, 50, 130), (64, 64, 8192, 8192)]
+)
+def test_both_searches_find_the_same(rows, codes, row_chunk, code_chunk):
+    """The one that GPUs take, and the one that CPUs take."""
+    z, codebook = torch.randn(rows, 5, dtype=torch.float64), torch.randn(codes, 5, dtype=torch.float64)
+    data = z, codebook, 0.5 * codebook.square().sum(1), row_chunk, code_chunk
+    found = vqct._search_tiles(*data)
+    assert torch.equal(found, vqct._search_blocks(*data)) and torch.equal(found, torch.cdist(z, codebook).argmin(1))
+
+
 def test_a_remote_code_does_not_confuse_the_others():
     codebook = torch.cat([100 + 0.01 * torch.randn(300, 4), torch.full((1, 4), -1000.0)])
     z = codebook[:300] + 0.002 * torch.randn(300, 4)

@@ -366,7 +366,7 @@ class StageTrainer:
         matrices = [parameter for parameter in self.network.parameters() if parameter.dim() > 1]
         others = [parameter for parameter in self.network.parameters() if parameter.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=run.device.type == "cuda")
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
     def state(self):
         """What a checkpoint holds beside step, configuration and random state."""

@@ -997,7 +997,7 @@ class Trainer:
 
     def _adam(self, network):
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=self.device.type == "cuda")
+        return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=True)
 
     def follow_schedules(self):
         """The learning rate and the quantizers' temperature of this step."""

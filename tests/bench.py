@@ -27,11 +27,22 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train  # noqa: E402
 import vqct  # noqa: E402
 from evaluate import fid  # noqa: E402
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
 from train import Config, Trainer, pick_device  # noqa: E402
-from vqct import CodebookTransfer, Condition, NormalizedAdjacency, TokenTransformer, VectorQuantizer, VQModel, nearest_code, sample_tokens  # noqa: E402
+from vqct import (
+    LPIPS,
+    CodebookTransfer,
+    Condition,
+    NormalizedAdjacency,
+    TokenTransformer,
+    VectorQuantizer,
+    VQModel,
+    nearest_code,
+    sample_tokens,
+)  # noqa: E402
 
 DEVICE = torch.device("cpu")
 
@@ -201,7 +212,7 @@ def taming_step(trainer, x):
     model.train()
     discriminator.requires_grad_(False)
     output = model(x)
-    loss, generator_loss = F.mse_loss(output.x_hat, x), -discriminator(output.x_hat).mean()
+    (loss, _), generator_loss = trainer.reconstruction_loss(output.x_hat, x), -discriminator(output.x_hat).mean()
     norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, generator_loss)]
     weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * trainer.config.gan_weight
     trainer.generator_optimizer.zero_grad()
@@ -210,6 +221,7 @@ def taming_step(trainer, x):
     discriminator.requires_grad_(True)
     with torch.no_grad():  # the generator is frozen for the other optimizer
         x_hat = model(x).x_hat
+        trainer.reconstruction_loss(x_hat, x)  # its loss module takes it in both turns
     trainer.discriminator_optimizer.zero_grad()
     vqct.hinge_loss(discriminator(x.detach()), discriminator(x_hat)).backward()
     trainer.discriminator_optimizer.step()
@@ -229,33 +241,39 @@ def plain(function):
 
 
 def make_trainer(resolution, **more):
+    """VQ-GAN with its adversary from the start; LPIPS's published weights change no timing, so random ones do."""
     sizes = dict(codes="uniform", codebooks=1, codebook_size=16384, trained=True, transfer="none")
-    config = Config(resolution=resolution, perceptual_weight=0.0, gan_start=0, lr=1e-5, preset="f16", **sizes, **more)
-    return Trainer(config, None, DEVICE)
+    config = Config(resolution=resolution, gan_start=0, lr=1e-5, preset="f16", **sizes, **more)
+    with mock.patch.object(train, "load_lpips", lambda config: LPIPS()):
+        return Trainer(config, None, DEVICE)
 
 
 def bench_step():
     """A step of the f16 network with its adversary against taming-transformers' way."""
     cuda = DEVICE.type == "cuda"
     resolution, batch = (256, 8) if cuda else (128, 2)
-    ours, theirs = make_trainer(resolution, compile=cuda), make_trainer(resolution, amp=False)
-    theirs.model.to(memory_format=torch.contiguous_format), theirs.discriminator.to(memory_format=torch.contiguous_format)
+    trainers = {"eager, float32": make_trainer(resolution, amp=False)}
+    if cuda:
+        trainers["--compile, bfloat16"] = make_trainer(resolution, compile=True)
+    theirs = make_trainer(resolution, amp=False)
+    for network in (theirs.model, theirs.discriminator, theirs.perceptual):
+        network.to(memory_format=torch.contiguous_format)
     make = lambda size=resolution: (torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1,)
-    step = lambda x: ours.train_step([x.contiguous(memory_format=torch.channels_last)])
-    peer = plain(lambda x: taming_step(theirs, x))
-    title = f"training step with adversary, f16 network, 16,384 codes, {batch} images of {resolution}²"
-    peers = {"as taming-transformers steps, float32": peer}
-    if cuda:
-        eager = make_trainer(resolution, amp=False)
-        peers["ours in float32, not compiled"] = lambda x: eager.train_step([x.contiguous(memory_format=torch.channels_last)])
-    compare(title, step, peers, make, rounds=5)
-    if cuda:
-        print(f"  extra memory: {extra_memory(step, *make()) / 2**30:.2f} GiB, theirs {extra_memory(peer, *make()) / 2**30:.2f} GiB")
+    step = lambda trainer: lambda x: trainer.train_step([x.contiguous(memory_format=torch.channels_last)])
+    taming = plain(lambda x: taming_step(theirs, x))
+    title = f"training step with LPIPS and adversary, f16 network, 16,384 codes, {batch} images of {resolution}²"
+    for name, trainer in trainers.items():
+        compare(f"{title}, {name}", step(trainer), {"as taming-transformers steps, float32": taming}, make, rounds=9)
+        if cuda:
+            held = [extra_memory(form, *make()) / 2**30 for form in (step(trainer), taming)]
+            print(f"  extra memory: {held[0]:.2f} GiB against {held[1]:.2f} GiB, {held[0] / held[1]:.2f} of it")
     for size in (64, 128, 192, 256):
         data = make(size)
-        step(*data)
-        print(f"  {size}²: {show([seconds(step, *data) for _ in range(2)])}", end="")
-    print()
+        for form in (ours := step(trainers["eager, float32"]), taming):
+            form(*data)
+        times = [[seconds(form, *data) for form in (ours, taming)] for _ in range(3)]
+        print(f"  {size}²: {', '.join(show(of) for of in zip(*times))}", end=";")
+    print(" ours and theirs, float32")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -268,7 +286,8 @@ class PlainSparse(torch.nn.Module):
     def __init__(self, adjacency):
         super().__init__()
         size = (adjacency.nodes, adjacency.nodes)
-        self.matrix = torch.sparse_coo_tensor(torch.stack([adjacency.row, adjacency.column]), adjacency.value, size).coalesce()
+        entries = torch.stack([adjacency.row, adjacency.column])
+        self.register_buffer("matrix", torch.sparse_coo_tensor(entries, adjacency.value, size, check_invariants=True).coalesce())
 
     def forward(self, nodes):
         return torch.sparse.mm(self.matrix, nodes)
@@ -283,7 +302,7 @@ def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
     dense[adjacency.row, adjacency.column] = adjacency.value
     scatter = lambda nodes: torch.zeros_like(nodes).index_add(0, adjacency.row, adjacency.value[:, None] * nodes[adjacency.column])
     products = {"ours": adjacency, "the dense formula": lambda nodes: dense @ nodes, "a scatter of every edge": scatter}
-    products["torch.sparse.mm with its own backward"] = PlainSparse(adjacency).to(DEVICE)
+    products["torch.sparse.mm with its own backward"] = PlainSparse(adjacency)
     network = CodebookTransfer((512, 512, 512, 256), torch.nn.Identity()).to(DEVICE)
     vectors = torch.randn(adjacency.nodes, 512, device=DEVICE)
 
@@ -291,7 +310,7 @@ def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
         def run():
             nodes = vectors
             for layer in network.layers:
-                nodes = F.relu(layer(nodes, product))
+                nodes = F.relu(layer(nodes, product) if product is adjacency else product(nodes @ layer.weight))
             network.zero_grad()
             nodes.square().sum().backward()
             return [layer.weight.grad.clone() for layer in network.layers]
@@ -300,9 +319,11 @@ def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
 
     forms = {name: passes(product) for name, product in products.items()}
     compare(f"transfer network, {adjectives:,} + {nouns:,} nodes, {edges:,} edges, forward and backward", forms.pop("ours"), forms)
+    network, vectors, dense, adjacency = network.double(), vectors.double(), dense.double(), adjacency.double()
+    products["torch.sparse.mm with its own backward"].double()
     found = [torch.cat([part.flatten() for part in passes(product)()]) for product in products.values()]
     worst = max(((other - found[0]).norm() / found[0].norm()).item() for other in found[1:])
-    print(f"  gradients differ by at most {worst:.1e}, relative")
+    print(f"  gradients differ by at most {worst:.1e} in float64, relative")
 
 
 # ---------------------------------------------------------------------------------------------

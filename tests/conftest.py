@@ -21,7 +21,6 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support is in beta")
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.(script|load). is deprecated:FutureWarning")
 
 

@@ -374,10 +374,9 @@ def dense_adjacency(edges, nodes):
     return scale @ a @ scale
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-def test_adjacency_is_the_normalized_one(sparse, monkeypatch):
-    if not sparse:
-        monkeypatch.setattr(NormalizedAdjacency, "has_sparse_product", staticmethod(lambda device: False))
+@pytest.mark.parametrize("bags", [("cpu",), ()])
+def test_adjacency_is_the_normalized_one(bags, monkeypatch):
+    monkeypatch.setattr(NormalizedAdjacency, "WITH_WEIGHTED_BAGS", bags)
     adjacency = NormalizedAdjacency(torch.cat([EDGES, EDGES[:1], EDGES[:1].flip(1)]), 8)  # repeats count once
     nodes = torch.randn(8, 3, requires_grad=True)
     product = adjacency(nodes)
@@ -412,9 +411,16 @@ def test_adjacency_refuses_edges_that_cannot_be():
 
 
 @pytest.mark.parametrize("widths", [(5, 3), (3, 5)])
-def test_graph_convolution_is_the_dense_formula(widths):
+@pytest.mark.parametrize("constant", [True, False])
+def test_graph_convolution_is_the_dense_formula(widths, constant):
     layer, adjacency, nodes = GraphConvolution(*widths), NormalizedAdjacency(EDGES, 8), torch.randn(8, widths[0])
-    torch.testing.assert_close(layer(nodes, adjacency), dense_adjacency(EDGES, 8).float() @ nodes @ layer.weight)
+    found, expected = (
+        form(nodes.requires_grad_(not constant))
+        for form in (lambda nodes: layer(nodes, adjacency), lambda nodes: dense_adjacency(EDGES, 8).float() @ nodes @ layer.weight)
+    )
+    torch.testing.assert_close(found, expected)
+    inputs = [layer.weight] if constant else [layer.weight, nodes]
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), inputs) for out in (found, expected)))
 
 
 def test_transfer_network_is_three_convolutions_each_with_relu():

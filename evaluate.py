@@ -11,13 +11,14 @@ images as the decoder leaves them; PSNR, SSIM and LPIPS on images clamped to tha
 over images; FID on images rounded to 8 bits, against the same split.
 """
 
-import argparse
 import dataclasses
 import json
 import math
-import os.path
+import os
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read when torch is imported
 
 import numpy as np
 import scipy.linalg
@@ -28,7 +29,21 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
 
-from prior import BOLD, FONT, PARTS, SMALL, Progress, UserError, WordListSpeech, command, load_arrays, save_png, whole_file, write_free
+from prior import (
+    BOLD,
+    FONT,
+    PARTS,
+    SMALL,
+    Parser,
+    Progress,
+    UserError,
+    WordListSpeech,
+    command,
+    load_arrays,
+    save_png,
+    whole_file,
+    write_free,
+)
 from train import (
     Config,
     first_alone,
@@ -830,7 +845,7 @@ def short_names(paths):
 
 def parse(argv):
     """The command line; every weight file has a flag that points at a local copy."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
     parser.add_argument("--data", default="", help="where the data set lies now (default: where the run found it)")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")

@@ -19,6 +19,7 @@ them gzipped, or a folder of .txt files. The result is one .npz that numpy reads
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import gzip
 import hashlib
@@ -30,6 +31,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -64,7 +66,8 @@ class UserError(ValueError):
 
 
 def command(main):
-    """Run a script's `main`; a UserError or a failed file operation becomes a line on stderr and status 2."""
+    """Run a script's `main`; a UserError or a failed file operation becomes a line on stderr and status 2, a signal 128 + its number."""
+    signal.signal(signal.SIGTERM, _unwind)
     try:
         main()
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -73,7 +76,13 @@ def command(main):
     except (UserError, OSError) as error:
         sys.exit(_complain(error))
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _unwind(number, frame):
+    """SIGTERM as an exception, so that temporary files go."""
+    raise SystemExit(128 + number)
 
 
 def _complain(error):
@@ -155,6 +164,27 @@ class Progress:
 def option(default, reason, **more):
     """A dataclass field whose `reason` becomes the help of its command-line flag."""
     return field(default=default, metadata={"help": reason, **more})
+
+
+def did_you_mean(word, known):
+    """ "; did you mean 'vqgan'?" for a word that is nearly one of those known, else nothing."""
+    near = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one line, with what may have been meant."""
+
+    def __init__(self, **more):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
+
+    def error(self, message):
+        word, known = "", ()
+        if choice := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            word, known = choice[1], re.findall(r"[\w-]+", choice[2])
+        elif flag := re.search(r"unrecognized arguments: (--[\w-]+)", message):
+            word, known = flag[1], self._option_string_actions
+        raise UserError(f"{message}{did_you_mean(word, known)} ({self.prog} --help lists all)")
 
 
 def add_flags(parser, defaults):
@@ -678,6 +708,8 @@ def count_captions(captions, speech, contexts=False):
 
 
 def _start_worker(speech, contexts):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _count_chunk.job = speech, contexts
 
 
@@ -1619,10 +1651,9 @@ TASKS = {
 
 def parse(argv, task):
     """Flags of `prior.py CORPUS…`, `prior.py count CORPUS…` and `prior.py merge COUNTS…` → (args, PriorConfig)."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=f"prior.py {task}".strip(),
         description=TASKS.get(task, __doc__),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="other commands: " + "; ".join(f"python prior.py {name} --help" for name in ("count", "merge", "show") if name != task),
     )
     what = "file of prior.py count" if task == "merge" else "text, COCO JSON or Flickr file (.gz or not), or a folder of .txt files"
@@ -1643,7 +1674,7 @@ def parse(argv, task):
 
 def parse_show(argv):
     """Flags of `prior.py show`."""
-    parser = argparse.ArgumentParser(prog="prior.py show", description="Print what a prior holds; draw the paper's Fig. 1.")
+    parser = Parser(prog="prior.py show", description="Print what a prior holds; draw the paper's Fig. 1.")
     parser.add_argument("prior", metavar="PRIOR", help="a .npz of prior.py")
     parser.add_argument("--caption", default=CAPTION, help="caption to take apart (default: one with the paper's words)")
     parser.add_argument("--pairs", type=int, default=20, help="pairs to print (default: 20)")

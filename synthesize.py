@@ -22,10 +22,13 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read when torch is imported
 
 import numpy as np
 import torch
@@ -34,12 +37,13 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
 
 from evaluate import as_markdown, draw_comparison, fid, load_inception, to_bytes
-from prior import SMALL, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
+from prior import SMALL, Parser, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
 from train import (
     TrainBatches,
     code_words,
     codebook_names,
     evenly,
+    fitting,
     load_checkpoint,
     load_run,
     make_dataset,
@@ -59,6 +63,8 @@ from train import (
     unsynchronised,
 )
 from vqct import Condition, Denoiser, TokenTransformer, sample_features, sample_tokens
+
+MOST_LABELS = 1 << 12  # of a data set; more is a map of something else than labels, such as depth
 
 # ---------------------------------------------------------------------------------------------
 # Configuration
@@ -85,6 +91,7 @@ class SynthesisConfig:
     weight_decay: float = option(0.01, "AdamW's, of matrices")
     ema: float = option(0.9999, "decay of the averaged weights that sample and are evaluated")
     amp: bool = option(True, "bfloat16 autocast on CUDA")
+    deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit, as the CPU's do: slower")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     seed: int = option(0, "of weights, data order and dropout")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
@@ -134,7 +141,7 @@ def encode_dataset(run, dataset, views, path):
         kept["labels"].append(batch["label"])
         if "segmentation" in batch:
             maps = batch["segmentation"][:, stride // 2 :: stride, stride // 2 :: stride]
-            kept["segmentation"].append(maps.where((maps != dataset.unlabeled) & (maps < 2**15), -1).short())
+            kept["segmentation"].append(maps.where(maps != dataset.unlabeled, -1).clamp(-1, 2**15 - 1).short())
         if path:
             features[done : done + len(batch["label"])] = torch.cat(z, dim=1).half().cpu().numpy()
         done += len(batch["label"])
@@ -266,7 +273,10 @@ def condition_count(config, *splits):
         raise UserError(
             f"--condition {config.condition}: this run's data set has no {'classes' if config.condition == 'class' else 'label maps'}"
         )
-    return max(int(part.max()) for part in values) + 1
+    count = max(int(part.max()) for part in values) + 1
+    if count > MOST_LABELS:
+        raise UserError(f"a label map holds label {count - 1:,}{' or more' * (count == 2**15)}; labels are whole numbers from 0 to {MOST_LABELS - 1:,}")
+    return count
 
 
 def make_network(config, run, count):
@@ -293,8 +303,9 @@ def load_stage(run, folder):
     state = load_checkpoint(folder / "best.pt")
     check_tokenizer(run, state, folder)
     stored = SynthesisConfig(**state["config"])
-    network = make_network(stored, run, state["count"])
-    network.load_state_dict(state["ema"])
+    with fitting(folder / "best.pt"):
+        network = make_network(stored, run, state["count"])
+        network.load_state_dict(state["ema"])
     return network.eval(), stored, state["count"], state["step"]
 
 
@@ -394,7 +405,7 @@ class StageTrainer:
                 (loss / len(batches)).backward()
             for name, value in {"loss": loss, **parts}.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / len(batches)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        metrics["gradient"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))  # a short run is not weighed down by its first weights
@@ -434,7 +445,7 @@ def train(args, runs):
     if args.resume:
         state = load_checkpoint(folder / "last.pt")
         check_tokenizer(run, state, folder)
-        config = resumed(SynthesisConfig, state, args.given, ("device", "steps", "log_every", "eval_every"), folder)
+        config = resumed(SynthesisConfig, state, args.given, ("device", "steps", "log_every", "eval_every", "deterministic"), folder)
     elif (folder / "last.pt").exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
     with_features = config.model == "ldm"
@@ -834,7 +845,7 @@ def stage_config(args, run):
 
 def parse(argv=None):
     """Command line → namespace, its flags of SynthesisConfig in `given`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py; train and tokens take one")
     commands = parser.add_subparsers(required=True, metavar="train|sample|evaluate|tokens")
 

@@ -13,21 +13,23 @@ A run's folder holds config.json, metrics.jsonl, last.pt and best.pt, the prior,
 step 0, and reconstructions/*.png (originals above reconstructions).
 """
 
-import argparse
 import contextlib
 import dataclasses
 import datetime
 import functools
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -37,6 +39,9 @@ from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
+
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read when torch is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's products do not repeat themselves
 
 import numpy as np
 import scipy.ndimage
@@ -51,6 +56,7 @@ from torch.utils.data import DataLoader, Dataset
 from prior import (
     CORES,
     PARTS,
+    Parser,
     Prior,
     PriorConfig,
     Progress,
@@ -59,6 +65,7 @@ from prior import (
     add_flags,
     build_from_corpora,
     command,
+    did_you_mean,
     fetch,
     option,
     read_captions,
@@ -70,6 +77,7 @@ from prior import (
 from vqct import LPIPS, Discriminator, ModelConfig, VQModel, across, adaptive_weight, hinge_loss, load_taming, needs_prior
 
 CHECKPOINT_VERSION = 1
+STOPPING = (signal.SIGINT, signal.SIGTERM)  # after either a run finishes its step, saves, and ends
 
 # ---------------------------------------------------------------------------------------------
 # Configuration: one dataclass, from which the flags, config.json and the checkpoint are made
@@ -126,6 +134,7 @@ class Config(ModelConfig):
     discriminator_layers: int = option(3, "its strided convolutions: patches of 70×70 pixels (VQGAN; its ImageNet weights have 2)")
     amp: bool = option(True, "bfloat16 autocast on CUDA")
     compile: bool = option(False, "torch.compile the networks: slower start, faster steps on CUDA")
+    deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit, as the CPU's do: slower")
     workers: int = option(-1, "processes that read images; −1: none on the CPU, where training needs every core, else 8")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(2_000, "steps between validations, checkpoints and reconstruction grids")
@@ -188,9 +197,8 @@ METHODS = {
 
 def parse(argv=None):
     """Command line → (Config, given flags, resume, overwrite); explicit flags win over method, method over preset."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="presets: "
         + "; ".join(f"{name}: {values}" for name, values in PRESETS.items() if values)
         + "\nmethods: "
@@ -209,7 +217,7 @@ def resolve(given, check=True):
     """Explicit choices → the whole Config."""
     method, dataset = given.get("method", Config.method), given.get("dataset", Config.dataset)
     if method not in METHODS:
-        raise UserError(f"unknown method '{method}'; methods are {', '.join(METHODS)}")
+        raise UserError(f"unknown method '{method}'; methods are {', '.join(METHODS)}{did_you_mean(method, METHODS)}")
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
     recipe = RECIPES[given.get("recipe", Config.recipe)]
     config = Config(**{**PRESETS[preset], **recipe, **METHODS[method], **given, "preset": preset})
@@ -455,9 +463,20 @@ def read_image(path, side=None):
         with Image.open(path) as file:
             if side:
                 file.draft("RGB", (side, side))
-            return ImageOps.exif_transpose(file).convert("RGB")
+            return as_rgb(ImageOps.exif_transpose(file))
     except Exception as error:  # Pillow raises half a dozen types for damaged files
         raise UserError(f"image '{path}' cannot be read: {fault(error, path)}") from None
+
+
+def as_rgb(image):
+    """8-bit RGB of an image in any mode: 16 bits scaled, transparency on white, of an animation the first picture."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def fault(error, path):
@@ -844,7 +863,14 @@ def make_loader(dataset, device, workers, **options):
     workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
     own = torch.Generator()  # a resumed run draws no more from the global one than a whole run does
     pinned, kept = device.type == "cuda", workers > 0
-    return DataLoader(dataset, num_workers=workers, generator=own, pin_memory=pinned, persistent_workers=kept, **options)
+    options.update(worker_init_fn=stand_apart, generator=own, pin_memory=pinned, persistent_workers=kept)
+    return DataLoader(dataset, num_workers=workers, **options)
+
+
+def stand_apart(worker):
+    """Ctrl-C reaches every process of a group, but the main one is to finish its step, for which it needs its workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -858,14 +884,17 @@ def save_checkpoint(path, trainer):
     state.update(trainer.state(), random=torch.get_rng_state())
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
+    archive = io.BytesIO()  # torch's own writer ends in a RuntimeError where a disk is full
+    torch.save(state, archive)
     with whole_file(path) as temporary:
-        torch.save(state, temporary)
+        temporary.write_bytes(archive.getbuffer())
 
 
 def resume_from(trainer, state):
     """Give a trainer of either stage the state of a checkpoint, random state and all."""
-    trainer.step, trainer.best = state["step"], state["best"]
-    trainer.load(state)
+    with fitting("the checkpoint"):
+        trainer.step, trainer.best = state["step"], state["best"]
+        trainer.load(state)
     torch.set_rng_state(state["random"].cpu())
     if "cuda_random" in state and trainer.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda_random"].cpu(), trainer.device)
@@ -876,6 +905,9 @@ def load_checkpoint(path, device="cpu"):
     if not Path(path).is_file():
         raise UserError(f"no checkpoint '{path}': it is no run's folder, or nothing was saved there yet")
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes a checksum of every record and does not read it
+            if damaged := archive.testzip():
+                raise UserError(f"'{path}' is damaged: the checksum of {damaged} is wrong; use best.pt, or train again")
         state = torch.load(path, map_location=device, weights_only=True)
         if not isinstance(state, dict) or "version" not in state:
             raise UserError(f"'{path}' is not a checkpoint of train.py")
@@ -888,6 +920,15 @@ def load_checkpoint(path, device="cpu"):
     return state
 
 
+@contextlib.contextmanager
+def fitting(path):
+    """A block that builds what a checkpoint describes. Raises UserError where its parts do not belong together."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"'{path}' holds other than its configuration says: {str(error).splitlines()[0]}") from None
+
+
 def load_run(path, device, checkpoint="last"):
     """A trained run → (model in evaluation mode, Config, prior or None, step).
 
@@ -895,10 +936,12 @@ def load_run(path, device, checkpoint="last"):
         path: a run folder.
         checkpoint: "last" or "best".
     """
-    state = load_checkpoint(Path(path) / f"{checkpoint}.pt")
-    config = Config(**state["config"])
-    model = VQModel(config, state["prior"])
-    model.load_state_dict(state["model"])
+    file = Path(path) / f"{checkpoint}.pt"
+    state = load_checkpoint(file)
+    with fitting(file):
+        config = Config(**state["config"])
+        model = VQModel(config, state["prior"])
+        model.load_state_dict(state["model"])
     return model.to(device).eval(), config, state["prior"], state["step"]
 
 
@@ -1049,8 +1092,10 @@ class Trainer:
                 metrics[name] = metrics.get(name, 0.0) + value.detach() * share
             for used, chosen in zip(self.last_used, self.model.by_codebook(indices)):
                 used[chosen.flatten()] = self.step
+        metrics["gradient"] = gradient_norm(self.model)
         self.generator_optimizer.step()
         if adversarial:
+            metrics["discriminator_gradient"] = gradient_norm(self.discriminator)
             self.discriminator_optimizer.step()
         self.step += 1
         return metrics
@@ -1120,6 +1165,11 @@ class Trainer:
         return losses + " codes " + " + ".join(f"{used}/{len(every)}" for used, every in zip(line["codes_used"], self.last_used))
 
 
+def gradient_norm(network):
+    """Euclidean norm of all of a network's gradients, ()."""
+    return torch.nn.utils.get_total_norm([parameter.grad for parameter in network.parameters() if parameter.grad is not None])
+
+
 def draw_pairs(images, path, columns=8):
     """Alternating originals and reconstructions in [-1, 1] → PNG, a row of each in turn."""
     originals, reconstructions = images[0::2], images[1::2]
@@ -1163,7 +1213,7 @@ def is_run(out):
 
 def check_folder(out, overwrite):
     """Refuse to touch what is there, unless it is a run and may be overwritten."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())):
         if not overwrite:
             raise UserError(f"run '{out}' exists already; go on with --resume, replace it with --overwrite, or name another with --out")
         if not is_run(out):
@@ -1189,7 +1239,9 @@ def start_run(config, out, trainer, prior):
 
 
 def trim_metrics(path, step):
-    """Drop the lines written after the checkpoint, so that a resumed run's metrics equal an uninterrupted one's."""
+    """Drop the lines written after the checkpoint, so that a resumed run's metrics equal an uninterrupted one's; and halves of files."""
+    for half in path.parent.glob(".*-*"):  # of `whole_file`, in a process that was killed
+        half.unlink()
     kept = []
     for line in path.read_text().splitlines() if path.exists() else ():
         try:
@@ -1272,50 +1324,90 @@ def train(config, resume=False, overwrite=False):
 
 
 def run_steps(trainer, batches, validate, out):
-    """The loop of both stages: step, log, validate, save.
+    """The loop of both stages: step, log, validate, save. A signal of STOPPING ends it after the step, with a checkpoint.
 
     Args:
         trainer: Trainer, or StageTrainer of synthesize.py.
         batches: iterator of micro-batches.
         validate: () → score, the higher the better; dict of floats to log; and their words.
         out: folder of metrics.jsonl, last.pt and best.pt.
+    Raises:
+        UserError: where a value is not finite, before it is saved.
+        SystemExit: of 128 + the signal's number.
     """
-    config, progress, waited = trainer.config, Progress(), 0.0
+    config, progress, since, waited = trainer.config, Progress(), {}, 0.0
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
     own_noise(trainer)
-    with open(os.devnull if rank() else out / "metrics.jsonl", "a", buffering=1) as log:
+    if not rank() and not (out / "last.pt").exists():
+        save_checkpoint(out / "last.pt", trainer)  # from here on, a run that is killed can be resumed
+    with open(os.devnull if rank() else out / "metrics.jsonl", "a", buffering=1) as log, noted_signals() as signals:
         while trainer.step < config.steps:
             began = time.monotonic()
             group = [next(batches) for _ in range(config.accumulate)]
             waited += time.monotonic() - began
             metrics = trainer.train_step(group)
+            note_faults(since, metrics, trainer.step)
             last = trainer.step == config.steps
-            if trainer.step % config.log_every == 0 or last:
+            logs, validates = (last or trainer.step % every == 0 for every in (config.log_every, config.eval_every))
+            stop = max(signals, default=0)
+            if processes() > 1:  # all of them stop at the same step, at one where they meet anyway
+                stop = int(across(torch.tensor(stop, device=trainer.device), "max")) if logs else 0
+            if logs or validates or stop:
+                check_finite({name: -across(-first, "max").item() for name, first in since.items()}, out)
+            if logs:
                 metrics = {name: across(value, "mean").item() for name, value in metrics.items()}  # waits for the device
-                check_finite(metrics, trainer.step, out)
-                now, since = time.monotonic(), trainer.step - recent[-1][0]
+                now, steps = time.monotonic(), trainer.step - recent[-1][0]
                 recent.append((trainer.step, now))
                 steps_done, seconds = trainer.step - recent[0][0], now - recent[0][1]
                 speed = round(steps_done * config.batch_size * config.accumulate * processes() / max(seconds, 1e-9), 2)
-                timing = {"images_per_second": speed, "data_wait": round(waited / since, 4)}  # seconds a step
+                timing = {"images_per_second": speed, "data_wait": round(waited / steps, 4)}  # seconds a step
                 line, waited = {"step": trainer.step, **metrics, **trainer.statistics(), **timing}, 0.0
                 log.write(json.dumps(line) + "\n")
                 progress(progress_line(trainer, line, seconds / steps_done), now=last)
-            if trainer.step % config.eval_every == 0 or last:
+            if validates or stop:
                 trainer.statistics()  # joins what the processes count, for the checkpoint
-                if rank():
-                    own_noise(trainer)
-                    continue
-                score, values, words = validate()
-                check_finite(values, trainer.step, out)
-                log.write(json.dumps({"step": trainer.step, **{f"validation_{name}": value for name, value in values.items()}}) + "\n")
-                progress(f"step {trainer.step:,}: validation {words}", now=True)
-                if score > trainer.best:
-                    trainer.best = score
-                    save_checkpoint(out / "best.pt", trainer)
-                save_checkpoint(out / "last.pt", trainer)
+                own_noise(trainer)
+                if not rank():
+                    if validates:
+                        validate_and_keep_best(trainer, validate, out, log, progress)
+                    save_checkpoint(out / "last.pt", trainer)
+            if stop:
+                progress(f"stopped by {signal.Signals(stop).name} after step {trainer.step:,}, which is saved; --resume goes on", now=True)
+                raise SystemExit(128 + stop)
     if processes() > 1:
         torch.distributed.barrier()
+
+
+def validate_and_keep_best(trainer, validate, out, log, progress):
+    """The first process's part of `run_steps` at a validation."""
+    score, values, words = validate()
+    check_finite({f"validation {name}": math.inf if math.isfinite(value) else trainer.step for name, value in values.items()}, out)
+    log.write(json.dumps({"step": trainer.step, **{f"validation_{name}": value for name, value in values.items()}}) + "\n")
+    progress(f"step {trainer.step:,}: validation {words}", now=True)
+    if score > trainer.best:
+        trainer.best = score
+        save_checkpoint(out / "best.pt", trainer)
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """A list to which a signal of STOPPING adds its number, instead of ending the process; a second one does end it."""
+    noted, usual = [], {}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, usual[number])
+
+    if threading.current_thread() is threading.main_thread():  # Python lets no other set handlers
+        usual.update((number, signal.getsignal(number)) for number in STOPPING)
+        for number in STOPPING:
+            signal.signal(number, note)
+    try:
+        yield noted
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 def own_noise(trainer):
@@ -1324,12 +1416,19 @@ def own_noise(trainer):
         torch.manual_seed(trainer.config.seed + 1_000_003 * rank() + trainer.step)
 
 
-def check_finite(values, step, out):
-    """Raise UserError that names the first of some values that is not finite."""
+def note_faults(since, values, step):
+    """Keep in `since`, a dict name → () tensor, the first step at which each value was not finite; nothing waits for the device."""
     for name, value in values.items():
-        if not math.isfinite(value):
-            saved = f"the last good checkpoint is '{out / 'last.pt'}'" if (out / "last.pt").exists() else "there is no checkpoint yet"
-            raise UserError(f"{name.replace('_', ' ')} is {value} at step {step:,}; {saved}; try a smaller --lr")
+        first = torch.where(value.detach().isfinite(), math.inf, step)
+        since[name] = torch.minimum(since[name], first) if name in since else first
+
+
+def check_finite(since, out):
+    """Raise UserError for the earliest fault of a dict name → first step at which that value was not finite, or infinity."""
+    name = min(since, key=since.get)
+    if since[name] < math.inf:
+        saved = f"the last good checkpoint is '{out / 'last.pt'}'" if (out / "last.pt").exists() else "there is no checkpoint yet"
+        raise UserError(f"{name.replace('_', ' ')} is not finite at step {since[name]:,.0f}; {saved}; try a smaller --lr")
 
 
 def progress_line(trainer, line, seconds_a_step):
@@ -1355,6 +1454,7 @@ CHANGEABLE = (
     "eval_images",
     "amp",
     "compile",
+    "deterministic",
 )
 
 

@@ -21,7 +21,15 @@ sys.path.insert(0, str(ROOT))
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long, run by pytest -m slow alone")
     config.addinivalue_line("filterwarnings", "ignore:.torch.jit.(script|load). is deprecated:FutureWarning")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.getoption("markexpr"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow; pytest -m slow"))
 
 
 @pytest.fixture(autouse=True)

@@ -135,6 +135,9 @@ def encode_dataset(run, dataset, views, path):
     stride = max(1, run.config.resolution // height // SUBSAMPLES)
     shape = (len(keys), run.model.code_dim * len(model.codebook.sizes), height, width)
     features = path and np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    if path and hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when the map is written to
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     for batch in make_loader(dataset, run.device, -1, sampler=keys, batch_size=run.config.batch_size):
         z = model.features(to_images(batch["image"], run.device))
         kept["indices"].append(model.snap(z).cpu())

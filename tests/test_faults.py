@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,25 +121,27 @@ def whole(photographs, tmp_path_factory):
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=MARKED)])
 def test_a_run_killed_again_and_again_is_the_uninterrupted_one(whole, photographs, tmp_path, kills):
-    out, rng = tmp_path / "run", random.Random(kills)
-    for number in range(kills):
-        resume = ["--resume"] if (out / "last.pt").exists() else ["--overwrite"] if (out / "config.json").exists() else []
-        process = begin(photographs, out, *resume)
-        if number % 4:  # most in the middle of training, the others whenever
-            done = (out / "metrics.jsonl").read_bytes().count(b"\n") if (out / "metrics.jsonl").exists() else 0
-            wait_for(out / "metrics.jsonl", process, done + 1)
+    out, rng, killed = tmp_path / "run", random.Random(kills), 0
+    again = lambda: ["--resume"] if (out / "last.pt").exists() else ["--overwrite"] * out.exists()
+    while killed < kills:
+        process, log = begin(photographs, out, *again()), out / "metrics.jsonl"
+        if killed % 4:  # most in the middle of training, the others whenever
+            wait_for(log, process, 1 + (log.read_bytes().count(b"\n") if log.exists() else 0))
             time.sleep(rng.uniform(0, 0.3))
         else:
-            time.sleep(rng.uniform(1, 8))
+            time.sleep(rng.uniform(1, 6))
         process.kill()
         process.communicate()
-        if process.returncode == 0:  # it was faster
-            break
         for name in ("last.pt", "best.pt"):
             if (out / name).exists():
                 assert torch.isfinite(load_checkpoint(out / name)["model"]["encoder.layers.0.weight"]).all()
+        if process.returncode == 0:  # it was faster
+            assert_same_run(whole, out)
+            shutil.rmtree(out)
+        else:
+            killed += 1
     if not (out / "last.pt").exists() or load_checkpoint(out / "last.pt")["step"] < 60:
-        train_module.main(flags_for(photographs, out, *(["--resume"] if (out / "last.pt").exists() else ["--overwrite"] * out.exists())))
+        train_module.main(flags_for(photographs, out, *again()))
     assert_same_run(whole, out)
 
 
@@ -425,18 +428,19 @@ def test_no_permission_is_a_line(photographs, tmp_path, capsys):
     "content, message",
     [
         ("", "no captions|no adjective or noun|is empty"),
-        ("der rote Vogel sitzt auf dem Ast und singt\n" * 30, "adjective|noun|words"),
-        ("it is what it is\n" * 30, "no adjective or noun|adjective"),
+        ("der rote Vogel sitzt auf dem Ast und singt\n" * 30, "no adjective is left of 30 captions: .* give a larger English corpus"),
+        ("it is what it is\n" * 30, "no adjective or noun|no adjective is left"),
+        ("a bird on a branch\n" * 30, "no adjective is left"),
     ],
 )
 def test_a_corpus_without_words_is_a_line(speech, tmp_path, capsys, content, message):
     (tmp_path / "corpus.txt").write_text(content)
     out = tmp_path / "prior.npz"
     arguments = [str(tmp_path / "corpus.txt"), "--embeddings=random", "--workers=1", f"--out={out}"]
-    error = said(prior_module.main, capsys, [*arguments, "--min-count=31"])
+    error = said(prior_module.main, capsys, arguments)
     assert re.search(message, error) and not out.exists()
     (tmp_path / "corpus.txt").write_text("the red bird sits on a small branch\n" * 31)
-    prior_module.main([*arguments, "--min-count=31"])
+    prior_module.main(arguments)
     assert len(Prior.load(out).noun_words) == 2
 
 

@@ -39,6 +39,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -98,8 +99,8 @@ def _complain(error):
 def whole_file(path):
     """A temporary path that becomes `path` when the block ends well and vanishes when it does not."""
     path = Path(path)
-    if path.is_dir():
-        raise UserError(f"'{path}' is a folder; name a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"'{path}' is a {'folder' if path.is_dir() else 'device'}; name a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)
@@ -134,7 +135,7 @@ def load_arrays(path, names, what, made_by):
             return {name: file[name] for name in names}
     except FileNotFoundError:
         raise UserError(f"{what} '{path}' does not exist; make one with: {made_by}") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
         raise UserError(f"'{path}' is not a {what}, or is damaged; make one with: {made_by}") from None
 
 
@@ -1275,7 +1276,15 @@ class Prior:
     def load(cls, path):
         """Read a .npz of `save`. Raises UserError where it is missing or something else."""
         arrays = load_arrays(path, cls.__dataclass_fields__, "prior", "python prior.py CORPUS --out prior.npz")
-        return cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
+        try:
+            prior = cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
+            for name in PARTS:
+                words, vectors = prior[f"{name}_words"], prior[f"{name}_vectors"]
+                if not len(words) or vectors.shape != (len(words), prior.provenance["dim"]) or not np.isfinite(vectors).all():
+                    raise ValueError(f"its {name}s are not words with a vector of finite numbers each")
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"'{path}' is damaged: {error}; make it anew with: python prior.py CORPUS --out prior.npz") from None
+        return prior
 
 
 TOKEN_MODELS = ("clip", "clip-text", "bert")

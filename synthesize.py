@@ -23,7 +23,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +43,7 @@ from train import (
     codebook_names,
     evenly,
     fitting,
+    fresh_folder,
     load_checkpoint,
     load_run,
     make_dataset,
@@ -102,7 +102,8 @@ BOUNDS = (
     ("views steps batch_size accumulate log_every eval_every width depth heads", lambda value: value >= 1, "be at least 1"),
     ("dropout drop_condition ema", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     ("lr", lambda value: value > 0, "be positive"),
-    ("warmup weight_decay seed", lambda value: value >= 0, "not be negative"),
+    ("warmup weight_decay", lambda value: value >= 0, "not be negative"),
+    ("seed", lambda value: 0 <= value < 1 << 62, "lie in [0, 2^62)"),
 )
 SAMPLING_BOUNDS = (
     ("temperature top_k", lambda value: value >= 0, "not be negative"),
@@ -157,14 +158,14 @@ def tokens_of(run, split, views=1, with_features=False):
     config, name = run.config, f"-{split}" * (split != "val") + f"-{views}" * (views > 1)
     source = json.dumps([config.dataset, str(Path(config.data).resolve()), config.labels, config.skip_broken, views])
     path, key = run.path / f"tokens{name}.npz", hashlib.sha256(f"{run.tokenizer}{source}".encode()).hexdigest()[:12]
-    features = run.path / f"features{name}-{key}.npy"
+    features, images = run.path / f"features{name}-{key}.npy", fingerprint(config, split)
     if path.is_file() and (features.is_file() or not with_features):
         try:
-            arrays = load_arrays(path, TOKEN_FILE, "token file", "python synthesize.py RUN tokens")
+            arrays = load_tokens(path, run.tokenizer, run.sizes)
         except UserError as error:
             print(f"{error}: made anew")
-            arrays = {"tokenizer": "", "source": ""}
-        if (str(arrays["tokenizer"]), str(arrays["source"])) == (run.tokenizer, source):
+            arrays = {"source": "", "images": ""}
+        if str(arrays["source"]) == source and images in ("", str(arrays["images"])):
             indices, labels, maps = (torch.from_numpy(arrays[name]) for name in TOKEN_FILE[:3])
             tokens = Tokens(indices.long(), labels.long(), maps if len(maps) else None)
             return tokens._replace(features=np.load(features, mmap_mode="r")) if with_features else tokens
@@ -173,23 +174,36 @@ def tokens_of(run, split, views=1, with_features=False):
         stale.unlink()
     with whole_file(features) if with_features else contextlib.nullcontext() as temporary:
         tokens = encode_dataset(run, dataset, views, temporary)
-    save_tokens(path, tokens, code_words(run.prior, run.model.codebook.sizes), dataset.classes, run.tokenizer, source)
+    save_tokens(path, tokens, code_words(run.prior, run.model.codebook.sizes), dataset.classes, run.tokenizer, source, images)
     return tokens._replace(features=np.load(features, mmap_mode="r")) if with_features else tokens
 
 
-TOKEN_FILE = ("indices", "labels", "segmentation", "classes", "tokenizer", "source")
+def fingerprint(config, split):
+    """A checksum of the names, sizes and times of a split's files; "" where they are not at hand."""
+    if config.dataset == "demo":
+        return "drawn"
+    try:
+        records = make_dataset(config, split, check=False).records
+    except UserError:
+        return ""
+    paths = [path for record in records for path in (record.path, record.segmentation) if isinstance(path, Path) and path.exists()]
+    seen = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in ((path, path.stat()) for path in paths)]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
 
 
-def save_tokens(path, tokens, words, classes, tokenizer, source):
+TOKEN_FILE = ("indices", "labels", "segmentation", "classes", "tokenizer", "source", "images")
+
+
+def save_tokens(path, tokens, words, classes, tokenizer, source, images):
     """Write a token file, whole or not at all."""
     maps = np.zeros((0,), np.int16) if tokens.segmentation is None else tokens.segmentation.numpy()
     listed = {f"{name}_words": np.array(names) for name, names in zip(codebook_names(words), words)}
     arrays = dict(indices=tokens.indices.int().numpy(), labels=tokens.labels.numpy(), segmentation=maps)
-    save_arrays(path, **arrays, classes=np.array(classes, dtype=str), tokenizer=tokenizer, source=source, **listed)
+    save_arrays(path, **arrays, classes=np.array(classes, dtype=str), tokenizer=tokenizer, source=source, images=images, **listed)
 
 
 def load_tokens(path, tokenizer, sizes):
-    """Indices of a token file. Raises UserError where it is missing, something else, or of another tokenizer."""
+    """The arrays of a token file. Raises UserError where it is missing, something else, or of another tokenizer."""
     arrays = load_arrays(path, TOKEN_FILE, "token file", "python synthesize.py RUN tokens")
     indices, made_by = arrays["indices"], str(arrays["tokenizer"])
     if made_by != tokenizer:
@@ -201,9 +215,11 @@ def load_tokens(path, tokenizer, sizes):
         or indices.shape[1] != len(sizes)
         or indices.min() < 0
         or (indices.max(axis=(0, 2, 3)) >= sizes).any()
+        or arrays["labels"].shape != indices.shape[:1]
+        or arrays["segmentation"].shape[:1] not in ((0,), indices.shape[:1])
     ):
         raise UserError(f"'{path}' holds indices that are not {len(sizes)} tokens a position of {sizes} codes")
-    return indices
+    return arrays
 
 
 @torch.no_grad()
@@ -278,7 +294,9 @@ def condition_count(config, *splits):
         )
     count = max(int(part.max()) for part in values) + 1
     if count > MOST_LABELS:
-        raise UserError(f"a label map holds label {count - 1:,}{' or more' * (count == 2**15)}; labels are whole numbers from 0 to {MOST_LABELS - 1:,}")
+        raise UserError(
+            f"a label map holds label {count - 1:,}{' or more' * (count == 2**15)}; labels are whole numbers from 0 to {MOST_LABELS - 1:,}"
+        )
     return count
 
 
@@ -448,7 +466,8 @@ def train(args, runs):
     if args.resume:
         state = load_checkpoint(folder / "last.pt")
         check_tokenizer(run, state, folder)
-        config = resumed(SynthesisConfig, state, args.given, ("device", "steps", "log_every", "eval_every", "deterministic"), folder)
+        with fitting(folder / "last.pt"):
+            config = resumed(SynthesisConfig, state, args.given, ("device", "steps", "log_every", "eval_every", "deterministic"), folder)
     elif (folder / "last.pt").exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
     with_features = config.model == "ldm"
@@ -462,10 +481,10 @@ def train(args, runs):
     if not rank():
         if state:
             trim_metrics(folder / "metrics.jsonl", trainer.step)
+            save_config(config, folder)
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-        save_config(config, folder)
+            with fresh_folder(folder, config, trainer):
+                pass
     weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     print(
         f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} grids "
@@ -798,7 +817,7 @@ def tokens(args, runs):
     (run,) = one(runs, "tokens")
     if args.decode:
         folder = Path(args.output or run.path / "decoded")
-        indices = load_tokens(args.decode, run.tokenizer, run.sizes)
+        indices = load_tokens(args.decode, run.tokenizer, run.sizes)["indices"]
         for start in range(0, len(indices), run.config.batch_size):
             part = decode_tokens(run.model, indices[start : start + run.config.batch_size], run.device, run.config.batch_size)
             for index, image in enumerate(part, start):
@@ -828,6 +847,9 @@ def one(runs, name):
 
 def check_bounds(values, bounds):
     """Raise UserError for the first of some flags that is out of its bounds."""
+    for name, value in vars(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number")
     for names, fits, what in bounds:
         for name in names.split():
             if hasattr(values, name) and not fits(getattr(values, name)):

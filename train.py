@@ -20,11 +20,11 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tarfile
@@ -252,6 +252,9 @@ def check_config(config):
         raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
     if config.resolution < 24:
         raise UserError(f"--resolution {config.resolution} is too small: the patch discriminator needs 24 pixels a side")
+    for item in dataclasses.fields(config):
+        if isinstance(value := getattr(config, item.name), float) and not math.isfinite(value):
+            raise UserError(f"--{item.name.replace('_', '-')} {value} must be a finite number")
     for names, fits, what in BOUNDS:
         for name in names.split():
             if not fits(getattr(config, name)):
@@ -262,12 +265,21 @@ def check_config(config):
 
 
 BOUNDS = (
-    ("lr seed gan_weight perceptual_weight beta kl_weight contrastive_weight codebook_size", lambda value: value >= 0, "not be negative"),
+    (
+        "lr gan_start gan_weight perceptual_weight beta kl_weight contrastive_weight codebook_size",
+        lambda value: value >= 0,
+        "not be negative",
+    ),
     ("steps discriminator_layers batch_size accumulate log_every eval_every eval_images", lambda value: value >= 1, "be at least 1"),
     ("transfer_layers transfer_width adjective_neighbours code_dim", lambda value: value >= 1, "be at least 1"),
     ("usage_decay transfer_dropout", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     ("mask_ratio", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     ("temperature_end", lambda value: 0 < value, "be positive"),
+    ("seed", lambda value: 0 <= value < 1 << 62, "lie in [0, 2^62)"),
+    ("channels z_channels blocks", lambda value: value >= 1, "be at least 1"),
+    ("multipliers", lambda value: len(value) > 0 and min(value) >= 1, "be whole numbers from 1 on"),
+    ("codebook_size", lambda value: value <= 1 << 24, "be at most 2^24"),
+    ("workers", lambda value: value >= -1, "be at least -1"),
 )
 
 
@@ -882,6 +894,9 @@ def save_checkpoint(path, trainer):
     state = {"version": CHECKPOINT_VERSION, "config": dataclasses.asdict(trainer.config), "step": trainer.step, "best": trainer.best}
     state["processes"] = processes()
     state.update(trainer.state(), random=torch.get_rng_state())
+    for name, value in itertools.chain.from_iterable(state.get(part, {}).items() for part in ("model", "discriminator", "network", "ema")):
+        if not value.isfinite().all():
+            raise UserError(f"{name} is not finite after step {trainer.step:,}, so '{path}' is kept as it was; try a smaller --lr")
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
     archive = io.BytesIO()  # torch's own writer ends in a RuntimeError where a disk is full
@@ -895,9 +910,9 @@ def resume_from(trainer, state):
     with fitting("the checkpoint"):
         trainer.step, trainer.best = state["step"], state["best"]
         trainer.load(state)
-    torch.set_rng_state(state["random"].cpu())
-    if "cuda_random" in state and trainer.device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda_random"].cpu(), trainer.device)
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), trainer.device)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -909,7 +924,7 @@ def load_checkpoint(path, device="cpu"):
             if damaged := archive.testzip():
                 raise UserError(f"'{path}' is damaged: the checksum of {damaged} is wrong; use best.pt, or train again")
         state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict) or "version" not in state:
+        if not isinstance(state, dict) or not {"version", "config", "step", "random"} <= state.keys():
             raise UserError(f"'{path}' is not a checkpoint of train.py")
     except UserError:
         raise
@@ -925,7 +940,9 @@ def fitting(path):
     """A block that builds what a checkpoint describes. Raises UserError where its parts do not belong together."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"'{path}' holds other than its configuration says: {str(error).splitlines()[0]}") from None
 
 
@@ -1207,7 +1224,7 @@ def is_run(out):
     """Whether a folder is a run of this script."""
     try:
         return "method" in json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         return False
 
 
@@ -1226,27 +1243,41 @@ def save_config(config, out):
         temporary.write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
 
 
+@contextlib.contextmanager
+def fresh_folder(out, config, trainer):
+    """A new folder with a configuration and a first checkpoint that takes the place of `out` when the block ends well."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as kept:
+        new = Path(kept) / "new"
+        new.mkdir()
+        save_config(config, new)
+        save_checkpoint(new / "last.pt", trainer)  # from here on, a run that is killed can be resumed
+        yield new
+        if out.exists():
+            out.rename(Path(kept) / "old")
+        new.rename(out)
+
+
 def start_run(config, out, trainer, prior):
-    """Clear the folder, and write what a run holds from its first moment: configuration, prior, codebook at step 0."""
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
-    save_config(config, out)
-    if prior is not None:
-        prior.save(out / "prior.npz")
-    trainer.model.eval()
-    codebooks = zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())
-    save_arrays(out / "codebook_start.npz", **{name: codes.cpu().numpy() for name, codes in codebooks})
+    """Write what a run holds from its first moment: configuration, checkpoint, prior, and codebook at step 0."""
+    with fresh_folder(out, config, trainer) as new:
+        if prior is not None:
+            prior.save(new / "prior.npz")
+        trainer.model.eval()
+        codebooks = zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())
+        save_arrays(new / "codebook_start.npz", **{name: codes.cpu().numpy() for name, codes in codebooks})
 
 
 def trim_metrics(path, step):
     """Drop the lines written after the checkpoint, so that a resumed run's metrics equal an uninterrupted one's; and halves of files."""
-    for half in path.parent.glob(".*-*"):  # of `whole_file`, in a process that was killed
-        half.unlink()
+    for half in path.parent.rglob(".*-????????.*"):
+        if re.fullmatch(r"\.(last|best|config|metrics|prior|codebook_start|step_\d+)-[a-z0-9_]{8}\.\w+", half.name):
+            half.unlink()  # `whole_file` in a process that was killed
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             kept += [line + "\n"] if json.loads(line)["step"] <= step else []
-        except ValueError:  # the last line of a killed run may be half written
+        except (ValueError, TypeError, KeyError):  # the last line of a killed run may be half written
             pass
     with whole_file(path) as temporary:
         temporary.write_text("".join(kept))
@@ -1298,7 +1329,8 @@ def train(config, resume=False, overwrite=False):
     with first_alone():
         device, train_set, val_set = check_inputs(config, resume)
     if resume:
-        trainer = Trainer(config, state["prior"], device, len(train_set))
+        with fitting(out / "last.pt"):
+            trainer = Trainer(config, state["prior"], device, len(train_set))
         resume_from(trainer, state)
         if not rank():
             trim_metrics(out / "metrics.jsonl", trainer.step)
@@ -1339,8 +1371,6 @@ def run_steps(trainer, batches, validate, out):
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
     own_noise(trainer)
-    if not rank() and not (out / "last.pt").exists():
-        save_checkpoint(out / "last.pt", trainer)  # from here on, a run that is killed can be resumed
     with open(os.devnull if rank() else out / "metrics.jsonl", "a", buffering=1) as log, noted_signals() as signals:
         while trainer.step < config.steps:
             began = time.monotonic()
@@ -1372,7 +1402,7 @@ def run_steps(trainer, batches, validate, out):
                     if validates:
                         validate_and_keep_best(trainer, validate, out, log, progress)
                     save_checkpoint(out / "last.pt", trainer)
-            if stop:
+            if stop and not last:
                 progress(f"stopped by {signal.Signals(stop).name} after step {trainer.step:,}, which is saved; --resume goes on", now=True)
                 raise SystemExit(128 + stop)
     if processes() > 1:
@@ -2054,7 +2084,8 @@ def main(argv=None):
         config, given, resume, overwrite = parse(argv)
         if resume:
             state, given = load_checkpoint(Path(config.out) / "last.pt"), {**given, "out": config.out}
-            config = resumed(Config, state, given, CHANGEABLE, config.out)
+            with fitting(Path(config.out) / "last.pt"):
+                config = resumed(Config, state, given, CHANGEABLE, config.out)
             config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
             check_config(config)
         out = train(config, resume, overwrite)

@@ -50,7 +50,13 @@ def photographs(tmp_path_factory):
 
 def flags_for(photographs, out, *more):
     """Flags of train.py for the photographs."""
-    data = ["--dataset=folder", f"--data={photographs / 'images'}", f"--prior={photographs / 'prior.npz'}", "--preset=tiny", "--discriminator-layers=1"]
+    data = [
+        "--dataset=folder",
+        f"--data={photographs / 'images'}",
+        f"--prior={photographs / 'prior.npz'}",
+        "--preset=tiny",
+        "--discriminator-layers=1",
+    ]
     return [*FLAGS, *data, f"--out={out}", "--steps=60", *more]
 
 
@@ -273,6 +279,56 @@ def test_a_full_disk_is_a_line_and_keeps_the_last_checkpoint(photographs, whole,
     assert_same_run(whole, out)
 
 
+def test_a_full_disk_keeps_the_run_that_was_to_be_replaced(photographs, whole, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("synthesis"))
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
+    assert "File too large" in finish(begin(photographs, out, "--overwrite", preexec_fn=limit), 2)
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before and list(tmp_path.iterdir()) == [out]
+
+
+def test_weights_that_are_not_finite_are_not_saved(photographs, tmp_path):
+    out = train(choices(photographs, tmp_path / "run", method="vqgan", steps=1))
+    before, state = (out / "last.pt").read_bytes(), load_checkpoint(out / "last.pt")
+    trainer = Trainer(train_module.Config(**state["config"]), None, torch.device("cpu"))
+    trainer.model.decoder.to_image.bias.data[0] = float("nan")
+    with pytest.raises(UserError, match="decoder.to_image.bias is not finite after step 0, so '.*last.pt' is kept as it was"):
+        train_module.save_checkpoint(out / "last.pt", trainer)
+    assert (out / "last.pt").read_bytes() == before
+
+
+def test_damaged_metrics_and_strange_files_do_not_stop_a_resumed_run(whole, photographs, tmp_path):
+    out = tmp_path / "run"
+    train_module.main(flags_for(photographs, out, "--steps=8"))
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'\xff\xfe\n5\n{}\n{"step": 9, "lo')
+    (out / ".my-notes").write_text("mine")
+    (out / ".last-abcd_123.pt").write_text("half of a checkpoint")
+    train_module.main(flags_for(photographs, out, "--resume"))
+    assert (out / ".my-notes").exists() and not (out / ".last-abcd_123.pt").exists()
+    (out / ".my-notes").unlink()
+    assert len(lines_of(out)) == 60
+
+
+def test_a_changed_byte_of_a_prior_is_a_line_or_changes_nothing(prior, tmp_path):
+    prior.save(tmp_path / "prior.npz")
+    data, rng, found = (tmp_path / "prior.npz").read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        damaged = bytearray(data)
+        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        (tmp_path / "damaged.npz").write_bytes(damaged)
+        try:
+            read = Prior.load(tmp_path / "damaged.npz")
+            assert (read.edges == prior.edges).all() and (read.noun_vectors == prior.noun_vectors).all()
+        except UserError as error:
+            assert "\n" not in str(error)
+            found += 1
+    assert found > 100
+    with pytest.raises(UserError, match="is a device; name a file"), prior_module.whole_file("/dev/null"):
+        pass
+
+
 # ---------------------------------------------------------------------------------------------
 # Numbers
 
@@ -386,6 +442,12 @@ BAD_FLAGS = [
     ("--batch-size=17", "--batch-size 17 is more than the 16 training images", ""),
     ("--prior=absent.npz", "--prior 'absent.npz' does not exist", ""),
     ("--device=tpu", "--device tpu is not a device", ""),
+    ("--lr=inf", "--lr inf must be a finite number", ""),
+    ("--beta=nan", "--beta nan must be a finite number", ""),
+    ("--channels=0", "--channels 0 must be at least 1", ""),
+    ("--multipliers=1,0", "--multipliers (1, 0) must be whole numbers from 1 on", ""),
+    ("--seed=99999999999999999999", "must lie in [0, 2^62)", ""),
+    ("--codebook-size=99999999999999", "must be at most 2^24", ""),
 ]
 
 
@@ -512,6 +574,20 @@ def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
             monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow's limit, and twice it is a bomb
         with pytest.raises(UserError, match=f"{name}' cannot be read: .*{message}"):
             read_image(tmp_path / name)
+
+
+def test_tokens_follow_the_images_they_were_made_of(photographs, tmp_path):
+    data = tmp_path / "images"
+    shutil.copytree(photographs / "images", data)
+    out = train(choices(photographs, tmp_path / "run", data=str(data), steps=1))
+    run = synthesize_module.Run(out, torch.device("cpu"))
+    before = synthesize_module.tokens_of(run, "val").indices
+    assert synthesize_module.tokens_of(run, "val").indices.equal(before)
+    shutil.copy(data / "train" / "0.png", data / "val" / "00.png")
+    after = synthesize_module.tokens_of(run, "val").indices
+    assert len(after) == len(before) + 1 and not after[1].equal(before[1])
+    shutil.rmtree(data)
+    assert synthesize_module.tokens_of(run, "val").indices.equal(after)
 
 
 def test_label_maps_out_of_range_are_named(photographs, whole, tmp_path, capsys):

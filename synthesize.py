@@ -39,6 +39,7 @@ from evaluate import as_markdown, draw_comparison, fid, load_inception, to_bytes
 from prior import SMALL, Parser, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
 from train import (
     TrainBatches,
+    check_bounds,
     code_words,
     codebook_names,
     evenly,
@@ -843,17 +844,6 @@ def one(runs, name):
     if len(runs) != 1:
         raise UserError(f"{name} takes one run, not {len(runs)}")
     return runs
-
-
-def check_bounds(values, bounds):
-    """Raise UserError for the first of some flags that is out of its bounds."""
-    for name, value in vars(values).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number")
-    for names, fits, what in bounds:
-        for name in names.split():
-            if hasattr(values, name) and not fits(getattr(values, name)):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(values, name)} must {what}")
 
 
 def stage_config(args, run):

@@ -235,6 +235,17 @@ def variant(config):
     return names + ["init"] * bool(config.init) + [f"seed{config.seed}"] * (config.seed != Config.seed)
 
 
+def check_bounds(values, bounds):
+    """Raise UserError for the first of some flags that is out of its bounds."""
+    for name, value in vars(values).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name.replace('_', '-')} {value} must be a finite number")
+    for names, fits, what in bounds:
+        for name in names.split():
+            if hasattr(values, name) and not fits(getattr(values, name)):
+                raise UserError(f"--{name.replace('_', '-')} {getattr(values, name)} must {what}")
+
+
 def check_config(config):
     """The Config itself. Raises UserError naming a value that cannot be."""
     if config.dataset == "demo" and (config.data or config.labels):
@@ -252,13 +263,7 @@ def check_config(config):
         raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
     if config.resolution < 24:
         raise UserError(f"--resolution {config.resolution} is too small: the patch discriminator needs 24 pixels a side")
-    for item in dataclasses.fields(config):
-        if isinstance(value := getattr(config, item.name), float) and not math.isfinite(value):
-            raise UserError(f"--{item.name.replace('_', '-')} {value} must be a finite number")
-    for names, fits, what in BOUNDS:
-        for name in names.split():
-            if not fits(getattr(config, name)):
-                raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)} must {what}")
+    check_bounds(config, BOUNDS)
     if (config.shuffle == "vectors" and config.codes != "words") or (config.shuffle == "edges" and config.transfer != "gcn"):
         raise UserError(f"--shuffle {config.shuffle} changes nothing here: codes are {config.codes}, transfer is {config.transfer}")
     return config

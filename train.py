@@ -74,7 +74,7 @@ from prior import (
     shuffled,
     whole_file,
 )
-from vqct import LPIPS, Discriminator, ModelConfig, VQModel, across, adaptive_weight, hinge_loss, load_taming, needs_prior
+from vqct import LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, across, adaptive_weight, hinge_loss, load_taming, needs_prior
 
 CHECKPOINT_VERSION = 1
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # after either a run finishes its step, saves, and ends
@@ -144,13 +144,7 @@ class Config(ModelConfig):
 PRESETS = {
     "f16": {},
     "tiny": dict(
-        resolution=64,
-        channels=24,
-        multipliers=(1, 1, 2, 4),
-        blocks=1,
-        z_channels=64,
-        code_dim=16,
-        transfer_width=128,
+        **NETWORKS["tiny"],
         batch_size=4,
         steps=1800,
         lr=3e-4,

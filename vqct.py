@@ -1,21 +1,22 @@
-"""VQCT: every network of "Codebook Transfer with Part-of-Speech for Vector-Quantized Image Modeling".
+"""VQCT: every network of "Codebook Transfer with Part-of-Speech for Vector-Quantized Image Modeling" (CVPR 2024).
 
 The file reads in the paper's order:
 
-    §3.1         Eq. 1      nearest_code        the code nearest to each feature
-                 Eq. 2      VectorQuantizer     straight-through, codebook and commitment terms
-    Tables 1, 6  baselines  GumbelQuantizer, ClusteredQuantizer (CVQ), RegularizedQuantizer (Reg-VQ)
-    §3.3 step 2  Â          NormalizedAdjacency the modifying graph of adjectives and nouns
-                 Eq. 3      GraphConvolution, CodebookTransfer
-                 (C_a, C_n) Codebook            where codes come from, and how they are transferred
-    §4.1         E, G       Encoder, Decoder    VQGAN's network
-    losses       VQ-GAN     Discriminator, LPIPS, hinge_loss, adaptive_weight
-    §3.3 step 3             VQModel             image → indices → image
-    §4.4         stage two  TokenTransformer, sample_tokens; Denoiser, sample_features
-    published weights       load_taming         VQGAN's, in the names of taming-transformers
+    §3.1         Eq. 1       nearest_code        the code nearest to each feature
+                 Eq. 2       VectorQuantizer     straight-through gradient, codebook and commitment terms
+    §3.3 step 2  Â           NormalizedAdjacency of the modifying graph of adjectives and nouns
+                 Eq. 3       GraphConvolution, CodebookTransfer
+    §3.3 step 3  (C_a, C_n)  Codebook, VQModel   two codebooks, each for its half of the channels
+    §4.1         E, G        Encoder, Decoder    VQGAN's network
+                 its losses  Discriminator, hinge_loss, adaptive_weight, LPIPS
+    Tables 1, 6  baselines   GumbelQuantizer, ClusteredQuantizer (CVQ), RegularizedQuantizer (Reg-VQ)
+    Tables 1–6   systems     ModelConfig, make_quantizer, make_codebook
+    §4.4         stage two   TokenTransformer, sample_tokens; Denoiser, sample_features
+    VQGAN's published weights  load_taming
 
-Nothing here reads a configuration file or a corpus; `prior.py` makes the graph, `train.py` trains.
-Each class can be lifted out with the imports below. To see the shapes, and Eq. 3, 1 and 2 on four words:
+`prior.py` makes the words, vectors and graph that VQModel starts from; Eq. 2's pixel term and the training step
+are `Trainer` in train.py. Each class and function can be lifted out with the imports below. To see both networks'
+shapes, and Eq. 3, 1 and 2 worked on four words:
 
     python vqct.py
 """
@@ -32,7 +33,7 @@ import torchvision
 from prior import PARTS, option
 
 # ---------------------------------------------------------------------------------------------
-# §3.1: Eq. 1, the nearest code
+# §3.1, Eq. 1 and 2: the nearest code, and the losses of a code that was chosen
 
 
 @torch.no_grad()
@@ -61,7 +62,7 @@ def nearest_code(z, codebook, row_chunk=None, code_chunk=None):
     row_chunk = row_chunk or (1024 if on_cpu else 8192)
     code_chunk = code_chunk or (512 if on_cpu else 8192)
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False):
         codebook = codebook.to(dtype)
         first, offset = _first_of_equal(codebook), _exact_offset(codebook)
         codes = codebook - offset
@@ -147,24 +148,9 @@ def _exact_offset(codebook):
     return (middle / grid).round() * grid
 
 
-def across(x, how):
-    """A tensor of every process of torch.distributed, joined without gradient; x itself where there is one process.
-
-    Args:
-        how: "mean" or "max", elementwise; "rows": concatenated along the first axis; "first": the first process's.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return x
-    count, x = torch.distributed.get_world_size(), x.detach().clone()
-    if how == "rows":
-        parts = [torch.empty_like(x) for _ in range(count)]
-        torch.distributed.all_gather(parts, x)
-        return torch.cat(parts)
-    if how == "first":
-        torch.distributed.broadcast(x, 0)
-    else:
-        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
-    return x / count if how == "mean" else x
+def look_up(indices, codebook):
+    """(B, n, H, W) int64 and (K, D) codes → (B, D, H, W): the code of each position, or the mean of its n codes."""
+    return F.embedding(indices, codebook).mean(1).movedim(-1, 1)
 
 
 class VectorQuantizer(nn.Module):
@@ -217,13 +203,539 @@ class VectorQuantizer(nn.Module):
         return z_q, indices, loss
 
 
-def look_up(indices, codebook):
-    """(B, n, H, W) int64 and (K, D) codes → (B, D, H, W): the code of each position, or the mean of its n codes."""
-    return F.embedding(indices, codebook).mean(1).movedim(-1, 1)
+# ---------------------------------------------------------------------------------------------
+# §3.3 step 2, Eq. 3: the modifying graph, and the graph convolutions that transfer codes along it
+
+
+class _SymmetricProduct(torch.autograd.Function):
+    """Â H for a constant symmetric sparse Â in compressed rows: the gradient is the same product, no transpose kept."""
+
+    @staticmethod
+    def forward(ctx, row_start, column, value, nodes):
+        ctx.adjacency = row_start, column, value
+        # A weighted sum of looked-up rows: embedding bags' kernels take half the time of sparse matrices' on CPUs.
+        return F.embedding_bag(column, nodes, row_start, mode="sum", per_sample_weights=value, include_last_offset=True)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None, None, None, _SymmetricProduct.apply(*ctx.adjacency, gradient.contiguous())
+
+
+class NormalizedAdjacency(nn.Module):
+    """Â = D^{-1/2} (A + I) D^{-1/2} of an undirected graph, sparse (Kipf & Welling 2017).
+
+    Args:
+        edges: (E, 2) int64 node indices, each undirected edge once; repeats count once, as the
+            paper's A is binary.
+        nodes: number of nodes N.
+        weights: (E,) entries of A instead of ones, each edge then given once; the authors' code has
+            the times a pair occurs.
+    Raises:
+        ValueError: if an edge names a node outside 0 … N−1 or joins a node to itself.
+    """
+
+    WITH_WEIGHTED_BAGS = ("cpu", "cuda")  # elsewhere every edge's message is scattered
+
+    def __init__(self, edges, nodes, weights=None):
+        super().__init__()
+        edges = torch.as_tensor(edges, dtype=torch.int64).reshape(-1, 2)
+        if len(edges) and (edges.min() < 0 or edges.max() >= nodes or (edges[:, 0] == edges[:, 1]).any()):
+            raise ValueError(f"edges must join two different nodes of 0 … {nodes - 1}")
+        loops = torch.arange(nodes)[:, None].expand(-1, 2)
+        pairs, place = torch.cat([edges, edges.flip(1), loops]).unique(dim=0, return_inverse=True)  # sorted by row, then column
+        value = torch.ones(len(pairs), dtype=torch.float64)
+        if weights is not None:
+            weights = torch.as_tensor(weights, dtype=torch.float64)
+            value[place] = torch.cat([weights, weights, torch.ones(nodes, dtype=torch.float64)])
+        entries = torch.bincount(pairs[:, 0], minlength=nodes)
+        scale = torch.bincount(pairs[:, 0], value, minlength=nodes).rsqrt()
+        self.nodes = nodes
+        self.register_buffer("row", pairs[:, 0].contiguous())  # (2E + N,)
+        self.register_buffer("column", pairs[:, 1].contiguous())  # (2E + N,)
+        self.register_buffer("row_start", F.pad(entries.cumsum(0), (1, 0)))  # (N + 1,)
+        self.register_buffer("value", (value * scale[pairs[:, 0]] * scale[pairs[:, 1]]).float())  # (2E + N,)
+
+    def forward(self, nodes):
+        """(N, D) → Â nodes, (N, D)."""
+        value = self.value.to(nodes.dtype)
+        if nodes.device.type in self.WITH_WEIGHTED_BAGS:
+            return _SymmetricProduct.apply(self.row_start, self.column, value, nodes)
+        return torch.zeros_like(nodes).index_add(0, self.row, value[:, None] * nodes[self.column])
+
+
+class GraphConvolution(nn.Module):
+    """One layer of Eq. 3 before its activation: Â H W."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__()
+        # Scaled for the ReLU that follows: three layers keep the scale of their input.
+        self.weight = nn.Parameter(torch.randn(in_features, out_features) * math.sqrt(2 / in_features))
+
+    def forward(self, nodes, adjacency):
+        """nodes: (N, in_features); adjacency: a module or function (N, D) → (N, D)."""
+        # The product with Â on the narrower side; of a constant, it needs no backward pass.
+        if self.weight.shape[0] < self.weight.shape[1] or not nodes.requires_grad:
+            return adjacency(nodes) @ self.weight
+        return adjacency(nodes @ self.weight)  # (N, out_features)
+
+
+class CodebookTransfer(nn.Module):
+    """Eq. 3, the graph convolution-based codebook transfer network: H ← ReLU(Â H W), thrice.
+
+    Args:
+        widths: (d, …, D) features of the language model's vectors, of each hidden layer and of
+            the codes; four numbers make the paper's three convolutions.
+        adjacency: a NormalizedAdjacency; `nn.Identity()` makes the paper's MLP (Tables 2 and 3).
+        last_relu: whether a ReLU follows the last layer too, as in Eq. 3; the authors' code has none.
+        dropout: share of hidden features zeroed in training; the authors' code has 0.5.
+    """
+
+    def __init__(self, widths, adjacency, last_relu=True, dropout=0.0):
+        super().__init__()
+        self.adjacency = adjacency
+        self.layers = nn.ModuleList(GraphConvolution(a, b) for a, b in zip(widths, widths[1:]))
+        self.last_relu, self.dropout = last_relu, nn.Dropout(dropout)
+
+    def forward(self, vectors):
+        """(N, d) vectors of the graph's nodes → (N, D) codes."""
+        nodes = vectors
+        for layer in self.layers[:-1]:
+            nodes = self.dropout(F.relu(layer(nodes, self.adjacency)))
+        nodes = self.layers[-1](nodes, self.adjacency)
+        return F.relu(nodes) if self.last_relu else nodes
 
 
 # ---------------------------------------------------------------------------------------------
-# Table 1 and 6: the quantizers that VQCT is compared with. Each keeps VectorQuantizer's interface.
+# §3.3 step 3: two codebooks, each for its half of the channels
+
+
+class Codebook(nn.Module):
+    """The codes of every codebook: vectors, sent through a transfer network where there is one.
+
+    Every system of the paper is a choice of these three arguments: learned codes are trained
+    vectors without transfer; VQCT's are frozen word vectors through CodebookTransfer.
+
+    Args:
+        vectors: (ΣK, d) starting codes, or the language model's word vectors.
+        sizes: (K_1, …) codes of each codebook: (adjectives, nouns) in VQCT.
+        trained: whether the vectors are parameters.
+        transfer: a module (ΣK, d) → (ΣK, D), or None for the vectors themselves.
+
+    In evaluation mode the codes are computed once and kept until `train()`, `load_state_dict` or a
+    move to another device or type; they carry no gradient then.
+    """
+
+    def __init__(self, vectors, sizes, trained=False, transfer=None):
+        super().__init__()
+        if sum(sizes) != len(vectors):
+            raise ValueError(f"{len(vectors)} vectors cannot make codebooks of {tuple(sizes)} codes")
+        self.sizes = tuple(sizes)
+        if trained:
+            self.vectors = nn.Parameter(vectors.clone())
+        else:
+            self.register_buffer("vectors", vectors.clone())
+        self.transfer = transfer
+        self._cached = None
+
+    def forward(self):
+        """→ a tuple of (K_i, D) codebooks."""
+        if self.training:
+            return self._generate()
+        if self._cached is None:
+            with torch.no_grad():
+                self._cached = tuple(codes.detach() for codes in self._generate())
+        return self._cached
+
+    def _generate(self):
+        with torch.autocast(self.vectors.device.type, enabled=False):
+            codes = self.vectors if self.transfer is None else self.transfer(self.vectors)
+            return codes.split(self.sizes)
+
+    def _forget(self):
+        self._cached = None
+
+    def train(self, mode=True):
+        self._forget()
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args):
+        self._forget()
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn, recurse=True):
+        self._forget()
+        return super()._apply(fn, recurse)
+
+
+class Output(NamedTuple):
+    """What a forward pass gives."""
+
+    x_hat: torch.Tensor  # (B, 3, H, W) reconstruction, not clamped
+    indices: torch.Tensor  # (B, M, h, w) int64 codes, one for each codebook (more where neighbours are averaged)
+    quantizer_loss: torch.Tensor  # () the quantizers' losses, Eq. 2's last terms in VQCT, summed over codebooks
+
+
+class VQModel(nn.Module):
+    """Encoder, codebooks and decoder: (ẑ_a, ẑ_n) = E(x), each quantized by its own codebook (step 3).
+
+    Args:
+        config: a ModelConfig.
+        prior: mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d) and `edges` (E, 2) of
+            adjective and noun index, as prior.py writes; may be None when `codebook_size` is set.
+    Raises:
+        ValueError: if the resolution does not divide, or the choice of codes needs a missing prior.
+    """
+
+    def __init__(self, config, prior=None):
+        super().__init__()
+        factor = 2 ** (len(config.multipliers) - 1)
+        if config.resolution % factor or config.resolution < factor:
+            raise ValueError(f"resolution {config.resolution} is not a multiple of {factor}, the network's downsampling factor")
+        self.config = config
+        self.codebook = make_codebook(config, prior)
+        self.code_dim = self._code_dim()
+        total = self.code_dim * len(self.codebook.sizes)
+        shape = (config.channels, tuple(config.multipliers), config.blocks, config.z_channels)
+        self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
+        self.to_codes = nn.Conv2d(config.z_channels, total, 1)
+        self.from_codes = nn.Conv2d(total, config.z_channels, 1)
+        keep_variance(self.to_codes), keep_variance(self.from_codes)
+        neighbours = (config.adjective_neighbours, 1)[-len(self.codebook.sizes) :]
+        self.quantizers = nn.ModuleList(
+            make_quantizer(config, self.code_dim, size, count) for size, count in zip(self.codebook.sizes, neighbours)
+        )
+
+    def _code_dim(self):
+        transfer = self.codebook.transfer
+        return self.codebook.vectors.shape[1] if transfer is None else transfer.layers[-1].weight.shape[1]
+
+    @property
+    def grid(self):
+        """(h, w) positions of an image's tokens."""
+        side = self.config.resolution // 2 ** (len(self.config.multipliers) - 1)
+        return side, side
+
+    def features(self, x):
+        """(B, 3, H, W) → a tuple of (B, D, h, w) continuous features, one for each codebook."""
+        return self.to_codes(self.encoder(x)).chunk(len(self.codebook.sizes), dim=1)
+
+    def decode_features(self, z_q):
+        """Sequence of (B, D, h, w) quantized features → (B, 3, H, W)."""
+        z_q = torch.cat(tuple(z_q), dim=1).to(self.from_codes.weight.dtype)  # (B, M D, h, w)
+        return self.decoder(self.from_codes(z_q))
+
+    def forward(self, x):
+        """(B, 3, H, W) in [-1, 1] → Output."""
+        quantized = [quantizer(z, codebook) for quantizer, z, codebook in zip(self.quantizers, self.features(x), self.codebook())]
+        z_q, indices, losses = zip(*quantized)
+        return Output(self.decode_features(z_q), torch.cat(indices, dim=1), sum(losses))
+
+    def encode(self, x):
+        """(B, 3, H, W) in [-1, 1] → (B, M, h, w) int64 indices, those of `forward`."""
+        return self.snap(self.features(x))
+
+    def snap(self, features):
+        """Sequence of (B, D, h, w) continuous features, one for each codebook → (B, M, h, w) int64, their codes."""
+        quantized = zip(self.quantizers, features, self.codebook())
+        return torch.cat([quantizer.indices(z, codebook) for quantizer, z, codebook in quantized], dim=1)
+
+    def decode(self, indices):
+        """(B, M, h, w) int64 → (B, 3, H, W); in evaluation mode what `forward` gives for these codes."""
+        return self.decode_features(look_up(index, codebook) for codebook, index in zip(self.codebook(), self.by_codebook(indices)))
+
+    def by_codebook(self, indices):
+        """(B, M, h, w) → a tuple of (B, n, h, w), the n indices of each codebook."""
+        return indices.split([quantizer.neighbours for quantizer in self.quantizers], dim=1)
+
+    def anneal(self, progress):
+        """Set the quantizers' temperature for a share `progress` of training, 0 … 1, by a cosine from 1 to its end."""
+        end = self.config.temperature_end
+        for quantizer in (quantizer for quantizer in self.quantizers if hasattr(quantizer, "temperature")):
+            quantizer.temperature = end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------------------------------------
+# §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
+
+
+def group_norm(channels):
+    """32 groups as in VQGAN; networks narrower than 128 keep at least four channels to a group."""
+    return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3×3 convolutions, each after group norm and SiLU, around a shortcut."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    @property
+    def last(self):
+        return self.conv2
+
+    def forward(self, x):
+        hidden = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
+        hidden = self.conv2(F.silu(self.norm2(hidden)))  # (B, out, H, W)
+        return self.shortcut(x) + hidden
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention over positions, around a shortcut."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
+        self.project = nn.Conv2d(channels, channels, 1)
+
+    @property
+    def last(self):
+        return self.project
+
+    def forward(self, x):
+        query, key, value = self.query_key_value(self.norm(x)).flatten(2).mT.chunk(3, dim=-1)  # (B, HW, C)
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, HW, C)
+        return x + self.project(attended.mT.reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided 3×3 convolution, padded on the right and below."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution by nearest neighbour, then a 3×3 convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+
+
+def keep_variance(network):
+    """Initialise convolutions to keep their input's variance, and residual branches to zero.
+
+    torch's default shrinks the signal by √3 at each convolution, which costs a network of thirty its first
+    hundreds of steps; the paper and VQGAN leave the choice open.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, (ResidualBlock, AttentionBlock)):
+            nn.init.zeros_(module.last.weight)
+
+
+class Encoder(nn.Module):
+    """Image to continuous features, ẑ = E(x).
+
+    Args:
+        channels: width of the first level.
+        multipliers: width of each level in units of `channels`; each level after the first halves
+            the resolution, so (1, 1, 2, 2, 4) is f16.
+        blocks: residual blocks a level.
+        z_channels: channels of the output.
+    """
+
+    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
+        super().__init__()
+        layers = [nn.Conv2d(3, channels, 3, padding=1)]
+        width = channels
+        for level, multiplier in enumerate(multipliers):
+            lowest = level == len(multipliers) - 1
+            for _ in range(blocks):
+                layers.append(ResidualBlock(width, channels * multiplier))
+                width = channels * multiplier
+                if lowest:
+                    layers.append(AttentionBlock(width))
+            if not lowest:
+                layers.append(Downsample(width))
+        layers += [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
+        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, z_channels, 3, padding=1)]
+        self.layers = nn.Sequential(*layers)
+        keep_variance(self)
+
+    def forward(self, x):
+        """(B, 3, H, W) in [-1, 1] → (B, z_channels, h, w), h = H / 2^(levels − 1)."""
+        return self.layers(x)
+
+
+class Decoder(nn.Module):
+    """Quantized features to an image, x̂ = G(z_q): the encoder's levels in reverse, one block more each."""
+
+    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
+        super().__init__()
+        width = channels * multipliers[-1]
+        layers = [nn.Conv2d(z_channels, width, 3, padding=1)]
+        layers += [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
+        for level, multiplier in reversed(list(enumerate(multipliers))):
+            for _ in range(blocks + 1):
+                layers.append(ResidualBlock(width, channels * multiplier))
+                width = channels * multiplier
+                if level == len(multipliers) - 1:
+                    layers.append(AttentionBlock(width))
+            if level > 0:
+                layers.append(Upsample(width))
+        self.layers = nn.Sequential(*layers, group_norm(width), nn.SiLU())
+        self.to_image = nn.Conv2d(width, 3, 3, padding=1)  # apart: the adaptive weight compares gradients at its weight
+        keep_variance(self)
+
+    def forward(self, z_q):
+        """(B, z_channels, h, w) → (B, 3, H, W), about [-1, 1] but not clamped; float32 under autocast."""
+        hidden = self.layers(z_q)  # (B, channels, H, W)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.to_image(hidden.to(self.to_image.weight.dtype))
+
+
+# ---------------------------------------------------------------------------------------------
+# §4.1, the losses of VQ-GAN: the adversary and the perceptual distance
+
+
+class Discriminator(nn.Module):
+    """PatchGAN (Isola et al. 2017): one logit for each overlapping patch.
+
+    Args:
+        channels: width of the first layer.
+        layers: strided convolutions; three see patches of 70×70 pixels.
+    """
+
+    def __init__(self, channels=64, layers=3):
+        super().__init__()
+        modules = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        width = channels
+        for layer in range(1, layers + 1):
+            wider = channels * min(2**layer, 8)
+            stride = 2 if layer < layers else 1
+            modules += [nn.Conv2d(width, wider, 4, stride, padding=1, bias=False), nn.BatchNorm2d(wider), nn.LeakyReLU(0.2)]
+            width = wider
+        self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 4, padding=1))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, 0.0, 0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, 1.0, 0.02)
+
+    def forward(self, x):
+        """(B, 3, H, W) → (B, 1, H/8 − 2, W/8 − 2) logits, high for real patches."""
+        return self.layers(x)
+
+
+def hinge_loss(real_logits, fake_logits):
+    """Discriminator's loss, ½ [max(0, 1 − D(x)) + max(0, 1 + D(x̂))] averaged over patches → ()."""
+    return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
+
+
+def across(x, how):
+    """A tensor of every process of torch.distributed, joined without gradient; x itself where there is one process.
+
+    Args:
+        how: "mean" or "max", elementwise; "rows": concatenated along the first axis; "first": the first process's.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return x
+    count, x = torch.distributed.get_world_size(), x.detach().clone()
+    if how == "rows":
+        parts = [torch.empty_like(x) for _ in range(count)]
+        torch.distributed.all_gather(parts, x)
+        return torch.cat(parts)
+    if how == "first":
+        torch.distributed.broadcast(x, 0)
+    else:
+        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
+    return x / count if how == "mean" else x
+
+
+def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gradient):
+    """λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4) at the decoder's last layer, at most 1e4 (VQGAN Eq. 7).
+
+    Args:
+        x_hat: (B, 3, H, W) reconstruction, still attached to its graph.
+        last_weight: the weight that produced it.
+        reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses at
+            x_hat. Taken there once, they serve both λ and the generator's own backward pass.
+    Returns:
+        () without gradient; of the mean gradients, where several processes share a batch.
+    """
+    norms = []
+    for gradient in (reconstruction_gradient, adversarial_gradient):
+        (at_weight,) = torch.autograd.grad(x_hat, last_weight, gradient, retain_graph=True)
+        norms.append(across(at_weight, "mean").norm())
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance v0.1 (Zhang et al. 2018) on a frozen torchvision trunk.
+
+    Features of seven or five layers are normalised to unit length over channels, their squared
+    differences weighted by published non-negative 1×1 heads, and averaged over positions.
+
+    Args:
+        trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
+        trunk_state: torchvision's ImageNet state dict; None leaves random weights.
+        head_state: published heads, keys `lin{i}.model.1.weight`; None weights channels equally.
+    """
+
+    TAPS = {"vgg": (3, 8, 15, 22, 29), "squeeze": (1, 4, 7, 9, 10, 11, 12)}  # indices into `features`
+
+    def __init__(self, trunk="vgg", trunk_state=None, head_state=None):
+        super().__init__()
+        self.taps = self.TAPS[trunk]
+        network = {"vgg": torchvision.models.vgg16, "squeeze": torchvision.models.squeezenet1_1}[trunk](weights=None)
+        if trunk_state is not None:
+            network.load_state_dict(trunk_state)
+        self.features = network.features[: self.taps[-1] + 1]
+        for module in self.features:
+            if isinstance(module, nn.ReLU):
+                module.inplace = False
+        self.heads = nn.ModuleList()
+        widths = {"vgg": (64, 128, 256, 512, 512), "squeeze": (64, 128, 256, 384, 384, 512, 512)}[trunk]
+        for i, width in enumerate(widths):
+            head = nn.Conv2d(width, 1, 1, bias=False)
+            nn.init.constant_(head.weight, 1.0 / width)
+            if head_state is not None:
+                head.load_state_dict({"weight": head_state[f"lin{i}.model.1.weight"]})
+            self.heads.append(head)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def train(self, mode=True):
+        """Frozen: always in evaluation mode."""
+        return super().train(False)
+
+    @staticmethod
+    def _difference(x, y, head):
+        """Two (B, C, H, W) features → (B,); in float32, as nearly equal directions are subtracted."""
+        with torch.autocast(x.device.type, enabled=False):
+            difference = F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)
+            return head(difference.square()).mean(dim=(1, 2, 3))
+
+    def forward(self, x, y):
+        """Two (B, 3, H, W) images in [-1, 1] → (B,) distances ≥ 0, differentiable in both."""
+        x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
+        distance, tap = 0.0, 0
+        for i, layer in enumerate(self.features):
+            x, y = layer(x), layer(y)
+            if i in self.taps:
+                distance = distance + self._difference(x, y, self.heads[tap])
+                tap += 1
+        return distance
+
+
+# ---------------------------------------------------------------------------------------------
+# Tables 1 and 6: the quantizers that VQCT is compared with. Each keeps VectorQuantizer's interface
 
 
 class GumbelQuantizer(nn.Module):
@@ -383,427 +895,7 @@ class RegularizedQuantizer(VectorQuantizer):
 
 
 # ---------------------------------------------------------------------------------------------
-# §3.3 step 2: the modifying graph and Eq. 3
-
-
-class _SymmetricProduct(torch.autograd.Function):
-    """Â H for a constant symmetric sparse Â in compressed rows: the gradient is the same product, no transpose kept."""
-
-    @staticmethod
-    def forward(ctx, row_start, column, value, nodes):
-        ctx.adjacency = row_start, column, value
-        # A weighted sum of looked-up rows: embedding bags' kernels take half the time of sparse matrices' on CPUs.
-        return F.embedding_bag(column, nodes, row_start, mode="sum", per_sample_weights=value, include_last_offset=True)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return None, None, None, _SymmetricProduct.apply(*ctx.adjacency, gradient.contiguous())
-
-
-class NormalizedAdjacency(nn.Module):
-    """Â = D^{-1/2} (A + I) D^{-1/2} of an undirected graph, sparse (Kipf & Welling 2017).
-
-    Args:
-        edges: (E, 2) int64 node indices, each undirected edge once; repeats count once, as the
-            paper's A is binary.
-        nodes: number of nodes N.
-        weights: (E,) entries of A instead of ones, each edge then given once; the authors' code has
-            the times a pair occurs.
-    Raises:
-        ValueError: if an edge names a node outside 0 … N−1 or joins a node to itself.
-    """
-
-    WITH_WEIGHTED_BAGS = ("cpu", "cuda")  # elsewhere every edge's message is scattered
-
-    def __init__(self, edges, nodes, weights=None):
-        super().__init__()
-        edges = torch.as_tensor(edges, dtype=torch.int64).reshape(-1, 2)
-        if len(edges) and (edges.min() < 0 or edges.max() >= nodes or (edges[:, 0] == edges[:, 1]).any()):
-            raise ValueError(f"edges must join two different nodes of 0 … {nodes - 1}")
-        loops = torch.arange(nodes)[:, None].expand(-1, 2)
-        pairs, place = torch.cat([edges, edges.flip(1), loops]).unique(dim=0, return_inverse=True)  # sorted by row, then column
-        value = torch.ones(len(pairs), dtype=torch.float64)
-        if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float64)
-            value[place] = torch.cat([weights, weights, torch.ones(nodes, dtype=torch.float64)])
-        entries = torch.bincount(pairs[:, 0], minlength=nodes)
-        scale = torch.bincount(pairs[:, 0], value, minlength=nodes).rsqrt()
-        self.nodes = nodes
-        self.register_buffer("row", pairs[:, 0].contiguous())  # (2E + N,)
-        self.register_buffer("column", pairs[:, 1].contiguous())  # (2E + N,)
-        self.register_buffer("row_start", F.pad(entries.cumsum(0), (1, 0)))  # (N + 1,)
-        self.register_buffer("value", (value * scale[pairs[:, 0]] * scale[pairs[:, 1]]).float())  # (2E + N,)
-
-    def forward(self, nodes):
-        """(N, D) → Â nodes, (N, D)."""
-        value = self.value.to(nodes.dtype)
-        if nodes.device.type in self.WITH_WEIGHTED_BAGS:
-            return _SymmetricProduct.apply(self.row_start, self.column, value, nodes)
-        return torch.zeros_like(nodes).index_add(0, self.row, value[:, None] * nodes[self.column])
-
-
-class GraphConvolution(nn.Module):
-    """One layer of Eq. 3 before its activation: Â H W."""
-
-    def __init__(self, in_features, out_features):
-        super().__init__()
-        # Scaled for the ReLU that follows: three layers keep the scale of their input.
-        self.weight = nn.Parameter(torch.randn(in_features, out_features) * math.sqrt(2 / in_features))
-
-    def forward(self, nodes, adjacency):
-        """nodes: (N, in_features); adjacency: a module or function (N, D) → (N, D)."""
-        # The product with Â on the narrower side; of a constant, it needs no backward pass.
-        if self.weight.shape[0] < self.weight.shape[1] or not nodes.requires_grad:
-            return adjacency(nodes) @ self.weight
-        return adjacency(nodes @ self.weight)  # (N, out_features)
-
-
-class CodebookTransfer(nn.Module):
-    """Eq. 3, the graph convolution-based codebook transfer network: H ← ReLU(Â H W), thrice.
-
-    Args:
-        widths: (d, …, D) features of the language model's vectors, of each hidden layer and of
-            the codes; four numbers make the paper's three convolutions.
-        adjacency: a NormalizedAdjacency; `nn.Identity()` makes the paper's MLP (Tables 2 and 3).
-        last_relu: whether a ReLU follows the last layer too, as in Eq. 3; the authors' code has none.
-        dropout: share of hidden features zeroed in training; the authors' code has 0.5.
-    """
-
-    def __init__(self, widths, adjacency, last_relu=True, dropout=0.0):
-        super().__init__()
-        self.adjacency = adjacency
-        self.layers = nn.ModuleList(GraphConvolution(a, b) for a, b in zip(widths, widths[1:]))
-        self.last_relu, self.dropout = last_relu, nn.Dropout(dropout)
-
-    def forward(self, vectors):
-        """(N, d) vectors of the graph's nodes → (N, D) codes."""
-        nodes = vectors
-        for layer in self.layers[:-1]:
-            nodes = self.dropout(F.relu(layer(nodes, self.adjacency)))
-        nodes = self.layers[-1](nodes, self.adjacency)
-        return F.relu(nodes) if self.last_relu else nodes
-
-
-class Codebook(nn.Module):
-    """The codes of every codebook: vectors, sent through a transfer network where there is one.
-
-    Every system of the paper is a choice of these three arguments: learned codes are trained
-    vectors without transfer; VQCT's are frozen word vectors through CodebookTransfer.
-
-    Args:
-        vectors: (ΣK, d) starting codes, or the language model's word vectors.
-        sizes: (K_1, …) codes of each codebook: (adjectives, nouns) in VQCT.
-        trained: whether the vectors are parameters.
-        transfer: a module (ΣK, d) → (ΣK, D), or None for the vectors themselves.
-
-    In evaluation mode the codes are computed once and kept until `train()`, `load_state_dict` or a
-    move to another device or type; they carry no gradient then.
-    """
-
-    def __init__(self, vectors, sizes, trained=False, transfer=None):
-        super().__init__()
-        if sum(sizes) != len(vectors):
-            raise ValueError(f"{len(vectors)} vectors cannot make codebooks of {tuple(sizes)} codes")
-        self.sizes = tuple(sizes)
-        if trained:
-            self.vectors = nn.Parameter(vectors.clone())
-        else:
-            self.register_buffer("vectors", vectors.clone())
-        self.transfer = transfer
-        self._cached = None
-
-    def forward(self):
-        """→ a tuple of (K_i, D) codebooks."""
-        if self.training:
-            return self._generate()
-        if self._cached is None:
-            with torch.no_grad():
-                self._cached = tuple(codes.detach() for codes in self._generate())
-        return self._cached
-
-    def _generate(self):
-        with torch.autocast(self.vectors.device.type, enabled=False):
-            codes = self.vectors if self.transfer is None else self.transfer(self.vectors)
-            return codes.split(self.sizes)
-
-    def _forget(self):
-        self._cached = None
-
-    def train(self, mode=True):
-        self._forget()
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args):
-        self._forget()
-        super()._load_from_state_dict(*args)
-
-    def _apply(self, fn, recurse=True):
-        self._forget()
-        return super()._apply(fn, recurse)
-
-
-# ---------------------------------------------------------------------------------------------
-# §4.1: VQGAN's encoder and decoder (Esser et al. 2021)
-
-
-def group_norm(channels):
-    """32 groups as in VQGAN; networks narrower than 128 keep at least four channels to a group."""
-    return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels, eps=1e-6)
-
-
-class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions, each after group norm and SiLU, around a shortcut."""
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-
-    @property
-    def last(self):
-        return self.conv2
-
-    def forward(self, x):
-        hidden = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
-        hidden = self.conv2(F.silu(self.norm2(hidden)))  # (B, out, H, W)
-        return self.shortcut(x) + hidden
-
-
-class AttentionBlock(nn.Module):
-    """Single-head self-attention over positions, around a shortcut."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = group_norm(channels)
-        self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
-        self.project = nn.Conv2d(channels, channels, 1)
-
-    @property
-    def last(self):
-        return self.project
-
-    def forward(self, x):
-        query, key, value = self.query_key_value(self.norm(x)).flatten(2).mT.chunk(3, dim=-1)  # (B, HW, C)
-        attended = F.scaled_dot_product_attention(query, key, value)  # (B, HW, C)
-        return x + self.project(attended.mT.reshape(x.shape))
-
-
-class Downsample(nn.Module):
-    """Half the resolution by a strided 3×3 convolution, padded on the right and below."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
-
-
-class Upsample(nn.Module):
-    """Twice the resolution by nearest neighbour, then a 3×3 convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
-
-
-def keep_variance(network):
-    """Initialise convolutions to keep their input's variance, and residual branches to zero.
-
-    torch's default shrinks the signal by √3 at each convolution, which costs a network of thirty its first
-    hundreds of steps; the paper and VQGAN leave the choice open.
-    """
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            nn.init.zeros_(module.bias)
-    for module in network.modules():
-        if isinstance(module, (ResidualBlock, AttentionBlock)):
-            nn.init.zeros_(module.last.weight)
-
-
-class Encoder(nn.Module):
-    """Image to continuous features, ẑ = E(x).
-
-    Args:
-        channels: width of the first level.
-        multipliers: width of each level in units of `channels`; each level after the first halves
-            the resolution, so (1, 1, 2, 2, 4) is f16.
-        blocks: residual blocks a level.
-        z_channels: channels of the output.
-    """
-
-    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
-        super().__init__()
-        layers = [nn.Conv2d(3, channels, 3, padding=1)]
-        width = channels
-        for level, multiplier in enumerate(multipliers):
-            lowest = level == len(multipliers) - 1
-            for _ in range(blocks):
-                layers.append(ResidualBlock(width, channels * multiplier))
-                width = channels * multiplier
-                if lowest:
-                    layers.append(AttentionBlock(width))
-            if not lowest:
-                layers.append(Downsample(width))
-        layers += [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
-        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, z_channels, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
-        keep_variance(self)
-
-    def forward(self, x):
-        """(B, 3, H, W) in [-1, 1] → (B, z_channels, h, w), h = H / 2^(levels − 1)."""
-        return self.layers(x)
-
-
-class Decoder(nn.Module):
-    """Quantized features to an image, x̂ = G(z_q): the encoder's levels in reverse, one block more each."""
-
-    def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
-        super().__init__()
-        width = channels * multipliers[-1]
-        layers = [nn.Conv2d(z_channels, width, 3, padding=1)]
-        layers += [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
-        for level, multiplier in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
-                layers.append(ResidualBlock(width, channels * multiplier))
-                width = channels * multiplier
-                if level == len(multipliers) - 1:
-                    layers.append(AttentionBlock(width))
-            if level > 0:
-                layers.append(Upsample(width))
-        self.layers = nn.Sequential(*layers, group_norm(width), nn.SiLU())
-        self.to_image = nn.Conv2d(width, 3, 3, padding=1)  # apart: the adaptive weight compares gradients at its weight
-        keep_variance(self)
-
-    def forward(self, z_q):
-        """(B, z_channels, h, w) → (B, 3, H, W), about [-1, 1] but not clamped; float32 under autocast."""
-        hidden = self.layers(z_q)  # (B, channels, H, W)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.to_image(hidden.to(self.to_image.weight.dtype))
-
-
-# ---------------------------------------------------------------------------------------------
-# Losses: the adversary and the perceptual distance of VQ-GAN
-
-
-class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): one logit for each overlapping patch.
-
-    Args:
-        channels: width of the first layer.
-        layers: strided convolutions; three see patches of 70×70 pixels.
-    """
-
-    def __init__(self, channels=64, layers=3):
-        super().__init__()
-        modules = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
-        width = channels
-        for layer in range(1, layers + 1):
-            wider = channels * min(2**layer, 8)
-            stride = 2 if layer < layers else 1
-            modules += [nn.Conv2d(width, wider, 4, stride, padding=1, bias=False), nn.BatchNorm2d(wider), nn.LeakyReLU(0.2)]
-            width = wider
-        self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 4, padding=1))
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, 0.0, 0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, 1.0, 0.02)
-
-    def forward(self, x):
-        """(B, 3, H, W) → (B, 1, H/8 − 2, W/8 − 2) logits, high for real patches."""
-        return self.layers(x)
-
-
-def hinge_loss(real_logits, fake_logits):
-    """Discriminator's loss, ½ [max(0, 1 − D(x)) + max(0, 1 + D(x̂))] averaged over patches → ()."""
-    return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
-
-
-def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gradient):
-    """λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4) at the decoder's last layer, at most 1e4 (VQGAN Eq. 7).
-
-    Args:
-        x_hat: (B, 3, H, W) reconstruction, still attached to its graph.
-        last_weight: the weight that produced it.
-        reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses at
-            x_hat. Taken there once, they serve both λ and the generator's own backward pass.
-    Returns:
-        () without gradient; of the mean gradients, where several processes share a batch.
-    """
-    norms = []
-    for gradient in (reconstruction_gradient, adversarial_gradient):
-        (at_weight,) = torch.autograd.grad(x_hat, last_weight, gradient, retain_graph=True)
-        norms.append(across(at_weight, "mean").norm())
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
-
-
-class LPIPS(nn.Module):
-    """Learned perceptual distance v0.1 (Zhang et al. 2018) on a frozen torchvision trunk.
-
-    Features of seven or five layers are normalised to unit length over channels, their squared
-    differences weighted by published non-negative 1×1 heads, and averaged over positions.
-
-    Args:
-        trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
-        trunk_state: torchvision's ImageNet state dict; None leaves random weights.
-        head_state: published heads, keys `lin{i}.model.1.weight`; None weights channels equally.
-    """
-
-    TAPS = {"vgg": (3, 8, 15, 22, 29), "squeeze": (1, 4, 7, 9, 10, 11, 12)}  # indices into `features`
-
-    def __init__(self, trunk="vgg", trunk_state=None, head_state=None):
-        super().__init__()
-        self.taps = self.TAPS[trunk]
-        network = {"vgg": torchvision.models.vgg16, "squeeze": torchvision.models.squeezenet1_1}[trunk](weights=None)
-        if trunk_state is not None:
-            network.load_state_dict(trunk_state)
-        self.features = network.features[: self.taps[-1] + 1]
-        for module in self.features:
-            if isinstance(module, nn.ReLU):
-                module.inplace = False
-        self.heads = nn.ModuleList()
-        widths = {"vgg": (64, 128, 256, 512, 512), "squeeze": (64, 128, 256, 384, 384, 512, 512)}[trunk]
-        for i, width in enumerate(widths):
-            head = nn.Conv2d(width, 1, 1, bias=False)
-            nn.init.constant_(head.weight, 1.0 / width)
-            if head_state is not None:
-                head.load_state_dict({"weight": head_state[f"lin{i}.model.1.weight"]})
-            self.heads.append(head)
-        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450]).view(1, 3, 1, 1))
-        self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        """Frozen: always in evaluation mode."""
-        return super().train(False)
-
-    @staticmethod
-    def _difference(x, y, head):
-        """Two (B, C, H, W) features → (B,); in float32, as nearly equal directions are subtracted."""
-        with torch.autocast(x.device.type, enabled=False):
-            difference = F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)
-            return head(difference.square()).mean(dim=(1, 2, 3))
-
-    def forward(self, x, y):
-        """Two (B, 3, H, W) images in [-1, 1] → (B,) distances ≥ 0, differentiable in both."""
-        x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
-        distance, tap = 0.0, 0
-        for i, layer in enumerate(self.features):
-            x, y = layer(x), layer(y)
-            if i in self.taps:
-                distance = distance + self._difference(x, y, self.heads[tap])
-                tap += 1
-        return distance
-
-
-# ---------------------------------------------------------------------------------------------
-# §3.3 step 3: the model
+# Tables 1 to 6: every system is a ModelConfig, a choice of quantizer, of codes and of their transfer
 
 
 @dataclass
@@ -853,91 +945,10 @@ class ModelConfig:
     contrastive_weight: float = option(0.0, "cvq, regvq: of their contrastive losses")
 
 
-class Output(NamedTuple):
-    """What a forward pass gives."""
-
-    x_hat: torch.Tensor  # (B, 3, H, W) reconstruction, not clamped
-    indices: torch.Tensor  # (B, M, h, w) int64 codes, one for each codebook (more where neighbours are averaged)
-    quantizer_loss: torch.Tensor  # () the quantizers' losses, Eq. 2's last terms in VQCT, summed over codebooks
-
-
-class VQModel(nn.Module):
-    """Encoder, codebooks and decoder: (ẑ_a, ẑ_n) = E(x), each quantized by its own codebook (step 3).
-
-    Args:
-        config: a ModelConfig.
-        prior: mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d) and `edges` (E, 2) of
-            adjective and noun index, as prior.py writes; may be None when `codebook_size` is set.
-    Raises:
-        ValueError: if the resolution does not divide, or the choice of codes needs a missing prior.
-    """
-
-    def __init__(self, config, prior=None):
-        super().__init__()
-        factor = 2 ** (len(config.multipliers) - 1)
-        if config.resolution % factor or config.resolution < factor:
-            raise ValueError(f"resolution {config.resolution} is not a multiple of {factor}, the network's downsampling factor")
-        self.config = config
-        self.codebook = make_codebook(config, prior)
-        self.code_dim = self._code_dim()
-        total = self.code_dim * len(self.codebook.sizes)
-        shape = (config.channels, tuple(config.multipliers), config.blocks, config.z_channels)
-        self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
-        self.to_codes = nn.Conv2d(config.z_channels, total, 1)
-        self.from_codes = nn.Conv2d(total, config.z_channels, 1)
-        keep_variance(self.to_codes), keep_variance(self.from_codes)
-        neighbours = (config.adjective_neighbours, 1)[-len(self.codebook.sizes) :]
-        self.quantizers = nn.ModuleList(
-            make_quantizer(config, self.code_dim, size, count) for size, count in zip(self.codebook.sizes, neighbours)
-        )
-
-    def _code_dim(self):
-        transfer = self.codebook.transfer
-        return self.codebook.vectors.shape[1] if transfer is None else transfer.layers[-1].weight.shape[1]
-
-    @property
-    def grid(self):
-        """(h, w) positions of an image's tokens."""
-        side = self.config.resolution // 2 ** (len(self.config.multipliers) - 1)
-        return side, side
-
-    def features(self, x):
-        """(B, 3, H, W) → a tuple of (B, D, h, w) continuous features, one for each codebook."""
-        return self.to_codes(self.encoder(x)).chunk(len(self.codebook.sizes), dim=1)
-
-    def decode_features(self, z_q):
-        """Sequence of (B, D, h, w) quantized features → (B, 3, H, W)."""
-        z_q = torch.cat(tuple(z_q), dim=1).to(self.from_codes.weight.dtype)  # (B, M D, h, w)
-        return self.decoder(self.from_codes(z_q))
-
-    def forward(self, x):
-        """(B, 3, H, W) in [-1, 1] → Output."""
-        quantized = [quantizer(z, codebook) for quantizer, z, codebook in zip(self.quantizers, self.features(x), self.codebook())]
-        z_q, indices, losses = zip(*quantized)
-        return Output(self.decode_features(z_q), torch.cat(indices, dim=1), sum(losses))
-
-    def encode(self, x):
-        """(B, 3, H, W) in [-1, 1] → (B, M, h, w) int64 indices, those of `forward`."""
-        return self.snap(self.features(x))
-
-    def snap(self, features):
-        """Sequence of (B, D, h, w) continuous features, one for each codebook → (B, M, h, w) int64, their codes."""
-        quantized = zip(self.quantizers, features, self.codebook())
-        return torch.cat([quantizer.indices(z, codebook) for quantizer, z, codebook in quantized], dim=1)
-
-    def decode(self, indices):
-        """(B, M, h, w) int64 → (B, 3, H, W); in evaluation mode what `forward` gives for these codes."""
-        return self.decode_features(look_up(index, codebook) for codebook, index in zip(self.codebook(), self.by_codebook(indices)))
-
-    def by_codebook(self, indices):
-        """(B, M, h, w) → a tuple of (B, n, h, w), the n indices of each codebook."""
-        return indices.split([quantizer.neighbours for quantizer in self.quantizers], dim=1)
-
-    def anneal(self, progress):
-        """Set the quantizers' temperature for a share `progress` of training, 0 … 1, by a cosine from 1 to its end."""
-        end = self.config.temperature_end
-        for quantizer in (quantizer for quantizer in self.quantizers if hasattr(quantizer, "temperature")):
-            quantizer.temperature = end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+NETWORKS = {  # what the presets change of ModelConfig
+    "f16": {},
+    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=16, transfer_width=128),
+}
 
 
 def make_quantizer(config, dim, size, neighbours):
@@ -1008,7 +1019,7 @@ def rescale(vectors, how):
 
 
 # ---------------------------------------------------------------------------------------------
-# §4.4: the second stage, a model of the tokens of an image
+# §4.4, the second stage: a model of the tokens of an image
 
 
 class Block(nn.Module):
@@ -1425,28 +1436,63 @@ def _renamed(network, names, state):
 # Show the work: python vqct.py
 
 
-def main():
-    """Print the paper's network, and Eq. 3, 1 and 2 on a graph small enough to check by hand."""
-    x = torch.randn(1, 3, 64, 64)
-    encoder, decoder, discriminator = Encoder(), Decoder(), Discriminator()
-    z = encoder(x)
-    print("the f16 network on one 64×64 image, 16×16 positions at the paper's 256×256")
-    for network, before, after in ((encoder, x, z), (decoder, z, decoder(z)), (discriminator, x, discriminator(x))):
-        weights = sum(parameter.numel() for parameter in network.parameters()) / 1e6
-        print(f"  {type(network).__name__:14} {tuple(before.shape)!s:18} → {tuple(after.shape)!s:18} {weights:6.1f} M weights")
-    print("\nEq. 3 on adjectives {orange, sharp} and nouns {breast, beak}; orange breast, orange beak, sharp beak")
+def show_network(preset):
+    """Print what each part of a preset's network takes and gives, with a prior of the paper's sizes, and its parameters."""
+    prior = {"adjective_vectors": torch.randn(1949, 512), "noun_vectors": torch.randn(4258, 512), "edges": torch.zeros(0, 2)}
+    model, discriminator = VQModel(ModelConfig(**NETWORKS[preset]), prior).eval(), Discriminator()
+    x = torch.randn(1, 3, model.config.resolution, model.config.resolution)
+    z, features, codes = model.encoder(x), model.features(x), model.codebook()
+    z_q = torch.cat([look_up(index[:, None], each) for index, each in zip(model.encode(x).unbind(1), codes)], dim=1)
+    hidden = model.from_codes(z_q)
+    x_hat = model.decoder(hidden)
+    print(f"{preset}")
+    for name, module, given, made in (
+        ("encoder", model.encoder, [x], [z]),
+        ("to_codes", model.to_codes, [z], features),
+        ("codebook", model.codebook, [model.codebook.vectors], codes),
+        ("quantizers", model.quantizers, [*features, *codes], [z_q]),
+        ("from_codes", model.from_codes, [z_q], [hidden]),
+        ("decoder", model.decoder, [hidden], [x_hat]),
+        ("discriminator", discriminator, [x_hat], [discriminator(x_hat)]),
+    ):
+        shapes = [" ".join("×".join(map(str, each.shape)) for each in part) for part in (given, made)]
+        print(f"  {name:14} {shapes[0]:46} → {shapes[1]:24} {sum(each.numel() for each in module.parameters()):12,} parameters")
+
+
+@torch.no_grad()
+def show_equations():
+    """Print Eq. 3, 1 and 2 on a graph of four words, small enough to check by hand."""
+    words, nodes = ("orange", "sharp", "breast", "beak"), torch.tensor([[1.0, 0.0], [-2.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
     adjacency = NormalizedAdjacency([(0, 2), (0, 3), (1, 3)], 4)
-    layer, vectors = GraphConvolution(2, 2), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
-    nn.init.eye_(layer.weight)
-    print(f"  degrees with self-loops 3, 2, 2, 3; Â =\n{adjacency(torch.eye(4))}")
-    codes = F.relu(layer(vectors, adjacency)).detach()
-    print(f"  one convolution with W = I of P = {vectors.tolist()}:\n{codes}")
-    feature = torch.tensor([[1.0, 0.5]])
-    distance = (feature - codes[:2]).square().sum(1)
-    index = nearest_code(feature, codes[:2])
-    print(f"Eq. 1: ẑ = {feature[0].tolist()} lies {distance.tolist()} from the adjective codes: s = {index.item()}")
-    _, _, loss = VectorQuantizer(beta=0.25)(feature.view(1, 2, 1, 1), codes[:2])
-    print(f"Eq. 2: codebook and commitment terms 1.25 × {distance.min().item():.4f} / 2 = {loss.item():.4f}")
+    transfer = CodebookTransfer((2, 2, 2, 2), adjacency)
+    layers = [nodes]
+    for layer in transfer.layers:
+        nn.init.eye_(layer.weight)
+        layers.append(F.relu(layer(layers[-1], adjacency)))
+    print("\nEq. 3 on the pairs orange breast, orange beak, sharp beak, with W = I in all three layers")
+    print(f"  {'':8} {'degree + 1':12}{'row of Â':30}" + "".join(f"{name:16}" for name in ("H0", "H1", "H2", "H3 = code")))
+    for word, degree, row, *vectors in zip(words, (3, 2, 2, 3), adjacency(torch.eye(4)), *layers):
+        cells = " ".join(f"{value:.3f}" for value in row)
+        print(f"  {word:8} {degree:<12}{cells:30}" + "".join(f"{f'{a:.3f} {b:.3f}':16}" for a, b in vectors))
+    print(f"  by hand, orange: (1, 0)/√(3·3) + (1, 1)/√(3·2) + (0, 2)/√(3·3) = {1 / 3 + 6**-0.5:.3f} {2 / 3 + 6**-0.5:.3f}")
+    print("  by hand, sharp: (−2, 1)/√(2·2) + (0, 2)/√(2·3) = (−1.000, 1.316), of which ReLU leaves 0.000 1.316")
+    codebooks = Codebook(nodes, (2, 2), transfer=transfer).eval()()
+    assert torch.equal(torch.cat(codebooks), layers[-1])
+    z = torch.tensor([[1.0, 1.5], [0.0, 2.0]])  # ẑ_a and ẑ_n of one position
+    print("\nEq. 1 and 2 on one position, whose channels are split in two (step 3)")
+    for name, part, codes, listed in zip(("ẑ_a", "ẑ_n"), z, codebooks, (words[:2], words[2:])):
+        distance, index = (part - codes).square().sum(1), nearest_code(part[None], codes).item()
+        loss = VectorQuantizer(beta=0.25)(part.view(1, 2, 1, 1), codes)[2].item()
+        apart = ", ".join(f"{value:.3f} from {word}" for value, word in zip(distance, listed))
+        print(f"  {name} = {part.tolist()} lies ‖ẑ − e‖² = {apart}: s = {index}, {listed[index]}")
+        print(f"    codebook and commitment terms, means over 2 channels: (1 + β) {distance[index]:.3f} / 2 = {loss:.4f} with β = 0.25")
+
+
+def main():
+    """Print the networks of both presets, then the paper's equations on numbers."""
+    for preset in NETWORKS:
+        show_network(preset)
+    show_equations()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,44 +30,32 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
 
-from prior import (
-    BOLD,
-    FONT,
-    PARTS,
-    SMALL,
-    Parser,
-    Progress,
-    UserError,
-    WordListSpeech,
-    command,
-    load_arrays,
-    save_png,
-    whole_file,
-    write_free,
-)
-from train import (
-    Config,
-    first_alone,
-    code_words,
-    codebook_names,
-    draw_pairs,
-    evenly,
-    load_lpips,
-    load_run,
-    load_weights,
-    make_dataset,
-    make_loader,
-    pick_device,
-    processes,
-    psnr,
-    rank,
-    to_images,
-    torchrun,
-)
+# fmt: off
+from prior import (BOLD, FONT, PARTS, Parser, Progress, SMALL, UserError, WordListSpeech, add_flags, command, explained, load_arrays,
+                   option, save_png, take_flags, whole_file, write_free)
+from train import (Config, DEVICES, code_words, codebook_names, draw_pairs, evenly, first_alone, load_lpips, load_run, load_weights,
+                   make_dataset, make_loader, pick_device, processes, psnr, rank, to_images, torchrun)
+# fmt: on
 from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, across, nearest_code, rescale
 
 INCEPTION_URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
+
+
+@dataclass
+class EvaluationConfig:
+    """How runs are measured. Each weight file has a flag for a local copy; without, torch hub's cache is looked into, or it is downloaded."""
+
+    data: str = option("", "where the data set lies now, if not where the run found it")
+    skip_broken: bool = option(False, "leave out images that are missing or cannot be read")
+    device: str = option("auto", DEVICES)
+    checkpoint: str = option("last", "last step, as the paper trains to the end, or best validation PSNR", choices=("last", "best"))
+    inception: str = option("", "local copy of FID's weights; where they cannot be had, FID is a dash")
+    trunk_weights: str = option("", "local copy of torchvision's SqueezeNet 1.1, for LPIPS")
+    lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
+    figures: bool = option(False, "draw Fig. 3 to 7 into each run's figures/, and what compares several runs into comparison/")
+    save: str = option("", "folder for originals/*.png and reconstructions/*.png (of several runs: each in a folder of its name)")
+
 
 # ---------------------------------------------------------------------------------------------
 # Metrics
@@ -155,11 +144,11 @@ class InceptionFeatures(nn.Module):
 def load_inception(path=""):
     """InceptionFeatures, or the reason why not. A path that was given and does not work is an error."""
     try:
-        state = load_weights(INCEPTION_URL, path, "Inception weights for FID", "--inception")
-        return InceptionFeatures(state), ""
-    except (UserError, RuntimeError) as error:
+        with explained(f"--inception {path}: not the FID weights: {{}}", RuntimeError):
+            return InceptionFeatures(load_weights(INCEPTION_URL, path, "Inception weights for FID", "--inception")), ""
+    except UserError as error:
         if path:
-            raise UserError(f"--inception {path}: not the FID weights: {str(error).splitlines()[0]}") from None
+            raise
         return None, str(error)
 
 
@@ -292,20 +281,21 @@ class Evaluation(NamedTuple):
     pairs: list  # sixteen originals and reconstructions in turn, (3, H, W) in [-1, 1]
 
 
-def evaluate(
-    path, data="", device="auto", inception=(None, ""), lpips=(None, ""), save=None, checkpoint="last", figures=False, skip_broken=False
-):
+def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None, ""), save=None):
     """Measure one run over its whole evaluation split; write evaluation.json and reconstructions.png.
 
     Args:
+        choices: EvaluationConfig.
         inception: InceptionFeatures or None, and the reason for None; lpips: LPIPS likewise.
+        save: folder for the images, or None.
     Returns:
         Evaluation; None in all processes of torchrun but the first.
     """
-    device = pick_device(device)
-    model, config, prior, step = load_run(path, device, checkpoint)
-    choices = dataclasses.asdict(config)
-    config.data, config.labels, config.skip_broken = data or config.data, "" if data else config.labels, skip_broken or config.skip_broken
+    device = pick_device(choices.device)
+    model, config, prior, step = load_run(path, device, choices.checkpoint)
+    as_trained = dataclasses.asdict(config)
+    config.data, config.labels = (choices.data, "") if choices.data else (config.data, config.labels)
+    config.skip_broken = choices.skip_broken or config.skip_broken
     dataset = make_dataset(config, "val")
     baseline = mean_image(make_dataset(config, "train"), device)
     network, perceptual = (part and part.to(device) for part in (inception[0], lpips[0]))
@@ -320,7 +310,7 @@ def evaluate(
         "method": config.method,
         "dataset": config.dataset,
         "split": "val",
-        "checkpoint": checkpoint,
+        "checkpoint": choices.checkpoint,
         "step": step,
         "seed": config.seed,
         "resolution": config.resolution,
@@ -332,12 +322,12 @@ def evaluate(
         "lpips_note": lpips[1] or "LPIPS v0.1, SqueezeNet",
         **code_statistics([codebook.counts for codebook in usage], len(dataset)),
         "alignment": alignment(by_codebook, prior, model.codebook.sizes, dataset),
-        "config": choices,
+        "config": as_trained,
     }
     with whole_file(Path(path) / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
     draw_pairs(pairs, Path(path) / "reconstructions.png")
-    if figures:
+    if choices.figures:
         draw_figures(Path(path), model, prior, dataset, by_codebook, usage, f"{Path(path).name}, step {step:,}")
     return Evaluation(result, usage, pairs)
 
@@ -834,6 +824,7 @@ def compare(evaluations, folder):
     draw_rate_distortion(results, folder / "rate_distortion.png")
     with whole_file(folder / "table.md") as temporary:
         temporary.write_text(f"{markdown(results)}\n\n{alignment_table(results)}\n", encoding="utf-8")
+    print(f"{folder}: table.md, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
 
 
 def short_names(paths):
@@ -844,33 +835,12 @@ def short_names(paths):
 
 
 def parse(argv):
-    """The command line; every weight file has a flag that points at a local copy."""
+    """Command line → run folders, EvaluationConfig."""
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py")
-    parser.add_argument("--data", default="", help="where the data set lies now (default: where the run found it)")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-    parser.add_argument(
-        "--checkpoint",
-        choices=("last", "best"),
-        default="last",
-        help="last step, or best validation PSNR (default: last, as the paper trains to the end)",
-    )
-    parser.add_argument(
-        "--inception",
-        default="",
-        metavar="FILE",
-        help="local copy of FID's weights (default: torch hub's cache, or download; else FID is a dash)",
-    )
-    parser.add_argument(
-        "--trunk-weights", default="", metavar="FILE", help="local copy of torchvision's SqueezeNet 1.1, for LPIPS (likewise)"
-    )
-    parser.add_argument("--lpips-weights", default="", metavar="FILE", help="local copy of LPIPS v0.1's heads for it (likewise)")
-    parser.add_argument("--figures", action="store_true", help="draw Fig. 3 to 7 into each run's figures/, and comparison/ of several runs")
-    parser.add_argument(
-        "--save", default=None, metavar="DIR", help="write DIR/originals/*.png and DIR/reconstructions/*.png (several runs: DIR/<run>/…)"
-    )
-    return parser.parse_args(argv)
+    add_flags(parser, EvaluationConfig())
+    args = parser.parse_args(argv)
+    return args.runs, EvaluationConfig(**take_flags(EvaluationConfig, vars(args)))
 
 
 def load_perceptual(trunk_weights="", lpips_weights=""):
@@ -884,33 +854,8 @@ def load_perceptual(trunk_weights="", lpips_weights=""):
         return None, str(error)
 
 
-def main(argv=None):
-    """Evaluate every run named, then print one table."""
-    with torchrun():
-        args = parse(argv)
-        for path in args.runs:
-            if not (Path(path) / f"{args.checkpoint}.pt").is_file():
-                raise UserError(f"'{path}' is not a run of train.py: it has no {args.checkpoint}.pt")
-        pick_device(args.device)
-        with first_alone():  # which downloads what is missing
-            inception, lpips = load_inception(args.inception), load_perceptual(args.trunk_weights, args.lpips_weights)
-        evaluations = []
-        for path in args.runs:
-            save = args.save and (Path(args.save) / Path(path).resolve().name if len(args.runs) > 1 else Path(args.save))
-            choices = (args.data, args.device, inception, lpips, save, args.checkpoint, args.figures, args.skip_broken)
-            evaluations.append(evaluate(path, *choices))
-            print(f"{path}: evaluation.json, reconstructions.png{', figures/' * args.figures}{f'; images in {save}' * bool(save)}")
-        if not rank():
-            report(args, evaluations, inception, lpips)
-
-
-def report(args, evaluations, inception, lpips):
-    """Print the table and what is to be said of its columns; draw what compares runs."""
-    results = [evaluation.result for evaluation in evaluations]
-    if args.figures and len(results) > 1 and len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1:
-        folder = Path(args.runs[0]).parent / "comparison"
-        compare(evaluations, folder)
-        print(f"{folder}: table.md, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
+def report(results, inception, lpips):
+    """Print the tables, and what is to be said of their columns."""
     print(f"\n{markdown(results)}")
     for dataset, images, score in sorted({(r["dataset"], r["images"], f"{r['baseline_psnr']:.2f}") for r in results}):
         print(f"\n{dataset}: {images:,} evaluation images; predicting the mean training image gives {score} dB")
@@ -921,6 +866,29 @@ def report(args, evaluations, inception, lpips):
     small = min(result["images"] for result in results)
     if inception[0] is not None and small < FID_IMAGES:
         print(f"FID over {small:,} images is biased upward; compare it only with others over the same images (2,048 or more are usual)")
+
+
+def main(argv=None):
+    """Reconstruct each run's evaluation split, measure, draw; then one table of all."""
+    with torchrun():
+        paths, choices = parse(argv)
+        for path in paths:
+            if not (Path(path) / f"{choices.checkpoint}.pt").is_file():
+                raise UserError(f"'{path}' is not a run of train.py: it has no {choices.checkpoint}.pt")
+        pick_device(choices.device)
+        with first_alone():  # which downloads what is missing
+            inception, lpips = load_inception(choices.inception), load_perceptual(choices.trunk_weights, choices.lpips_weights)
+        evaluations = []
+        for path in paths:
+            save = choices.save and (Path(choices.save) / Path(path).resolve().name if len(paths) > 1 else Path(choices.save))
+            evaluations.append(evaluate(path, choices, inception, lpips, save or None))
+            print(f"{path}: evaluation.json, reconstructions.png{', figures/' * choices.figures}{f'; images in {save}' * bool(save)}")
+        if not rank():
+            results = [evaluation.result for evaluation in evaluations]
+            alike = len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1
+            if choices.figures and len(results) > 1 and alike:
+                compare(evaluations, Path(paths[0]).parent / "comparison")
+            report(results, inception, lpips)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,6 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -64,6 +63,19 @@ PARTS = ("adjective", "noun")  # the two parts of speech, in the order of the co
 
 class UserError(ValueError):
     """Something wrong with what the user gave; the message says what, and what to do."""
+
+
+@contextmanager
+def explained(message, *errors):
+    """A block in which an error of these types, or any without types, becomes a UserError: the message, {} in it what was wrong."""
+    try:
+        yield
+    except UserError:
+        raise
+    except errors or Exception as error:
+        fault = "missing" if isinstance(error, FileNotFoundError) else str(error).partition("\n")[0] or type(error).__name__
+        fault = re.sub(r" ('[^']*')", lambda name: "" if name[1] in message else name[0], fault)  # which the message names already
+        raise UserError(message.replace("{}", fault)) from None
 
 
 def command(main):
@@ -106,16 +118,11 @@ def whole_file(path):
     os.close(handle)
     try:
         yield Path(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.umask(mask := os.umask(0))  # the only way to read it
+        os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def save_arrays(path, **arrays):
@@ -130,13 +137,11 @@ def load_arrays(path, names, what, made_by):
     Raises:
         UserError: for any other file, with what it should be and the command that makes it.
     """
-    try:
+    if not Path(path).exists():
+        raise UserError(f"{what} '{path}' does not exist; make one with: {made_by}")
+    with explained(f"'{path}' is not a {what}, or is damaged; make one with: {made_by}"):  # numpy raises eight types
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in names}
-    except FileNotFoundError:
-        raise UserError(f"{what} '{path}' does not exist; make one with: {made_by}") from None
-    except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, NotImplementedError, zipfile.BadZipFile, zlib.error):
-        raise UserError(f"'{path}' is not a {what}, or is damaged; make one with: {made_by}") from None
 
 
 def checksum(path):
@@ -191,11 +196,13 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser, defaults):
     """A flag for each field of a dataclass instance: --batch-size for batch_size, help and type from the field."""
     for item in dataclasses.fields(defaults):
-        value, flag = getattr(defaults, item.name), "--" + item.name.replace("_", "-")
-        default = "" if value == "" else f" (default: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
+        value, flag, each = getattr(defaults, item.name), "--" + item.name.replace("_", "-"), item.metadata.get("each")
+        default = "" if value in ("", ()) else f" (default: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
         more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']}{default}".replace("%", "%%")}
         if isinstance(value, bool):
             more["action"] = argparse.BooleanOptionalAction
+        elif each:  # several values after one flag
+            more.update(type=each, nargs="+", metavar=item.name.upper().removesuffix("S"))
         else:
             more.update(type=_integers if isinstance(value, tuple) else type(value), metavar=item.name.upper().split("_")[-1])
             if item.metadata.get("choices"):
@@ -203,11 +210,15 @@ def add_flags(parser, defaults):
         parser.add_argument(flag, **more)
 
 
+def take_flags(kind, args):
+    """The fields of a dataclass among parsed flags, which are taken out of the dict `args` → dict."""
+    return {item.name: args.pop(item.name) for item in dataclasses.fields(kind) if item.name in args}
+
+
 def _integers(text):
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 1,2,4") from None
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of whole numbers such as 1,2,4")
+    return tuple(map(int, text.split(",")))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -230,19 +241,14 @@ def read_captions(path):
     if not files:
         raise UserError(f"corpus folder '{path}' holds no .txt or .txt.gz file")
     for file in files:
-        try:
-            with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as stream:
-                if file.name.removesuffix(".gz").endswith(".json"):
-                    yield from _json_captions(stream, file)
-                else:
-                    for line in stream:
-                        caption = re.sub(r"^\S+#\d+\t", "", line).strip()
-                        if caption:
-                            yield caption
-        except UnicodeDecodeError:
-            raise UserError(f"corpus '{file}' is not UTF-8 text (a counts file is for prior.py merge)") from None
-        except (gzip.BadGzipFile, EOFError):
-            raise UserError(f"corpus '{file}' is not a whole gzip file") from None
+        whole = explained(f"corpus '{file}' is not a whole gzip file", gzip.BadGzipFile, EOFError)
+        text = explained(f"corpus '{file}' is not UTF-8 text (a counts file is for prior.py merge)", UnicodeDecodeError)
+        with whole, text, (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
+            if file.name.removesuffix(".gz").endswith(".json"):
+                yield from _json_captions(stream, file)
+            else:
+                captions = (re.sub(r"^\S+#\d+\t", "", line).strip() for line in stream)
+                yield from filter(None, captions)
 
 
 def _json_captions(stream, name, block=1 << 20):
@@ -324,12 +330,9 @@ class WordNetSpeech:
     def __init__(self, download=False):
         import nltk
 
-        missing = self._missing(nltk)
-        if missing and download:
-            for resource in missing:
-                nltk.download(resource, quiet=True)
-            missing = self._missing(nltk)
-        if missing:
+        for resource in self._missing(nltk) if download else ():
+            nltk.download(resource, quiet=True)
+        if missing := self._missing(nltk):
             raise UserError(
                 f"NLTK data missing: {', '.join(missing)} (tagger, tokenizer and WordNet decide the parts of speech); "
                 f"get them with: python -m nltk.downloader {' '.join(missing)}   (or let prior.py --download do it; a local copy: NLTK_DATA=DIR)"
@@ -337,10 +340,8 @@ class WordNetSpeech:
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
-        try:
+        with explained("this version of NLTK wants averaged_perceptron_tagger_eng.zip unpacked, in the folder where it lies", TypeError):
             self.tagger = PerceptronTagger()
-        except TypeError:
-            raise UserError("this version of NLTK wants averaged_perceptron_tagger_eng.zip unpacked, in the folder where it lies") from None
         self.tokenizer, self.split_sentences = nltk.NLTKWordTokenizer(), nltk.sent_tokenize
         self.tagger.model = DensePerceptron(self.tagger.model)
         self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
@@ -351,16 +352,13 @@ class WordNetSpeech:
 
     @staticmethod
     def _missing(nltk):
-        missing = []
-        for name, path in WordNetSpeech.RESOURCES.items():
+        def there(path):
             try:
-                nltk.data.find(path)
+                return bool(nltk.data.find(path))
             except LookupError:
-                try:
-                    nltk.data.find(f"{path}.zip")
-                except LookupError:
-                    missing.append(name)
-        return missing
+                return False
+
+        return [name for name, path in WordNetSpeech.RESOURCES.items() if not there(path) and not there(f"{path}.zip")]
 
     def __call__(self, caption):
         """Caption → list of sentences, each a list of Token."""
@@ -434,25 +432,8 @@ class WordListSpeech:
     """
 
     name = "word list"
-    TAGS = {
-        "and": "CC",
-        "or": "CC",
-        "but": "CC",
-        ",": ",",
-        ".": ".",
-        "a": "DT",
-        "an": "DT",
-        "the": "DT",
-        "this": "DT",
-        "its": "PRP$",
-        "very": "RB",
-        "of": "IN",
-        "in": "IN",
-        "on": "IN",
-        "with": "IN",
-        "is": "VBZ",
-        "are": "VBP",
-    }
+    TAGGED = "and/CC or/CC but/CC ,/, ./. a/DT an/DT the/DT this/DT its/PRP$ very/RB of/IN in/IN on/IN with/IN is/VBZ are/VBP"
+    TAGS = dict(word.split("/") for word in TAGGED.split())
 
     def __init__(self, adjectives, nouns, plurals=None):
         self.adjectives, self.nouns, self.plurals = frozenset(adjectives), frozenset(nouns), dict(plurals or {})
@@ -754,33 +735,29 @@ def glove_vectors(path, wanted, dim=0):
     Raises:
         UserError: missing file, not UTF-8, a row of another length or not of finite numbers.
     """
-    vectors, width = {}, None
-    with _open_text(path, dim) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                line = line.rstrip()
-                if not line or number == 1 and re.fullmatch(r"\d+ \d+", line):
-                    continue
-                if width is None:
-                    width = line.count(" ")
-                    if not width:
-                        raise UserError(f"vectors '{path}': line {number} is not a word and its numbers, as in GloVe's text")
-                    if dim not in (0, width):
-                        raise UserError(f"vectors '{path}' have {width} dimensions, --dim asks for {dim}")
-                word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
-                if len(values) != width:
-                    raise UserError(f"vectors '{path}': line {number} has {len(values)} numbers, the first has {width}")
-                if word not in wanted:
-                    continue
-                try:
-                    vector = np.array(values, dtype=np.float32)
-                except ValueError:
-                    raise UserError(f"vectors '{path}': line {number} is not a word and {width} numbers") from None
-                if not np.isfinite(vector).all():
-                    raise UserError(f"vectors '{path}': line {number} ('{word}') holds a number that is not finite")
-                vectors[word] = vector
-        except UnicodeDecodeError:
-            raise UserError(f"vectors '{path}' are not UTF-8 text; expected GloVe's `word v1 … vd` lines") from None
+    vectors, width, where = {}, None, f"vectors '{path}'"
+    with (
+        explained(f"{where} are not UTF-8 text; expected GloVe's `word v1 … vd` lines", UnicodeDecodeError),
+        _open_text(path, dim) as stream,
+    ):
+        for number, line in enumerate(stream, 1):
+            line = line.rstrip()
+            if not line or number == 1 and re.fullmatch(r"\d+ \d+", line):
+                continue
+            if width is None:
+                width = line.count(" ")
+                if not width:
+                    raise UserError(f"{where}: line {number} is not a word and its numbers, as in GloVe's text")
+                if dim not in (0, width):
+                    raise UserError(f"{where} have {width} dimensions, --dim asks for {dim}")
+            word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
+            if len(values) != width:
+                raise UserError(f"{where}: line {number} has {len(values)} numbers, the first has {width}")
+            if word in wanted:
+                with explained(f"{where}: line {number} is not a word and {width} numbers", ValueError):
+                    vectors[word] = np.array(values, dtype=np.float32)
+                if not np.isfinite(vectors[word]).all():
+                    raise UserError(f"{where}: line {number} ('{word}') holds a number that is not finite")
     if wanted and not vectors:
         raise UserError(f"vectors '{path}' hold none of the {len(wanted):,} words; expected GloVe's `word v1 … vd` lines")
     return vectors
@@ -789,29 +766,23 @@ def glove_vectors(path, wanted, dim=0):
 @contextmanager
 def _open_text(path, dim):
     """The text inside a file, a .gz, or a .zip: its one member, or of several the one of `dim` dimensions (0: 100)."""
-    if not path:
-        raise UserError("--embeddings glove needs --weights FILE, GloVe's text or zip file (nlp.stanford.edu/projects/glove)")
+    if not path or not Path(path).is_file():
+        said = f"'{path}' is no file: --weights" if path else "--embeddings glove needs --weights FILE,"
+        raise UserError(f"{said} GloVe's text or zip file (nlp.stanford.edu/projects/glove)")
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"word vectors '{path}' are no file: GloVe's text or zip file (nlp.stanford.edu/projects/glove); point --weights at a copy"
-        )
-    try:
+    with explained(f"vectors '{path}' are not a whole archive", zipfile.BadZipFile, gzip.BadGzipFile, EOFError), ExitStack() as stack:
         if path.suffix == ".zip":
-            with zipfile.ZipFile(path) as archive:
-                members = [name for name in archive.namelist() if name.endswith(".txt")]
-                members = members if len(members) == 1 else [name for name in members if name.endswith(f".{dim or 100}d.txt")]
-                if len(members) != 1:
-                    raise UserError(
-                        f"vectors '{path}': {len(members)} files inside of {dim or 100} dimensions, expected one; choose with --dim"
-                    )
-                with archive.open(members[0]) as member, io.TextIOWrapper(member, encoding="utf-8", newline="\n") as stream:
-                    yield stream
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            members = [name for name in archive.namelist() if name.endswith(".txt")]
+            members = members if len(members) == 1 else [name for name in members if name.endswith(f".{dim or 100}d.txt")]
+            if len(members) != 1:
+                raise UserError(
+                    f"vectors '{path}': {len(members)} files inside of {dim or 100} dimensions, expected one; choose with --dim"
+                )
+            stream = io.TextIOWrapper(archive.open(members[0]), encoding="utf-8", newline="\n")
         else:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n") as stream:
-                yield stream
-    except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError):
-        raise UserError(f"vectors '{path}' are not a whole archive") from None
+            stream = (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="\n")
+        yield stack.enter_context(stream)
 
 
 def corpus_vectors(contexts, min_count=1, dim=0):
@@ -927,24 +898,21 @@ def safetensors_header(read, name):
         UserError: if it is no such file.
     """
     length = int.from_bytes(read(0, 8), "little")
-    try:
+    with explained(f"'{name}' is not a safetensors file (or is damaged)", ValueError, AttributeError):
         if not 2 <= length <= 100_000_000:  # the format's own limit
             raise ValueError
         header = json.loads(read(8, 8 + length))
         return 8 + length, {key: entry for key, entry in header.items() if key != "__metadata__"}
-    except (ValueError, AttributeError):
-        raise UserError(f"'{name}' is not a safetensors file (or is damaged)") from None
 
 
 def safetensors_tensor(read, start, entry, name):
     """One entry of a header → array; bfloat16 becomes float32. Raises UserError where bytes, dtype and shape disagree."""
-    try:
+    damaged = f"'{name}': {entry} does not fit its bytes; the file is damaged, or of a type not read here"
+    with explained(damaged, KeyError, TypeError, ValueError):
         dtype, shape, (begin, end) = np.dtype(SAFETENSORS[entry["dtype"]]), entry["shape"], entry["data_offsets"]
         if end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError
         array = np.frombuffer(read(start + begin, start + end), dtype).reshape(shape)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"'{name}': {entry} does not fit its bytes; the file is damaged, or of a type not read here") from None
     return (array.astype("<u4") << 16).view("<f4") if entry["dtype"] == "BF16" else array
 
 
@@ -999,11 +967,9 @@ def fetch(url, what, advice, sha256=None, name=None):
     path = cache_folder() / (name or url.rsplit("/", 1)[-1])
     if path.is_file() and (len(sha256 or "") < 64 or checksum(path) == sha256):
         return path
-    try:
+    with explained(f"{path.name} ({what}) cannot be had: {{}}; get it from {url} and {advice}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256)  # complete and verified, or not there
-    except Exception as error:
-        raise UserError(f"{path.name} ({what}) cannot be had: {str(error).splitlines()[0]}; get it from {url} and {advice}") from None
     return path
 
 
@@ -1116,12 +1082,10 @@ def folder_tokens(folder, vocabulary):
     if weights is None or not (folder / vocabulary).is_file():
         missing = "model.safetensors or pytorch_model.bin" if weights is None else vocabulary
         raise UserError(f"'{folder}' holds no {missing}: --weights wants the folder of a published model, {vocabulary} and its weights")
-    try:
+    with explained(f"vocabulary '{folder / vocabulary}' cannot be read", ValueError, TypeError):
         text = (folder / vocabulary).read_text(encoding="utf-8")
         lines = text.removesuffix("\n").split("\n")  # and at no other mark that ends a line, as some are tokens
         ids = dict(json.loads(text)) if vocabulary.endswith(".json") else {token: row for row, token in enumerate(lines)}
-    except (ValueError, TypeError):
-        raise UserError(f"vocabulary '{folder / vocabulary}' cannot be read") from None
     tables = list(read_tensors(weights, TABLE).values())
     if len(tables) != 1:
         raise UserError(f"'{weights}' holds {len(tables)} tables of token embeddings, expected one")
@@ -1149,13 +1113,11 @@ def archive_tokens(path="", sha256=""):
         )
     beside = path.parent / CLIP_MERGES.rsplit("/", 1)[-1]
     merges = beside if beside.is_file() else fetch(CLIP_MERGES, "CLIP's vocabulary", "put it beside the archive", CLIP_MERGES_SHA256)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch advises against writing new archives; this one is published
-            archive = torch.jit.load(path, map_location="cpu").eval()
+    foreign = f"'{path}' is not a TorchScript archive with a token_embedding.weight, as CLIP's is"
+    with explained(foreign, RuntimeError, KeyError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch advises against writing new archives; this one is published
+        archive = torch.jit.load(path, map_location="cpu").eval()
         table = archive.state_dict()["token_embedding.weight"].float().numpy()
-    except (RuntimeError, KeyError):
-        raise UserError(f"'{path}' is not a TorchScript archive with a token_embedding.weight, as CLIP's is") from None
     return TokenModel(clip_vocabulary(merges), table, {"file": path.name, "sha256": found}, archive)
 
 
@@ -1275,15 +1237,14 @@ class Prior:
     @classmethod
     def load(cls, path):
         """Read a .npz of `save`. Raises UserError where it is missing or something else."""
-        arrays = load_arrays(path, cls.__dataclass_fields__, "prior", "python prior.py CORPUS --out prior.npz")
-        try:
+        made_by = "python prior.py CORPUS --out prior.npz"
+        arrays = load_arrays(path, cls.__dataclass_fields__, "prior", made_by)
+        with explained(f"'{path}' is damaged: {{}}; make it anew with: {made_by}", KeyError, TypeError, ValueError):
             prior = cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
             for name in PARTS:
                 words, vectors = prior[f"{name}_words"], prior[f"{name}_vectors"]
                 if not len(words) or vectors.shape != (len(words), prior.provenance["dim"]) or not np.isfinite(vectors).all():
                     raise ValueError(f"its {name}s are not words with a vector of finite numbers each")
-        except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"'{path}' is damaged: {error}; make it anew with: python prior.py CORPUS --out prior.npz") from None
         return prior
 
 
@@ -1676,9 +1637,8 @@ def parse(argv, task):
     parser.add_argument("--download", action="store_true", help="fetch missing NLTK data (tagger, tokenizer, WordNet: 17 MB)")
     out = "counts.npz" if task == "count" else "prior.npz"
     parser.add_argument("--out", default=out, help=f"file to write (default: {out})")
-    args = vars(parser.parse_args(argv))
-    given = {item.name: args.pop(item.name) for item in dataclasses.fields(PriorConfig) if item.name in args}
-    return argparse.Namespace(**args), PriorConfig(**given)
+    args = parser.parse_args(argv)
+    return args, PriorConfig(**take_flags(PriorConfig, vars(args)))
 
 
 def parse_show(argv):

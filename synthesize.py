@@ -2,7 +2,7 @@
 
     python synthesize.py runs/demo-vqct train --condition segmentation      a transformer of the run's tokens
     python synthesize.py runs/demo-vqct train --model ldm                   … or a denoiser of its features
-    python synthesize.py runs/demo-vqct sample --condition segmentation --complete top      Fig. 8's grid
+    python synthesize.py runs/demo-vqct complete --condition segmentation   keeps the top of images: Fig. 8's grid
     python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast --words     words in their places, the rest drawn
     python synthesize.py runs/demo-vqct runs/demo-vqgan evaluate            Table 6
     python synthesize.py runs/demo-vqct tokens --words 0                    what image 0 reads as; tokens.npz in the run
@@ -14,10 +14,8 @@ where the data set has them, and the checksum of the tokenizer; numpy reads it w
 lies in its run's folder, `synthesis/<model>-<condition>`.
 """
 
-import argparse
 import contextlib
 import copy
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -36,33 +34,14 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw
 
 from evaluate import as_markdown, draw_comparison, fid, load_inception, to_bytes
-from prior import SMALL, Parser, Progress, UserError, add_flags, checksum, command, load_arrays, option, save_arrays, save_png, whole_file
-from train import (
-    TrainBatches,
-    check_bounds,
-    code_words,
-    codebook_names,
-    evenly,
-    fitting,
-    fresh_folder,
-    load_checkpoint,
-    load_run,
-    make_dataset,
-    make_loader,
-    first_alone,
-    parallel,
-    pick_device,
-    psnr,
-    rank,
-    resume_from,
-    resumed,
-    run_steps,
-    save_config,
-    to_images,
-    torchrun,
-    trim_metrics,
-    unsynchronised,
-)
+
+# fmt: off
+from prior import (SMALL, Parser, Progress, UserError, add_flags, checksum, command, explained, load_arrays, option, save_arrays, save_png,
+                   take_flags, whole_file)
+from train import (DEVICES, TrainBatches, check_bounds, code_words, codebook_names, evenly, first_alone, fitting, fresh_folder,
+                   load_checkpoint, load_run, make_dataset, make_loader, parallel, pick_device, psnr, rank, resume_run, resumed,
+                   run_steps, to_images, torchrun, unsynchronised)
+# fmt: on
 from vqct import Condition, Denoiser, TokenTransformer, sample_features, sample_tokens
 
 MOST_LABELS = 1 << 12  # of a data set; more is a map of something else than labels, such as depth
@@ -72,12 +51,28 @@ MOST_LABELS = 1 << 12  # of a data set; more is a map of something else than lab
 
 
 @dataclass
-class SynthesisConfig:
-    """A second stage. Defaults are for f16 tokenizers on a GPU; TINY changes some for tokenizers of the tiny preset."""
+class Choices:
+    """What every sub-command may be told."""
+
+    data: str = option("", "where the data set lies now, if not where the run found it")
+    labels: str = option("", "folder of label maps, of a run with --dataset folder")
+    skip_broken: bool = option(False, "leave out images that are missing or cannot be read")
+    device: str = option("auto", DEVICES)
+
+
+@dataclass
+class Stage(Choices):
+    """Which second stage of a run."""
 
     model: str = option("gpt", "gpt: a transformer of the tokens; ldm: diffusion of the features before them", choices=("gpt", "ldm"))
     condition: str = option("none", "what a sample is drawn for", choices=("none", "class", "segmentation"))
     joint: bool = option(True, "gpt: a noun is predicted given its adjective; without, the two are independent heads, a control")
+
+
+@dataclass
+class SynthesisConfig(Stage):
+    """A second stage. Defaults are for f16 tokenizers on a GPU; TINY changes some for tokenizers of the tiny preset."""
+
     width: int = option(768, "features of the transformer")
     depth: int = option(12, "blocks of the transformer")
     heads: int = option(12, "attention heads, dividing the width")
@@ -93,10 +88,59 @@ class SynthesisConfig:
     ema: float = option(0.9999, "decay of the averaged weights that sample and are evaluated")
     amp: bool = option(True, "bfloat16 autocast on CUDA")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit, as the CPU's do: slower")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     seed: int = option(0, "of weights, data order and dropout")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(1_000, "steps between validations and checkpoints")
+
+
+@dataclass
+class Sampling(Choices):
+    """How images are drawn."""
+
+    temperature: float = option(1.0, "gpt: of the logits; 0 takes the likeliest token")
+    top_k: int = option(0, "gpt: only so many of the likeliest tokens; 0: all")
+    top_p: float = option(1.0, "gpt: the fewest likely tokens with so much probability together")
+    guidance: float = option(1.0, "scale of classifier-free guidance; 1: none")
+    sampling_steps: int = option(50, "ldm: steps of DDIM")
+    seed: int = option(0, "of the samples")
+
+
+@dataclass
+class SampleChoices(Sampling, Stage):
+    """Which images are drawn."""
+
+    part = ""  # of an image that is known
+    count: int = option(8, "images, spread over the evaluation split")
+    images: tuple = option((), "… or these, by their number", each=int)
+    label: str = option("", "class to draw instead of the images' own")
+    repeat: int = option(2, "samples of each")
+    pin: tuple = option((), "words in their places, ROW,COLUMN=WORDS: 3,4=red,breast", each=str)
+    words: bool = option(False, "print what the samples read as, and write it into a picture of each")
+    output: str = option("", "PNG (default: samples.png beside the second stage)")
+
+
+@dataclass
+class CompleteChoices(SampleChoices):
+    """Which part of them is known."""
+
+    part: str = option("top", "known part of each image, the rest is drawn: top, bottom, left, right, or a PNG's white pixels")
+
+
+@dataclass
+class TableChoices(Sampling):
+    """What Table 6 needs."""
+
+    inception: str = option("", "local copy of FID's Inception weights (default: torch hub's cache, or download; else FID is a dash)")
+
+
+@dataclass
+class TokenChoices(Choices):
+    """Which images become tokens, or tokens images."""
+
+    split: str = option("val", "images to encode", choices=("train", "val"))
+    decode: str = option("", "token file to turn back into images")
+    output: str = option("", "token file, or with --decode folder of images (default: in the run)")
+    words: tuple = option((), "images to print as words, by their number", each=int)
 
 
 BOUNDS = (
@@ -109,9 +153,10 @@ BOUNDS = (
 SAMPLING_BOUNDS = (
     ("temperature top_k", lambda value: value >= 0, "not be negative"),
     ("top_p", lambda value: 0 < value <= 1, "lie in (0, 1]"),
-    ("sampling_steps number repeat", lambda value: value >= 1, "be at least 1"),
+    ("sampling_steps count repeat", lambda value: value >= 1, "be at least 1"),
 )
 TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
+CHANGEABLE = "data labels skip_broken device steps log_every eval_every deterministic".split()
 SUBSAMPLES = 4  # pixels a side of a position at which its label map is kept, enough for shares in sixteenths
 
 
@@ -262,11 +307,20 @@ def draw_words(image, indices, words, path, given=None, cell=84):
 
 
 class Run:
-    """A trained first stage: model in evaluation mode, config, prior, and the tokenizer's checksum."""
+    """A trained first stage: model in evaluation mode, config, prior, and the tokenizer's checksum.
 
-    def __init__(self, path, device):
-        self.path, self.device = Path(path), device
-        self.model, self.config, self.prior, _ = load_run(path, device)
+    Args:
+        path: its folder; choices: Choices, where its data lies now and the device.
+    """
+
+    def __init__(self, path, choices=Choices()):
+        self.path, self.device = Path(path), pick_device(choices.device)
+        self.model, config, self.prior, _ = load_run(path, self.device)
+        if choices.data and config.dataset == "demo" or choices.labels and config.dataset != "folder":
+            raise UserError("--data is for runs of a data set with a folder, --labels for those of --dataset folder")
+        config.data, config.labels = choices.data or config.data, choices.labels or config.labels
+        config.skip_broken = choices.skip_broken or config.skip_broken
+        self.config = config
         self.tokenizer = checksum(self.path / "last.pt")
         self.sizes = per_token(self.model, self.model.codebook.sizes)
 
@@ -460,15 +514,15 @@ def part_names(run):
 
 
 def train(args, runs):
-    """The sub-command: train a second stage on a run's tokens."""
+    """The sub-command: a run's images become tokens (or features), whose model is trained."""
     (run,) = one(runs, "train")
-    config = stage_config(args, run)
+    config = stage_config(args.given, run)
     folder, state = stage_folder(run, config), None
     if args.resume:
         state = load_checkpoint(folder / "last.pt")
         check_tokenizer(run, state, folder)
         with fitting(folder / "last.pt"):
-            config = resumed(SynthesisConfig, state, args.given, ("device", "steps", "log_every", "eval_every", "deterministic"), folder)
+            config = resumed(SynthesisConfig, state, args.given, CHANGEABLE, folder)
     elif (folder / "last.pt").exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
     with_features = config.model == "ldm"
@@ -478,14 +532,10 @@ def train(args, runs):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training images")
     trainer = StageTrainer(config, run, state["count"] if state else condition_count(config, train_set, val_set), train_set, val_set)
     if state:
-        resume_from(trainer, state)
-    if not rank():
-        if state:
-            trim_metrics(folder / "metrics.jsonl", trainer.step)
-            save_config(config, folder)
-        else:
-            with fresh_folder(folder, config, trainer):
-                pass
+        resume_run(trainer, state, folder)
+    elif not rank():
+        with fresh_folder(folder, config, trainer):
+            pass
     weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     print(
         f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} grids "
@@ -502,21 +552,21 @@ def train(args, runs):
 # Sampling
 
 
-def check_choices(args):
+def check_choices(choices):
     """Raise UserError for flags of sampling that cannot be, or that say nothing of the model or condition asked for."""
-    check_bounds(args, SAMPLING_BOUNDS)
-    if args.call is sample:
-        if args.model == "ldm" and (args.temperature, args.top_k, args.top_p, args.joint) != (1.0, 0, 1.0, True):
+    check_bounds(choices, SAMPLING_BOUNDS)
+    if isinstance(choices, SampleChoices):
+        if choices.model == "ldm" and (choices.temperature, choices.top_k, choices.top_p, choices.joint) != (1.0, 0, 1.0, True):
             raise UserError("--temperature, --top-k, --top-p and --no-joint are of --model gpt, not ldm")
-        if args.model == "gpt" and args.sampling_steps != 50:
+        if choices.model == "gpt" and choices.sampling_steps != 50:
             raise UserError("--sampling-steps is of --model ldm, not gpt; a transformer takes one step a position")
-        if args.condition == "none" and args.scale != 1:
-            raise UserError("--scale guides towards a condition; add --condition class or segmentation")
-        if args.label and args.condition != "class":
+        if choices.condition == "none" and choices.guidance != 1:
+            raise UserError("--guidance is towards a condition; add --condition class or segmentation")
+        if choices.label and choices.condition != "class":
             raise UserError("--label needs --condition class")
 
 
-def draw_images(run, stage, tokens, rows, args, seed, given=None):
+def draw_images(run, stage, tokens, rows, choices, seed, given=None):
     """Samples for the conditions of some images → (B, M, h, w) indices, a batch at a time.
 
     Args:
@@ -529,11 +579,11 @@ def draw_images(run, stage, tokens, rows, args, seed, given=None):
         known = known_of(config, tokens, rows[part], run.device, count)
         kept = None if given is None else given[part].to(run.device)
         if config.model == "gpt":
-            choice = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
-            drawn.append(sample_tokens(network, len(part), known, kept, args.scale, generator, **choice).cpu())
+            how = dict(temperature=choices.temperature, top_k=choices.top_k, top_p=choices.top_p)
+            drawn.append(sample_tokens(network, len(part), known, kept, choices.guidance, generator, **how).cpu())
             continue
         features, mask = (None, None) if kept is None else given_features(run, tokens, rows[part], kept)
-        z = sample_features(network, len(part), known, features, mask, args.scale, args.sampling_steps, generator)
+        z = sample_features(network, len(part), known, features, mask, choices.guidance, choices.sampling_steps, generator)
         indices = run.model.snap(z.chunk(len(run.model.codebook.sizes), dim=1))
         drawn.append((indices if kept is None else torch.where(kept >= 0, kept, indices)).cpu())
     return torch.cat(drawn)
@@ -559,20 +609,17 @@ def given_features(run, tokens, rows, given):
     return torch.cat(kept, dim=1), torch.cat(masks, dim=1)
 
 
-def known_part(complete, grid):
+def known_part(part, grid):
     """(h, w) bool: "top", "bottom", "left", "right", or the white pixels of a PNG; nothing for "". Raises UserError for another."""
     height, width = grid
     known = torch.zeros(height, width, dtype=torch.bool)
     halves = {"top": (slice(0, height // 2), slice(None)), "bottom": (slice(height // 2, None), slice(None))}
     halves |= {"left": (slice(None), slice(0, width // 2)), "right": (slice(None), slice(width // 2, None))}
-    if complete in halves:
-        known[halves[complete]] = True
-    elif complete:
-        try:
-            with Image.open(complete) as file:
-                light, alpha = np.asarray(file.convert("LA").resize((width, height), Image.Resampling.BOX), dtype=float).transpose(2, 0, 1)
-        except OSError:
-            raise UserError(f"--complete {complete}: neither top, bottom, left or right, nor a PNG that can be read") from None
+    if part in halves:
+        known[halves[part]] = True
+    elif part:
+        with explained(f"--part {part}: neither top, bottom, left or right, nor a PNG that can be read", OSError), Image.open(part) as file:
+            light, alpha = np.asarray(file.convert("LA").resize((width, height), Image.Resampling.BOX), dtype=float).transpose(2, 0, 1)
         known = torch.from_numpy(light * alpha > 127 * 255)
     return known
 
@@ -619,43 +666,44 @@ def colours_of_labels(maps, count):
 
 
 def sample(args, runs):
-    """The sub-command: Fig. 8's grid, a column an image. Rows: condition, originals, and what each run makes of them."""
-    picture_rows, path = [], Path(args.output or stage_folder(runs[0], stage_config(args, runs[0])) / "samples.png")
+    """The sub-commands sample and complete: Fig. 8's grid, a column an image. Rows: condition, originals, and what each run makes of them."""
+    choices, picture_rows = args.choices, []
+    path = Path(choices.output or stage_folder(runs[0], choices) / "samples.png")
     for run in runs:
         if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
             raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
-        stage = load_stage(run, stage_folder(run, stage_config(args, run)))
-        tokens = tokens_of(run, "val", with_features=args.model == "ldm" and bool(args.complete or args.pin))
-        rows = chosen_images(args, len(tokens.labels))
+        stage = load_stage(run, stage_folder(run, choices))
+        tokens = tokens_of(run, "val", with_features=choices.model == "ldm" and bool(choices.part or choices.pin))
+        rows = chosen_images(choices, len(tokens.labels))
         picture_rows += [] if picture_rows else condition_rows(run, stage, tokens, rows)
-        pinned = pin_words(run, torch.full_like(tokens.indices[rows], -1), args.pin)
-        for name, images, drawn in rows_of_run(args, run, stage, tokens, rows, pinned):
+        pinned = pin_words(run, torch.full_like(tokens.indices[rows], -1), choices.pin)
+        for name, images, drawn in rows_of_run(choices, run, stage, tokens, rows, pinned):
             picture_rows.append((f"{run.path.name}: {name}", images))
-            for index, *parts in zip(rows.tolist(), images, drawn, pinned) if args.words and drawn is not None else ():
+            for index, *parts in zip(rows.tolist(), images, drawn, pinned) if choices.words and drawn is not None else ():
                 say_words(run, f"{name} for image {index}", *parts, path)
     draw_comparison(picture_rows, path, len(rows), max(128, runs[0].config.resolution))
     print(f"{path}: {len(rows)} columns, {len(picture_rows)} rows")
 
 
-def rows_of_run(args, run, stage, tokens, rows, pinned):
+def rows_of_run(choices, run, stage, tokens, rows, pinned):
     """What a run makes of some images, each row its name, images, and indices where they were drawn."""
-    if args.label:
+    if choices.label:
         classes = make_dataset(run.config, "val", check=False).classes[: stage[2]]
-        if args.label not in classes:
-            raise UserError(f"--label {args.label}: classes are {', '.join(classes)}")
-        tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(args.label)))
+        if choices.label not in classes:
+            raise UserError(f"--label {choices.label}: classes are {', '.join(classes)}")
+        tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(choices.label)))
     decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
-    known, decoded = known_part(args.complete, run.model.grid), decode(tokens.indices[rows])
-    found, ways = [("its tokens decoded", decoded, None)], [(args.label or "sample", pinned)]
-    if args.complete:
+    known, decoded = known_part(choices.part, run.model.grid), decode(tokens.indices[rows])
+    found, ways = [("its tokens decoded", decoded, None)], [(choices.label or "sample", pinned)]
+    if choices.part:
         mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
         found.append(("known", [image * mask for image in decoded], None))
-        ways.insert(0, ("completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), args.pin)))
-    if args.model == "gpt" and (args.pin or (known.flatten().int().diff() > 0).any()):
+        ways.insert(0, ("completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), choices.pin)))
+    if choices.model == "gpt" and (choices.pin or (known.flatten().int().diff() > 0).any()):
         print("gpt draws from the top left on; what is drawn does not know what is given further on, as --model ldm does")
     for way, given in ways:
-        for repeat in range(args.repeat):
-            drawn = draw_images(run, stage, tokens, rows, args, args.seed + repeat, given if (given >= 0).any() else None)
+        for repeat in range(choices.repeat):
+            drawn = draw_images(run, stage, tokens, rows, choices, choices.seed + repeat, given if (given >= 0).any() else None)
             found.append((f"{way} {repeat + 1}", decode(drawn), drawn))
     return found
 
@@ -668,9 +716,9 @@ def say_words(run, what, image, drawn, given, path):
     print(f"\n{what}, {picture}\n{words_of(drawn, words)}\n")
 
 
-def chosen_images(args, count):
-    """The rows of --images, or --number of them spread over `count`. Raises UserError for one that is not there."""
-    rows = torch.tensor(args.images or evenly(count, args.number))
+def chosen_images(choices, count):
+    """The rows of --images, or --count of them spread over `count`. Raises UserError for one that is not there."""
+    rows = torch.tensor(choices.images or evenly(count, choices.count))
     if rows.max() >= count or rows.min() < 0:
         raise UserError(f"--images {int(rows.max() if rows.max() >= count else rows.min())}: there are images 0 … {count - 1}")
     return rows
@@ -718,14 +766,14 @@ def unigram_bits(train_set, val_set, sizes):
     return bits
 
 
-def evaluate_stage(run, stage, args, inception):
+def evaluate_stage(run, stage, choices, inception):
     """One row of Table 6 → dict."""
     network, config, count, step = stage
     with_features = config.model == "ldm"
     val_set, positions = tokens_of(run, "val", 1, with_features), math.prod(run.model.grid)
     result = {"run": str(run.path), "model": config.model, "condition": config.condition, "joint": config.joint, "step": step}
-    names = ("temperature", "top_k", "top_p", "scale", "seed") if config.model == "gpt" else ("sampling_steps", "scale", "seed")
-    result["sampling"] = {name: getattr(args, name) for name in names}
+    names = ("temperature", "top_k", "top_p", "guidance", "seed") if config.model == "gpt" else ("sampling_steps", "guidance", "seed")
+    result["sampling"] = {name: getattr(choices, name) for name in names}
     if config.model == "gpt":
         bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", config.views)
         result["bits"] = dict(zip(part_names(run), (bits.mean(0) / positions).tolist()))
@@ -739,7 +787,7 @@ def evaluate_stage(run, stage, args, inception):
     else:
         result["noise"] = validation(config, run, count, network, val_set)["noise"]
     result["psnr"] = decoded_psnr(run, val_set)
-    result["fid"] = sampled_fid(run, stage, val_set, args, inception[0]) if inception[0] is not None else None
+    result["fid"] = sampled_fid(run, stage, val_set, choices, inception[0]) if inception[0] is not None else None
     result["fid_note"] = inception[1]
     with whole_file(stage_folder(run, config) / "evaluation.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1))
@@ -763,11 +811,13 @@ def decoded_psnr(run, tokens):
 
 
 @torch.no_grad()
-def sampled_fid(run, stage, tokens, args, inception):
+def sampled_fid(run, stage, tokens, choices, inception):
     """FID of as many samples as there are evaluation images against these, both at the run's resolution."""
     inception, features = inception.to(run.device), ([], [])
     for n, (images, rows) in enumerate(evaluation_images(run, tokens)):
-        drawn = decode_tokens(run.model, draw_images(run, stage, tokens, rows, args, args.seed + n), run.device, run.config.batch_size)
+        drawn = decode_tokens(
+            run.model, draw_images(run, stage, tokens, rows, choices, choices.seed + n), run.device, run.config.batch_size
+        )
         for kept, part in zip(features, (images, to_bytes(drawn))):
             kept.append(inception(part.to(run.device)).cpu().double())
     return fid(*(torch.cat(kept).numpy() for kept in features))
@@ -787,11 +837,11 @@ COLUMNS = {  # of Table 6: name in evaluation.json → title, format
 
 def evaluate(args, runs):
     """The sub-command: a table of every second stage of every run."""
-    inception, results = load_inception(args.inception), []
+    inception, results = load_inception(args.choices.inception), []
     for run in runs:
         for path in sorted((run.path / "synthesis").glob("*/best.pt")):
             try:
-                results.append(evaluate_stage(run, load_stage(run, path.parent), args, inception))
+                results.append(evaluate_stage(run, load_stage(run, path.parent), args.choices, inception))
             except UserError as error:
                 print(f"not in the table: {error}")
     if not results:
@@ -815,25 +865,24 @@ def evaluate(args, runs):
 
 def tokens(args, runs):
     """The sub-command: encode a split, or decode a file."""
-    (run,) = one(runs, "tokens")
-    if args.decode:
-        folder = Path(args.output or run.path / "decoded")
-        indices = load_tokens(args.decode, run.tokenizer, run.sizes)["indices"]
+    (run,), choices = one(runs, "tokens"), args.choices
+    if choices.decode:
+        folder = Path(choices.output or run.path / "decoded")
+        indices = load_tokens(choices.decode, run.tokenizer, run.sizes)["indices"]
         for start in range(0, len(indices), run.config.batch_size):
             part = decode_tokens(run.model, indices[start : start + run.config.batch_size], run.device, run.config.batch_size)
             for index, image in enumerate(part, start):
                 save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
         print(f"{folder}: {len(indices):,} images")
     else:
-        kept = tokens_of(run, args.split)
-        indices, path = kept.indices.numpy(), run.path / f"tokens{'' if args.split == 'val' else '-train'}.npz"
-        if args.output:
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(args.output) as temporary:
+        kept = tokens_of(run, choices.split)
+        indices, path = kept.indices.numpy(), run.path / f"tokens{'' if choices.split == 'val' else '-train'}.npz"
+        if choices.output:
+            with whole_file(choices.output) as temporary:
                 temporary.write_bytes(path.read_bytes())
-            path = Path(args.output)
+            path = Path(choices.output)
         print(f"{path}: {len(indices):,} images of {'×'.join(map(str, indices.shape[2:]))} positions, {' + '.join(part_names(run))}")
-    for index in args.words:
+    for index in choices.words:
         if not 0 <= index < len(indices):
             raise UserError(f"--words {index}: there are images 0 … {len(indices) - 1}")
         print(f"\nimage {index}\n{words_of(indices[index], per_token(run.model, code_words(run.prior, run.model.codebook.sizes)))}")
@@ -846,10 +895,10 @@ def one(runs, name):
     return runs
 
 
-def stage_config(args, run):
+def stage_config(given, run):
     """The SynthesisConfig that flags name for a run: explicit flags before TINY's values."""
     small = TINY if run.config.preset == "tiny" else {}
-    config = SynthesisConfig(**{**small, **args.given})
+    config = SynthesisConfig(**{**small, **given})
     check_bounds(config, BOUNDS)
     if config.model == "ldm" and not config.joint:
         raise UserError("--no-joint is of --model gpt; ldm has no heads of tokens")
@@ -858,79 +907,41 @@ def stage_config(args, run):
     return config
 
 
+COMMANDS = {  # sub-command → what it calls, its flags, what it does
+    "train": (train, SynthesisConfig, "Train a second stage on a run's tokens. For a tokenizer of the tiny preset the defaults are: {}."),
+    "sample": (sample, SampleChoices, "Draw images for conditions, or with words in their places."),
+    "complete": (sample, CompleteChoices, "Keep a part of images and draw the rest: Fig. 8."),
+    "evaluate": (evaluate, TableChoices, "Table 6: FID and likelihood of every second stage."),
+    "tokens": (tokens, TokenChoices, "Images to tokens and words, and back."),
+}
+
+
 def parse(argv=None):
-    """Command line → namespace, its flags of SynthesisConfig in `given`."""
+    """Command line → namespace: `runs`, what to `call`, its `choices`, and those of them that were `given`."""
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py; train and tokens take one")
-    commands = parser.add_subparsers(required=True, metavar="train|sample|evaluate|tokens")
-
-    def add(name, call, what):
+    commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
+    for name, (call, kind, what) in COMMANDS.items():
+        what = what.format(", ".join(f"{name} {value}" for name, value in TINY.items()))
         sub = commands.add_parser(name, help=what, description=what)
-        sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
-        sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
-        sub.add_argument("--skip-broken", action="store_true", help="leave out images that are missing or cannot be read")
-        sub.set_defaults(call=call)
-        return sub
-
-    small = ", ".join(f"{name} {value}" for name, value in TINY.items())
-    sub = add("train", train, f"Train a second stage on a run's tokens. For a tokenizer of the tiny preset the defaults are: {small}.")
-    add_flags(sub, SynthesisConfig())
-    start = sub.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from its last checkpoint")
-    start.add_argument("--overwrite", action="store_true", help="replace one of the same name")
-    for name, call, what in (("sample", sample, "Draw images: Fig. 8."), ("evaluate", evaluate, "Table 6: FID and likelihood.")):
-        sub = add(name, call, what)
-        sub.add_argument("--temperature", type=float, default=1.0, help="gpt: of the logits; 0 takes the likeliest token (default: 1)")
-        sub.add_argument("--top-k", type=int, default=0, help="gpt: only so many of the likeliest tokens; 0: all (default: 0)")
-        sub.add_argument("--top-p", type=float, default=1.0, help="gpt: the fewest likely tokens with so much probability (default: 1)")
-        sub.add_argument("--scale", type=float, default=1.0, help="of classifier-free guidance (default: 1, none)")
-        sub.add_argument("--sampling-steps", type=int, default=50, help="ldm: steps of DDIM (default: 50)")
-        sub.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
-        if name == "sample":
-            sub.add_argument("--model", choices=("gpt", "ldm"), default="gpt", help="which second stage (default: gpt)")
-            sub.add_argument(
-                "--condition", choices=("none", "class", "segmentation"), default="none", help="and which condition (default: none)"
-            )
-            sub.add_argument("--joint", action=argparse.BooleanOptionalAction, default=True, help="--no-joint: the independent heads")
-            sub.add_argument("--number", type=int, default=8, help="images, spread over the evaluation split (default: 8)")
-            sub.add_argument("--images", type=int, nargs="+", metavar="INDEX", help="… or these")
-            sub.add_argument("--label", default="", metavar="CLASS", help="class to draw instead of the images' own")
-            sub.add_argument("--repeat", type=int, default=2, help="samples of each (default: 2)")
-            sub.add_argument(
-                "--complete",
-                default="",
-                metavar="PART",
-                help="keep top, bottom, left, right, or a PNG's white part of each image, and draw the rest",
-            )
-            sub.add_argument("--pin", nargs="+", default=[], metavar="ROW,COLUMN=WORDS", help="words in their places: 3,4=red,breast")
-            sub.add_argument("--words", action="store_true", help="print what the samples read as, and write it into a picture of each")
-            sub.add_argument("--output", default="", help="PNG (default: samples.png beside the second stage)")
-        else:
-            sub.add_argument("--inception", default="", metavar="FILE", help="local copy of the Inception weights of FID")
-    sub = add("tokens", tokens, "Images to tokens, and back.")
-    sub.add_argument("--split", choices=("train", "val"), default="val", help="images to encode (default: val)")
-    sub.add_argument("--output", default="", help="token file, or with --decode folder of images (default: in the run)")
-    sub.add_argument("--decode", default="", metavar="FILE", help="a token file to turn back into images")
-    sub.add_argument("--words", type=int, nargs="+", default=[], metavar="INDEX", help="images to print as words")
-    sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps (default: auto)")
+        add_flags(sub, kind())
+        sub.set_defaults(call=call, kind=kind)
+        if name == "train":
+            start = sub.add_mutually_exclusive_group()
+            start.add_argument("--resume", action="store_true", help="go on from its last checkpoint")
+            start.add_argument("--overwrite", action="store_true", help="replace one of the same name")
     args = parser.parse_args(argv)
-    args.given = {item.name: getattr(args, item.name) for item in dataclasses.fields(SynthesisConfig) if hasattr(args, item.name)}
+    args.given = take_flags(args.kind, vars(args))
+    args.choices = args.kind(**args.given)
     return args
 
 
 def main(argv=None):
-    """Run a sub-command on a run, or on several."""
+    """Open the runs, whose tokenizers stay as they are, and do with their tokens what the sub-command says."""
     args = parse(argv)
-    if hasattr(args, "temperature"):
-        check_choices(args)
+    check_choices(args.choices)
     with torchrun():
-        runs = [Run(path, pick_device(args.given.get("device", "auto"))) for path in args.runs]
-        for config in (run.config for run in runs):
-            if args.data and config.dataset == "demo" or args.labels and config.dataset != "folder":
-                raise UserError("--data is for runs of a data set with a folder, --labels for those of --dataset folder")
-            config.data, config.labels = args.data or config.data, args.labels or config.labels
-            config.skip_broken = args.skip_broken or config.skip_broken
+        runs = [Run(path, args.choices) for path in args.runs]
         args.call(args, runs)
 
 

@@ -33,7 +33,7 @@ import threading
 import time
 import zipfile
 import zlib
-from collections import defaultdict, deque
+from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
@@ -53,30 +53,14 @@ from PIL import ExifTags, Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from prior import (
-    CORES,
-    PARTS,
-    Parser,
-    Prior,
-    PriorConfig,
-    Progress,
-    UserError,
-    WordListSpeech,
-    add_flags,
-    build_from_corpora,
-    command,
-    did_you_mean,
-    fetch,
-    option,
-    read_captions,
-    read_tensors,
-    save_arrays,
-    shuffled,
-    whole_file,
-)
+# fmt: off
+from prior import (CORES, PARTS, Parser, Prior, PriorConfig, Progress, UserError, WordListSpeech, add_flags, build_from_corpora, command,
+                   did_you_mean, explained, fetch, option, read_captions, read_tensors, save_arrays, shuffled, whole_file)
+# fmt: on
 from vqct import LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, across, adaptive_weight, hinge_loss, load_taming, needs_prior
 
 CHECKPOINT_VERSION = 1
+DEVICES = "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there"
 STOPPING = (signal.SIGINT, signal.SIGTERM)  # after either a run finishes its step, saves, and ends
 
 # ---------------------------------------------------------------------------------------------
@@ -111,7 +95,7 @@ class Config(ModelConfig):
         "", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network at 256² (every other)", choices=("", "tiny", "f16")
     )
     out: str = option("", "run folder (default: runs/<dataset>-<method>)")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
+    device: str = option("auto", DEVICES)
     seed: int = option(0, "of weights, random codes, shuffles and data order; the demo's pictures stay the same")
     steps: int = option(500_000, "generator steps; the paper's 500 epochs of CUB's 5,994 images are 375,000 at batch 8")
     batch_size: int = option(8, "images a device and micro-step (the authors' code: 8)")
@@ -141,37 +125,22 @@ class Config(ModelConfig):
     eval_images: int = option(256, "validation images at those times; evaluate.py takes them all")
 
 
+# fmt: off
 PRESETS = {
-    "f16": {},
-    "tiny": dict(
-        **NETWORKS["tiny"],
-        batch_size=4,
-        steps=1800,
-        lr=3e-4,
-        schedule="cosine",
-        perceptual_weight=0.0,
-        gan_weight=0.2,
-        gan_start=1500,
-        eval_every=300,
-        eval_images=64,
-    ),
+    "f16": NETWORKS["f16"],
+    "tiny": dict(**NETWORKS["tiny"], batch_size=4, steps=1800, lr=3e-4, schedule="cosine", perceptual_weight=0.0, gan_weight=0.2,
+                 gan_start=1500, eval_every=300, eval_images=64),
 }
 RECIPES = {
     "paper": {},
-    "official": dict(
-        transfer_layers=2,
-        transfer_dropout=0.5,
-        last_relu=False,
-        adjective_neighbours=2,
-        beta_on="codebook",
-        weighted_edges=True,
-        vector_scale="none",
-    ),
+    "official": dict(transfer_layers=2, transfer_dropout=0.5, last_relu=False, adjective_neighbours=2, beta_on="codebook",
+                     weighted_edges=True, vector_scale="none"),
 }
+# fmt: on
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
 NO_ADVERSARY = dict(gan_weight=0.0, perceptual_weight=0.0)
 METHODS = {
-    "vqct": {},  # every table
+    "vqct": {},  # every table; Table 3 (vi)
     "vqct-vqvae": NO_ADVERSARY,  # Table 4
     "vqvae": {**LEARNED, **NO_ADVERSARY},  # Tables 1, 4, 6
     "vqgan": LEARNED,  # Tables 1, 2 (i), 4 (ii), 5 (i), 6
@@ -190,21 +159,27 @@ METHODS = {
 
 
 def parse(argv=None):
-    """Command line → (Config, given flags, resume, overwrite); explicit flags win over method, method over preset."""
-    parser = Parser(
-        description=__doc__,
-        epilog="presets: "
-        + "; ".join(f"{name}: {values}" for name, values in PRESETS.items() if values)
-        + "\nmethods: "
-        + ", ".join(METHODS),
-    )
+    """Command line → (Config, checkpoint that --resume goes on from or None, whether to overwrite).
+
+    Explicit flags win over the method's choices, these over the recipe's and the preset's.
+    """
+    presets = [f"{name}: {values}" for name, values in PRESETS.items() if values]
+    parser = Parser(description=__doc__, epilog=f"presets: {'; '.join(presets)}\nmethods: {', '.join(METHODS)}")
     add_flags(parser, Config())
     start = parser.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, with its configuration")
     start.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
     given = vars(parser.parse_args(argv))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
-    return resolve(given, check=not resume), given, resume, overwrite  # a resumed run is checked with its own configuration
+    config = resolve(given, check=not resume)
+    if not resume:
+        return config, None, overwrite
+    last = Path(config.out) / "last.pt"
+    state = load_checkpoint(last)
+    with fitting(last):
+        config = resumed(Config, state, {**given, "out": config.out}, CHANGEABLE, config.out)
+    config.lr = config.lr or usual_lr(config)
+    return check_config(config), state, False
 
 
 def resolve(given, check=True):
@@ -215,11 +190,16 @@ def resolve(given, check=True):
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
     recipe = RECIPES[given.get("recipe", Config.recipe)]
     config = Config(**{**PRESETS[preset], **recipe, **METHODS[method], **given, "preset": preset})
-    config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
+    config.lr = config.lr or usual_lr(config)
     config.out = config.out or "runs/" + "-".join([config.dataset, config.method, *variant(config)])
     if config.dataset in DATASETS:
         config.data = config.data or f"data/{DATASETS[config.dataset].folder}"
     return check_config(config) if check else config
+
+
+def usual_lr(config):
+    """VQGAN's: proportional to the images of a step."""
+    return 4.5e-6 * config.batch_size * config.accumulate * processes()
 
 
 def variant(config):
@@ -269,13 +249,12 @@ BOUNDS = (
         lambda value: value >= 0,
         "not be negative",
     ),
-    ("steps discriminator_layers batch_size accumulate log_every eval_every eval_images", lambda value: value >= 1, "be at least 1"),
-    ("transfer_layers transfer_width adjective_neighbours code_dim", lambda value: value >= 1, "be at least 1"),
+    ("steps batch_size accumulate log_every eval_every eval_images discriminator_layers", lambda value: value >= 1, "be at least 1"),
+    ("channels z_channels blocks code_dim transfer_layers transfer_width adjective_neighbours", lambda value: value >= 1, "be at least 1"),
     ("usage_decay transfer_dropout", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     ("mask_ratio", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     ("temperature_end", lambda value: 0 < value, "be positive"),
     ("seed", lambda value: 0 <= value < 1 << 62, "lie in [0, 2^62)"),
-    ("channels z_channels blocks", lambda value: value >= 1, "be at least 1"),
     ("multipliers", lambda value: len(value) > 0 and min(value) >= 1, "be whole numbers from 1 on"),
     ("codebook_size", lambda value: value <= 1 << 24, "be at most 2^24"),
     ("workers", lambda value: value >= -1, "be at least -1"),
@@ -364,16 +343,13 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and processes() > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    with explained(f"--device {name} is not a device of torch; give cpu, cuda, cuda:1 or mps", RuntimeError):
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name} is not a device of torch; give cpu, cuda, cuda:1 or mps") from None
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"--device {name} cannot train; give cpu, cuda, cuda:1 or mps")
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise UserError(
-            f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices on this machine; use --device cpu, or install torch for CUDA"
-        )
+        count = torch.cuda.device_count()
+        raise UserError(f"--device {name}: torch sees {count} CUDA devices on this machine; use --device cpu, or install torch for CUDA")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: torch sees no Metal device on this machine; use --device cpu")
     return device
@@ -470,13 +446,10 @@ def read_image(path, side=None):
     Raises:
         UserError: if it is missing, damaged or truncated.
     """
-    try:
-        with Image.open(path) as file:
-            if side:
-                file.draft("RGB", (side, side))
-            return as_rgb(ImageOps.exif_transpose(file))
-    except Exception as error:  # Pillow raises half a dozen types for damaged files
-        raise UserError(f"image '{path}' cannot be read: {fault(error, path)}") from None
+    with explained(f"image '{path}' cannot be read: {{}}"), Image.open(path) as file:  # Pillow raises half a dozen types
+        if side:
+            file.draft("RGB", (side, side))
+        return as_rgb(ImageOps.exif_transpose(file))
 
 
 def as_rgb(image):
@@ -490,11 +463,6 @@ def as_rgb(image):
     return image.convert("RGB")
 
 
-def fault(error, path):
-    """What Pillow says is wrong with a file, without its name."""
-    return "missing" if isinstance(error, FileNotFoundError) else str(error).replace(f" '{path}'", "") or type(error).__name__
-
-
 def read_label_map(record, size):
     """A Record's segmentation as a PIL image of integers, resized to (width, height) by nearest neighbour."""
     if isinstance(record.segmentation, Path):
@@ -506,14 +474,11 @@ def read_label_map(record, size):
 
 
 def _read_mask(path, photograph, size):
-    try:
-        with Image.open(path) as file:
-            if (file.width > file.height) != (size[0] > size[1]):  # the camera's note turned the photograph, and the map lacks it
-                with Image.open(photograph) as turned:
-                    file.getexif()[ExifTags.Base.Orientation] = turned.getexif().get(ExifTags.Base.Orientation, 1)
-            return ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
-    except Exception as error:
-        raise UserError(f"label map '{path}' cannot be read: {fault(error, path)}") from None
+    with explained(f"label map '{path}' cannot be read: {{}}"), Image.open(path) as file:
+        if (file.width > file.height) != (size[0] > size[1]):  # the camera's note turned the photograph, and the map lacks it
+            with Image.open(photograph) as turned:
+                file.getexif()[ExifTags.Base.Orientation] = turned.getexif().get(ExifTags.Base.Orientation, 1)
+        return ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
 
 
 def readable(records, split, skip_broken=False, shown=10):
@@ -659,13 +624,11 @@ def coco_captions(path, number):
 @functools.lru_cache(2)
 def _coco_captions(path):
     """dict image → file name, and dict image → captions."""
-    try:
+    with explained(f"'{path}' is not COCO's captions file, or is damaged", ValueError, KeyError, TypeError):
         content, captions = json.loads(path.read_text(encoding="utf-8")), defaultdict(list)
         for annotation in content["annotations"]:
             captions[annotation["image_id"]].append(" ".join(annotation["caption"].split()))
         return {image["id"]: image["file_name"] for image in content["images"]}, dict(captions)
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"'{path}' is not COCO's captions file, or is damaged") from None
 
 
 class Archive(NamedTuple):
@@ -904,45 +867,26 @@ def save_checkpoint(path, trainer):
         temporary.write_bytes(archive.getbuffer())
 
 
-def resume_from(trainer, state):
-    """Give a trainer of either stage the state of a checkpoint, random state and all."""
-    with fitting("the checkpoint"):
-        trainer.step, trainer.best = state["step"], state["best"]
-        trainer.load(state)
-        torch.set_rng_state(state["random"].cpu())
-        if "cuda_random" in state and trainer.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_random"].cpu(), trainer.device)
-
-
 def load_checkpoint(path, device="cpu"):
     """A dict of `save_checkpoint`. Raises UserError for a file that is missing or something else."""
     if not Path(path).is_file():
         raise UserError(f"no checkpoint '{path}': it is no run's folder, or nothing was saved there yet")
-    try:
+    with explained(f"'{path}' cannot be read as a checkpoint of train.py; it is damaged or another program's"):
         with zipfile.ZipFile(path) as archive:  # torch writes a checksum of every record and does not read it
             if damaged := archive.testzip():
                 raise UserError(f"'{path}' is damaged: the checksum of {damaged} is wrong; use best.pt, or train again")
         state = torch.load(path, map_location=device, weights_only=True)
-        if not isinstance(state, dict) or not {"version", "config", "step", "random"} <= state.keys():
-            raise UserError(f"'{path}' is not a checkpoint of train.py")
-    except UserError:
-        raise
-    except Exception:  # torch raises half a dozen types for foreign, truncated and hostile files
-        raise UserError(f"'{path}' cannot be read as a checkpoint of train.py; it is damaged or another program's") from None
+    if not isinstance(state, dict) or not {"version", "config", "step", "random"} <= state.keys():
+        raise UserError(f"'{path}' is not a checkpoint of train.py")
     if state["version"] != CHECKPOINT_VERSION:
         raise UserError(f"'{path}' is of checkpoint version {state['version']}, this code reads {CHECKPOINT_VERSION}")
     return state
 
 
-@contextlib.contextmanager
 def fitting(path):
     """A block that builds what a checkpoint describes. Raises UserError where its parts do not belong together."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"'{path}' holds other than its configuration says: {str(error).splitlines()[0]}") from None
+    message = f"'{path}' holds other than its configuration says: {{}}"
+    return explained(message, KeyError, IndexError, TypeError, ValueError, RuntimeError)
 
 
 def load_run(path, device, checkpoint="last"):
@@ -990,11 +934,9 @@ def load_lpips(config):
     trunk_state = load_weights(TRUNKS[trunk].url, config.trunk_weights, what[0], "--trunk-weights")
     name, sha256 = f"lpips_{trunk}_v0.1.pth", HEADS_SHA256[trunk]
     head_state = load_weights(HEADS_URL.format(trunk), config.lpips_weights, what[1], "--lpips-weights", name, sha256)
-    try:
+    files = f"{config.trunk_weights or TRUNKS[trunk].url}, {config.lpips_weights or HEADS_URL.format(trunk)}"
+    with explained(f"these are not LPIPS's {trunk} trunk and heads: {files}: {{}}", RuntimeError, KeyError):
         return LPIPS(trunk, trunk_state, head_state)
-    except (RuntimeError, KeyError) as error:
-        files = f"{config.trunk_weights or TRUNKS[trunk].url}, {config.lpips_weights or HEADS_URL.format(trunk)}"
-        raise UserError(f"these are not LPIPS's {trunk} trunk and heads: {files}: {str(error).splitlines()[0]}") from None
 
 
 def load_weights(url, local, what, flag, name=None, sha256=None):
@@ -1005,11 +947,8 @@ def load_weights(url, local, what, flag, name=None, sha256=None):
     """
     in_name = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
     path = local or fetch(url, what, f"pass {flag} FILE", sha256 or in_name and in_name[1], name)
-    try:
+    with explained(f"{path} ({what}) cannot be had: {{}}; get it from {url} and pass {flag} FILE"):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise UserError(f"{path} ({what}) cannot be had: {reason}; get it from {url} and pass {flag} FILE") from None
 
 
 def psnr(x_hat, x):
@@ -1032,10 +971,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.config, self.prior, self.device = config, prior, device
         self.step, self.best, self.epoch = 0, -math.inf, math.ceil(images / (config.batch_size * config.accumulate * processes()))
-        try:
+        with explained("{}", ValueError):
             self.model = VQModel(config, prior)
-        except ValueError as error:
-            raise UserError(str(error)) from None
         self.model = self.model.to(device, memory_format=torch.channels_last)
         self.generator_optimizer = self._adam(self.model)
         self.discriminator = self.discriminator_optimizer = self.critic = self.perceptual = None
@@ -1257,14 +1194,34 @@ def fresh_folder(out, config, trainer):
         new.rename(out)
 
 
-def start_run(config, out, trainer, prior):
+def start_run(trainer, prior, out):
     """Write what a run holds from its first moment: configuration, checkpoint, prior, and codebook at step 0."""
-    with fresh_folder(out, config, trainer) as new:
+    if trainer.config.init:
+        start_from(trainer, trainer.config.init)
+    if rank():
+        return
+    with fresh_folder(out, trainer.config, trainer) as new:
         if prior is not None:
             prior.save(new / "prior.npz")
         trainer.model.eval()
         codebooks = zip(codebook_names(trainer.model.codebook.sizes), trainer.model.codebook())
         save_arrays(new / "codebook_start.npz", **{name: codes.cpu().numpy() for name, codes in codebooks})
+
+
+def resume_run(trainer, state, out):
+    """Give a trainer of either stage the state of a checkpoint, random state and all; its folder forgets what came after."""
+    with fitting(out / "last.pt"):
+        trainer.step, trainer.best = state["step"], state["best"]
+        trainer.load(state)
+        torch.set_rng_state(state["random"].cpu())
+        if "cuda_random" in state and trainer.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), trainer.device)
+    if not rank():
+        trim_metrics(out / "metrics.jsonl", trainer.step)
+        save_config(trainer.config, out)
+    new = dataclasses.asdict(trainer.config)
+    changed = [f"{name} {old} → {new[name]}" for name, old in state["config"].items() if new[name] != old]
+    print(f"resumed at step {trainer.step:,}" + (f"; changed: {', '.join(changed)}" if changed else ""))
 
 
 def trim_metrics(path, step):
@@ -1287,10 +1244,8 @@ def start_from(trainer, path):
     state = {name: torch.tensor(value) for name, value in read_tensors(path).items()}
     if not any(name.startswith("encoder.conv_in") for name in state):
         raise UserError(f"--init {path} holds no VQGAN of taming-transformers (a run of train.py goes on with --resume)")
-    try:
+    with explained(f"--init {path}: {{}}; the published f16 networks fit --preset f16", ValueError):
         left = {name.partition(".")[0] for name in load_taming(trainer.model, trainer.discriminator, state)}
-    except ValueError as error:
-        raise UserError(f"--init {path}: {error}; the published f16 networks fit --preset f16") from None
     parts = ["encoder", "decoder", "to_codes", "from_codes", "codebook", *["discriminator"] * (trainer.discriminator is not None)]
     said = [", ".join(part for part in parts if (part in left) == kept) for kept in (False, True)]
     print(f"init: {said[0]} of {path}" + (f"; {said[1]} as without it" if said[1] else ""))
@@ -1304,54 +1259,11 @@ def announce(config, trainer, train_set, val_set, out):
     print(f"{config.dataset}: {images} at {config.resolution}² → {out}")
     codes = " + ".join(f"{size:,} {name}s" for name, size in zip(codebook_names(sizes), sizes))
     print(f"{config.method} ({config.preset}): {count(trainer.model)} on {trainer.device}, {height}×{width} positions of {codes}")
-    perceptual = (
-        f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}"
-        if trainer.perceptual is not None
-        else "no perceptual loss (weight 0)"
-    )
-    gan = (
-        f"adversary from step {config.gan_start:,}, {count(trainer.discriminator)}" if trainer.discriminator is not None else "no adversary"
-    )
-    codes = (
-        "Gumbel-softmax" if config.quantizer == "gumbel" else f"{config.quantizer} codes with β {config.beta} on the {config.beta_on} term"
-    )
-    print(f"losses: {config.pixel_loss}, {codes}, {perceptual}, {gan}", flush=True)
-
-
-def train(config, resume=False, overwrite=False):
-    """Run a Config to its last step. Returns the run's folder."""
-    out, state = Path(config.out), None
-    if resume:
-        state = load_checkpoint(out / "last.pt")
-    else:
-        check_folder(out, overwrite)
-    with first_alone():
-        device, train_set, val_set = check_inputs(config, resume)
-    if resume:
-        with fitting(out / "last.pt"):
-            trainer = Trainer(config, state["prior"], device, len(train_set))
-        resume_from(trainer, state)
-        if not rank():
-            trim_metrics(out / "metrics.jsonl", trainer.step)
-            save_config(config, out)
-        changed = [f"{name} {old} → {getattr(config, name)}" for name, old in state["config"].items() if getattr(config, name) != old]
-        print(f"resumed at step {trainer.step:,}" + (f"; changed: {', '.join(changed)}" if changed else ""))
-    else:
-        with first_alone():
-            prior = make_prior(config, train_set)
-        trainer = Trainer(config, portable(prior), device, len(train_set))
-        if config.init:
-            start_from(trainer, config.init)
-        if not rank():
-            start_run(config, out, trainer, prior)  # nothing was touched before all this succeeded
-    announce(config, trainer, train_set, val_set, out)
-    order = TrainBatches(len(train_set), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed)
-    loader = make_loader(train_set, device, config.workers, batch_sampler=order)
-    validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
-    validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
-    batches = (to_images(batch["image"], device) for batch in loader)
-    run_steps(trainer, batches, lambda: trainer.validate(validation, out / "reconstructions"), out)
-    return out
+    terms = [config.pixel_loss, "Gumbel-softmax" if config.quantizer == "gumbel" else f"{config.quantizer} codes"]
+    terms[1] += "" if config.quantizer == "gumbel" else f" with β {config.beta} on the {config.beta_on} term"
+    terms.append(f"LPIPS {config.perceptual_trunk} × {config.perceptual_weight}" if trainer.perceptual else "no perceptual loss (weight 0)")
+    adversary = trainer.discriminator and f"adversary from step {config.gan_start:,}, {count(trainer.discriminator)}"
+    print(f"losses: {', '.join([*terms, adversary or 'no adversary'])}", flush=True)
 
 
 def run_steps(trainer, batches, validate, out):
@@ -1469,22 +1381,7 @@ def progress_line(trainer, line, seconds_a_step):
     )
 
 
-CHANGEABLE = (
-    "out",
-    "steps",
-    "lr",
-    "device",
-    "data",
-    "download",
-    "skip_broken",
-    "workers",
-    "log_every",
-    "eval_every",
-    "eval_images",
-    "amp",
-    "compile",
-    "deterministic",
-)
+CHANGEABLE = "out steps lr device data download skip_broken workers log_every eval_every eval_images amp compile deterministic".split()
 
 
 def resumed(kind, state, given, changeable, name):
@@ -1508,8 +1405,10 @@ def resumed(kind, state, given, changeable, name):
     return config
 
 
-def check_inputs(config, resume=False):
+def check_inputs(config, resume=False, overwrite=False):
     """Device and data sets, with every problem found named at once; a resumed run has its prior and first weights with it."""
+    if not resume:
+        check_folder(Path(config.out), overwrite)
     if config.download:
         download(config.dataset, Path(config.data))
     names = ("trunk_weights", "lpips_weights") if resume else ("prior", "init", "trunk_weights", "lpips_weights")
@@ -1535,7 +1434,44 @@ def check_inputs(config, resume=False):
 
 
 # ---------------------------------------------------------------------------------------------
-# The demo: birds in scenes, after the paper's own examples, drawn and described by code
+# The whole of it
+
+
+def loaders(trainer, train_set, val_set):
+    """Iterator of training micro-batches from the trainer's step on, images in [-1, 1]; and a loader of validation images."""
+    config, device = trainer.config, trainer.device
+    first, last = trainer.step * config.accumulate, config.steps * config.accumulate
+    order = TrainBatches(len(train_set), config.batch_size, first, last, config.seed)
+    batches = make_loader(train_set, device, config.workers, batch_sampler=order)
+    validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
+    validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
+    return (to_images(batch["image"], device) for batch in batches), validation
+
+
+def main(argv=None):
+    """A run from its flags to its last step."""
+    with torchrun():
+        config, state, overwrite = parse(argv)
+        out, resume = Path(config.out), state is not None
+        with first_alone():
+            device, train_set, val_set = check_inputs(config, resume, overwrite)
+            prior = None if resume else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
+        with fitting(out / "last.pt") if resume else contextlib.nullcontext():
+            trainer = Trainer(config, state["prior"] if resume else portable(prior), device, len(train_set))  # step 3: the networks
+        if resume:
+            resume_run(trainer, state, out)
+        else:
+            start_run(trainer, prior, out)  # nothing was touched before all this succeeded
+        announce(config, trainer, train_set, val_set, out)
+        batches, validation = loaders(trainer, train_set, val_set)
+        run_steps(trainer, batches, lambda: trainer.validate(validation, out / "reconstructions"), out)  # Eq. 1 to 3, each step
+        if not rank():
+            picture = sorted((out / "reconstructions").glob("*.png"))[-1]
+            print(f"done: {out / 'last.pt'}; look at {picture}; measure with: python evaluate.py {out}")
+
+
+# ---------------------------------------------------------------------------------------------
+# Appendix, the demo: birds in scenes, after the paper's own examples, drawn and described by code
 
 # fmt: off
 COLOURS = {  # RGB in [0, 1]
@@ -1546,33 +1482,13 @@ COLOURS = {  # RGB in [0, 1]
 # fmt: on
 
 
-class Species(NamedTuple):
-    """Plumage and build of a species; lengths in units of the body."""
-
-    name: str
-    crown: str
-    throat: str
-    back: str
-    breast: str
-    belly: str
-    wing: str
-    tail: str
-    beak: str
-    leg: str
-    size: float  # share of the image's width
-    plump: float = 1.0
-    neck: float = 0.0
-    beak_length: float = 0.2
-    beak_depth: float = 0.055
-    hook: float = 0.0
-    tail_length: float = 0.42
-    legs: float = 0.22
-    crest: float = 0.0
-    pattern: str = "plain"  # of the breast
-    wing_bar: str = ""
-    mask: str = ""  # round the eye
-
-
+# Plumage and build; sizes are shares of the picture's width, lengths in units of the body, a pattern is that of the breast
+Species = namedtuple(
+    "Species",
+    "name crown throat back breast belly wing tail beak leg size "
+    "plump neck beak_length beak_depth hook tail_length legs crest pattern wing_bar mask",
+    defaults=(1.0, 0.0, 0.2, 0.055, 0.0, 0.42, 0.22, 0.0, "plain", "", ""),
+)
 # fmt: off
 SPECIES = (
     Species("robin", "dark", "orange", "brown", "orange", "white", "brown", "brown", "yellow", "brown", .40, 1.1),
@@ -1628,32 +1544,22 @@ DEMO_ADJECTIVES = frozenset(COLOURS) | frozenset(
     "warm bright sunny cloudy dim rosy soft misty cold mossy bare wooden old narrow calm rippled clear wet rough steep fresh deep leafy "
     "tall distant quiet blue wide empty low broad".split()
 )
-DEMO_NOUNS = (
-    frozenset(species.name for species in SPECIES)
-    | frozenset(LIGHTS)
-    | frozenset(PLACES)
-    | frozenset(
-        "bird breast belly back wing tail head crown crest throat beak bill leg foot eye feather plumage body neck mask bar light day scene "
-        "branch post water sand rock snow twig tree grass shore sea sky hill flower spot stripe".split()
+DEMO_NOUNS = frozenset(
+    (
+        *(species.name for species in SPECIES),
+        *LIGHTS,
+        *PLACES,
+        *"bird breast belly back wing tail head crown crest throat beak bill leg foot eye feather plumage body neck mask bar light day scene "
+        "branch post water sand rock snow twig tree grass shore sea sky hill flower spot stripe".split(),
     )
 )
 DEMO_SPEECH = WordListSpeech(DEMO_ADJECTIVES, DEMO_NOUNS, {"feet": "foot"})
 
 
-class Scene(NamedTuple):
-    """Everything about a picture that does not depend on its resolution."""
-
-    species: int
-    place: str
-    light: str
-    scale: float  # 0.8 … 1.2 of the species' size
-    pose: str  # "perched", "standing", "swimming" or "flying"
-    x: float
-    y: float
-    facing: int  # 1: right, −1: left
-    tilt: float  # radians
-    words: tuple  # one word each for light, perch and background
-    seed: tuple  # of every texture
+# What does not depend on a picture's resolution: a species' index, a place and a light; its share of the species' size; a pose;
+# where it is, which way it faces (1: right, −1: left), its tilt in radians; a word each for light, perch and background; a seed
+Scene = namedtuple("Scene", "species place light scale pose x y facing tilt words seed")
+POSES = {"lake": "swimming", "forest": "perched", "garden": "perched", "meadow": "perched"}
 
 
 def sample_scene(seed, split, index):
@@ -1662,24 +1568,11 @@ def sample_scene(seed, split, index):
     rng = np.random.default_rng(key)
     species = int(rng.integers(len(SPECIES)))
     place, light = (str(rng.choice(list(table))) for table in (PLACES, LIGHTS))
-    pose = {"lake": "swimming", "forest": "perched", "garden": "perched", "meadow": "perched"}.get(place, "standing")
-    if rng.random() < 0.18:
-        pose = "flying"
-    perch_words, behind_words = PLACES[place][1], PLACES[place][3]
-    words = tuple(str(rng.choice(choices)) for choices in (LIGHTS[light][0], perch_words, behind_words))
-    return Scene(
-        species,
-        place,
-        light,
-        rng.uniform(0.82, 1.18),
-        pose,
-        rng.uniform(0.42, 0.58),
-        rng.uniform(-0.04, 0.04),
-        int(rng.choice((-1, 1))),
-        rng.uniform(-0.18, 0.12),
-        words,
-        (*key, 1),
-    )
+    pose = "flying" if rng.random() < 0.18 else POSES.get(place, "standing")
+    words = tuple(str(rng.choice(choices)) for choices in (LIGHTS[light][0], PLACES[place][1], PLACES[place][3]))
+    scale, x, y = rng.uniform(0.82, 1.18), rng.uniform(0.42, 0.58), rng.uniform(-0.04, 0.04)
+    facing, tilt = int(rng.choice((-1, 1))), rng.uniform(-0.18, 0.12)
+    return Scene(species, place, light, scale, pose, x, y, facing, tilt, words, (*key, 1))
 
 
 class Canvas:
@@ -1757,12 +1650,9 @@ def paint_background(canvas, scene):
                 canvas.paint(np.array(horizon), 0.35 * glow * blob)
     else:
         ridge = level - 0.05 - 0.16 * canvas.noise(4, 2, 3, x=x, y=np.full_like(x, 0.3))
-        far = {"field": rgb("pale") * 0.82, "cliff": rgb("blue") * 0.55 + 0.3, "beach": rgb("teal") * 0.6 + 0.3}.get(
-            scene.place, rgb("green") * 0.7 + 0.12
-        )
-        canvas.paint(
-            far * (0.8 + 0.35 * fbm[..., None]), canvas.inside(ridge - y, 2), "tree" if scene.place in ("meadow", "lake") else None
-        )
+        far = {"field": rgb("pale") * 0.82, "cliff": rgb("blue") * 0.55 + 0.3, "beach": rgb("teal") * 0.6 + 0.3}
+        far = far.get(scene.place, rgb("green") * 0.7 + 0.12) * (0.8 + 0.35 * fbm[..., None])
+        canvas.paint(far, canvas.inside(ridge - y, 2), "tree" if scene.place in ("meadow", "lake") else None)
         depth = np.clip((y - level) / (1 - level), 0, 1)
         ground = canvas.inside(level - y, 2)
         if scene.place in ("lake", "beach"):
@@ -1775,11 +1665,9 @@ def paint_background(canvas, scene):
             canvas.paint(rgb("beige") * (0.85 + 0.2 * fine[..., None] + 0.1 * depth[..., None]), canvas.inside(shore - y, 2), "ground")
         if scene.place in ("meadow", "field", "cliff"):
             blades = canvas.noise(70, 7, 2)
-            surface = {
-                "meadow": rgb("green") * (0.65 + 0.55 * blades[..., None]),
-                "field": rgb("white") * (0.86 + 0.16 * fbm[..., None]),
-                "cliff": rgb("gray") * (0.45 + 0.8 * canvas.noise(9, 14, 4)[..., None]),
-            }[scene.place]
+            surface = {"meadow": ("green", 0.65, 0.55, blades), "field": ("white", 0.86, 0.16, fbm)}
+            colour, base, contrast, grain = {**surface, "cliff": ("gray", 0.45, 0.8, canvas.noise(9, 14, 4))}[scene.place]
+            surface = rgb(colour) * (base + contrast * grain[..., None])
             canvas.paint(surface * (0.8 + 0.25 * depth[..., None]), ground, "ground")
     return paint_perch(canvas, scene, fine)
 
@@ -1794,11 +1682,8 @@ def paint_perch(canvas, scene, fine):
         top = foot + radius
         distance, _ = stroke(x, y, ((-0.1, top - slope), (scene.x, top), (1.1, top + 1.5 * slope)), (1.3 * radius, radius, 0.7 * radius))
         shade = np.clip(1.15 + (top - y) / radius * 0.35, 0.4, 1.4)
-        mossy = scene.words[1] == "mossy"
-        colour = (
-            bark * (1 - 0.75 * mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None])
-            + mossy * np.clip(fine * 2 - 0.6, 0, 1)[..., None] * rgb("green") * 0.7
-        )
+        moss = (scene.words[1] == "mossy") * np.clip(fine * 2 - 0.6, 0, 1)[..., None]
+        colour = bark * (1 - 0.75 * moss) + moss * rgb("green") * 0.7
         canvas.paint(colour * shade[..., None], canvas.inside(distance), "perch")
         for _ in range(5 if scene.words[1] != "bare" else 0):
             lx, angle = canvas.rng.uniform(0, 1), canvas.rng.uniform(0.5, 2.6)
@@ -1876,16 +1761,14 @@ class BirdPainter:
         for offset in (0.02, 0.11):
             knee = (offset - 0.03, self.depth * 0.8 + 0.4 * (ground / self.scale - self.depth))
             foot = (offset + 0.02, ground / self.scale)
-            distance, _ = stroke(
-                self.dx, self.dy, ((offset, self.depth * 0.5), knee, foot, (foot[0] + 0.09, foot[1] + 0.01)), (0.028, 0.017, 0.015, 0.012)
-            )
+            joints = ((offset, self.depth * 0.5), knee, foot, (foot[0] + 0.09, foot[1] + 0.01))
+            distance, _ = stroke(self.dx, self.dy, joints, (0.028, 0.017, 0.015, 0.012))
             self.paint(rgb(self.kind.leg), distance, "leg", 0.9 + 0 * self.x)
 
     def tail(self):
         length = self.kind.tail_length
-        distance, along = stroke(
-            self.x, self.y, ((-0.28, 0.0), (-0.42, 0.05), (-0.40 - length, 0.10 + 0.12 * length)), (0.12, 0.085, 0.055)
-        )
+        feathers = ((-0.28, 0.0), (-0.42, 0.05), (-0.40 - length, 0.10 + 0.12 * length))
+        distance, along = stroke(self.x, self.y, feathers, (0.12, 0.085, 0.055))
         barbs = 0.82 + 0.22 * np.sin((self.y - 0.2 * self.x) * 75) * along + 0.15 * self.down
         self.paint(rgb(self.kind.tail), distance, "tail", barbs)
 
@@ -1895,12 +1778,8 @@ class BirdPainter:
         torso, dome = ellipse(x, y, 0, 0, 0.43, self.depth)
         chest, chest_dome = ellipse(x, y, 0.16, 0.02, 0.27, self.depth * 0.98)
         hx, hy = self.skull
-        neck, _ = stroke(
-            x,
-            y,
-            ((0.22, -0.06), ((0.30 + hx) / 2, (hy - 0.05) / 2), (hx, hy)),
-            (self.depth * 0.72, self.skull_radius * 0.85, self.skull_radius * 0.85),
-        )
+        width = self.skull_radius * 0.85
+        neck, _ = stroke(x, y, ((0.22, -0.06), ((0.30 + hx) / 2, (hy - 0.05) / 2), (hx, hy)), (self.depth * 0.72, width, width))
         distance = np.minimum(np.minimum(torso, chest), neck)
         blend = np.clip(0.5 + 6 * (torso - neck), 0, 1)
         distance = distance - 0.02 * np.exp(-(((torso - neck) / 0.05) ** 2)) * (neck < 0.08)
@@ -1932,15 +1811,9 @@ class BirdPainter:
         kind, x, y = self.kind, self.x, self.y
         (hx, hy), radius = self.skull, self.skull_radius
         if kind.crest:
-            crest, along = stroke(
-                x,
-                y,
-                (
-                    (hx + 0.03, hy - 0.6 * radius),
-                    (hx - 0.09, hy - radius - 0.3 * kind.crest),
-                    (hx - 0.17 - 0.3 * kind.crest, hy - radius - 0.55 * kind.crest),
-                ),
-                (0.09, 0.055, 0.008),
+            tip = (hx - 0.17 - 0.3 * kind.crest, hy - radius - 0.55 * kind.crest)
+            crest, _ = stroke(
+                x, y, ((hx + 0.03, hy - 0.6 * radius), (hx - 0.09, hy - radius - 0.3 * kind.crest), tip), (0.09, 0.055, 0.008)
             )
             self.paint(rgb(kind.crown), crest, "head", 0.75 + 0.35 * self.down)
         length, bend = kind.beak_length, kind.hook
@@ -2071,26 +1944,6 @@ class DemoDataset(ImageDataset):
             self.pictures[index] = torch.from_numpy(np.dstack([image, segmentation])).permute(2, 0, 1)
             self.drawn[index] = True
         return self.pictures[index, :3], self.pictures[index, 3:] if self.with_segmentation else None
-
-
-# ---------------------------------------------------------------------------------------------
-# Command line
-
-
-def main(argv=None):
-    """Train a run, or go on with one."""
-    with torchrun():
-        config, given, resume, overwrite = parse(argv)
-        if resume:
-            state, given = load_checkpoint(Path(config.out) / "last.pt"), {**given, "out": config.out}
-            with fitting(Path(config.out) / "last.pt"):
-                config = resumed(Config, state, given, CHANGEABLE, config.out)
-            config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
-            check_config(config)
-        out = train(config, resume, overwrite)
-        if not rank():
-            picture = sorted((out / "reconstructions").glob("*.png"))[-1]
-            print(f"done: {out / 'last.pt'}; look at {picture}; measure with: python evaluate.py {out}")
 
 
 if __name__ == "__main__":

@@ -90,6 +90,20 @@ def small():
     return dict(resolution=16, channels=8, multipliers=(1, 2), blocks=1, z_channels=8, code_dim=8, transfer_width=16)
 
 
+def run_training(config, *flags):
+    """`python train.py` with each field of a Config as a flag → the run's folder."""
+    import train
+
+    for name, value in vars(config).items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags += (f"--{name}" if value else f"--no-{name}",)
+        else:
+            flags += (f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}",)
+    train.main(flags)
+    return Path(config.out)
+
+
 class Foreign:
     """An object that a published checkpoint may carry beside its tensors."""
 

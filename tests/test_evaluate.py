@@ -16,6 +16,7 @@ from PIL import Image
 import evaluate as evaluate_module
 import train as train_module
 from evaluate import (
+    EvaluationConfig,
     Axes,
     InceptionFeatures,
     alignment_table,
@@ -37,9 +38,10 @@ from evaluate import (
     ssim,
     to_bytes,
 )
+from conftest import run_training
 from prior import UserError
 from test_train import TINY
-from train import DemoDataset, load_lpips, load_weights, resolve, train
+from train import DemoDataset, load_lpips, load_weights, resolve
 
 # ---------------------------------------------------------------------------------------------
 # Metrics
@@ -295,7 +297,7 @@ def test_missing_lpips_weights_name_file_and_flag(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     sizes, DemoDataset.SIZES = DemoDataset.SIZES, {"train": 64, "val": 11}
-    out = train(resolve({**TINY, "out": str(tmp_path_factory.mktemp("runs") / "run"), "steps": 6}))
+    out = run_training(resolve({**TINY, "out": str(tmp_path_factory.mktemp("runs") / "run"), "steps": 6}))
     yield out
     DemoDataset.SIZES = sizes
 
@@ -350,7 +352,7 @@ def test_figures_do_not_depend_on_the_batch_size_or_the_time(run):
         state = train_module.load_checkpoint(run / "last.pt")
         state["config"]["batch_size"] = batch_size
         torch.save(state, run / "other.pt")
-        results.append(evaluate(run, checkpoint="other").result)
+        results.append(evaluate(run, EvaluationConfig(checkpoint="other")).result)
     assert all(abs(r["psnr"] - results[0]["psnr"]) < 1e-3 and r["codes_used"] == results[0]["codes_used"] for r in results)
     assert results[1] == results[2]
     assert json.dumps(results[1]["alignment"]) == json.dumps(results[3]["alignment"])
@@ -386,8 +388,8 @@ def test_table_of_runs_that_differ_by_seed_or_more(run):
 
 def test_the_official_recipe_is_evaluated_and_drawn(run, tmp_path, monkeypatch):
     monkeypatch.setattr(DemoDataset, "SIZES", {"train": 64, "val": 11})
-    out = train(resolve({**TINY, "out": str(tmp_path / "run"), "steps": 2, "recipe": "official"}))
-    result, usage, _ = evaluate(out, figures=True)
+    out = run_training(resolve({**TINY, "out": str(tmp_path / "run"), "steps": 2, "recipe": "official"}))
+    result, usage, _ = evaluate(out, EvaluationConfig(figures=True))
     assert [codebook.counts.sum() for codebook in usage] == [2 * 11 * 256, 11 * 256] and usage[0].positions == usage[1].positions
     assert result["bits"] == pytest.approx(256 * (2 * math.log2(result["codes"]["adjective"]) + math.log2(result["codes"]["noun"])))
 
@@ -395,7 +397,7 @@ def test_the_official_recipe_is_evaluated_and_drawn(run, tmp_path, monkeypatch):
 def test_runs_are_compared_in_pictures(run, tmp_path, capsys, monkeypatch):
     no_weights(tmp_path, monkeypatch)
     sizes, DemoDataset.SIZES = DemoDataset.SIZES, {"train": 64, "val": 11}
-    other = train(resolve({**TINY, "out": str(run.parent / "run-vqgan"), "steps": 2, "method": "vqgan"}))
+    other = run_training(resolve({**TINY, "out": str(run.parent / "run-vqgan"), "steps": 2, "method": "vqgan"}))
     DemoDataset.SIZES = sizes
     monkeypatch.setattr(DemoDataset, "SIZES", {"train": 64, "val": 11})
     main([str(run), str(other), "--figures"])

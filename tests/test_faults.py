@@ -25,10 +25,10 @@ import evaluate as evaluate_module
 import prior as prior_module
 import synthesize as synthesize_module
 import train as train_module
-from conftest import ROOT, small_prior
+from conftest import ROOT, run_training, small_prior
 from prior import Prior, UserError, WordNetSpeech
 from test_train import TINY, lines_of
-from train import Trainer, fitting, load_checkpoint, load_run, noted_signals, read_image, resolve, train
+from train import Trainer, fitting, load_checkpoint, load_run, noted_signals, read_image, resolve
 
 FLAGS = [f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in TINY.items()]
 MARKED = pytest.mark.slow
@@ -165,6 +165,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(whole, photographs
 
 
 def test_a_second_signal_ends_at_once():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
     with noted_signals() as noted:
         signal.raise_signal(signal.SIGINT)
         assert noted == [signal.SIGINT]
@@ -289,7 +290,7 @@ def test_a_full_disk_keeps_the_run_that_was_to_be_replaced(photographs, whole, t
 
 
 def test_weights_that_are_not_finite_are_not_saved(photographs, tmp_path):
-    out = train(choices(photographs, tmp_path / "run", method="vqgan", steps=1))
+    out = run_training(choices(photographs, tmp_path / "run", method="vqgan", steps=1))
     before, state = (out / "last.pt").read_bytes(), load_checkpoint(out / "last.pt")
     trainer = Trainer(train_module.Config(**state["config"]), None, torch.device("cpu"))
     trainer.model.decoder.to_image.bias.data[0] = float("nan")
@@ -348,7 +349,7 @@ def test_the_step_and_the_term_that_broke_are_named(photographs, tmp_path, monke
     math_inf = float("inf")
     monkeypatch.setattr(Trainer, "reconstruction_loss", broken)
     with pytest.raises(UserError, match="pixel is not finite at step 4; the last good checkpoint is '.*last.pt'; try a smaller --lr"):
-        train(choices(photographs, tmp_path / "run", log_every=5))
+        run_training(choices(photographs, tmp_path / "run", log_every=5))
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] in (0, 4)
 
 
@@ -362,7 +363,7 @@ def test_a_gradient_that_is_not_finite_is_found_behind_finite_losses(photographs
 
     monkeypatch.setattr(train_module.Trainer, "__init__", hooked)
     with pytest.raises(UserError, match="^gradient is not finite at step 3"):
-        train(choices(photographs, tmp_path / "run", eval_every=3, log_every=100))
+        run_training(choices(photographs, tmp_path / "run", eval_every=3, log_every=100))
     state = load_checkpoint(tmp_path / "run" / "last.pt")  # not overwritten by what broke
     assert state["step"] == 0 and all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
 
@@ -405,15 +406,15 @@ def test_losses_stay_finite_at_the_edges(photographs, prior, tmp_path, method, e
         more["prior"] = str(tmp_path / "prior.npz")
     if edge == "one code" and method != "vqct":
         more["codebook_size"] = 1
-    out = train(choices(photographs, tmp_path / "run", method=method, **more))
+    out = run_training(choices(photographs, tmp_path / "run", method=method, **more))
     lines = lines_of(out)
     assert len(lines) == 3 and all(np.isfinite(value).all() for line in lines for value in line.values())
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_seed_repeats_a_run_of_files(photographs, tmp_path, workers):
-    first = train(choices(photographs, tmp_path / "a", workers=workers))
-    second = train(choices(photographs, tmp_path / "b", deterministic=True))
+    first = run_training(choices(photographs, tmp_path / "a", workers=workers))
+    second = run_training(choices(photographs, tmp_path / "b", deterministic=True))
     assert lines_of(first) == lines_of(second) and lines_of(first, "validation_psnr") == lines_of(second, "validation_psnr")
     torch.use_deterministic_algorithms(False)
 
@@ -557,7 +558,7 @@ def test_wide_and_tiny_images_train(photographs, prior, tmp_path):
         (data / split).mkdir(parents=True)
         Image.linear_gradient("L").resize((20_000, 8)).save(data / split / "wide.png")
         Image.new("RGB", (1, 1), "red").save(data / split / "dot.png")
-    out = train(choices(photographs, tmp_path / "run", data=str(data), batch_size=2, steps=1, eval_every=1))
+    out = run_training(choices(photographs, tmp_path / "run", data=str(data), batch_size=2, steps=1, eval_every=1))
     assert np.isfinite(lines_of(out, "validation_psnr")[0]["validation_psnr"])
 
 
@@ -579,7 +580,7 @@ def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 def test_tokens_follow_the_images_they_were_made_of(photographs, tmp_path):
     data = tmp_path / "images"
     shutil.copytree(photographs / "images", data)
-    out = train(choices(photographs, tmp_path / "run", data=str(data), steps=1))
+    out = run_training(choices(photographs, tmp_path / "run", data=str(data), steps=1))
     run = synthesize_module.Run(out, torch.device("cpu"))
     before = synthesize_module.tokens_of(run, "val").indices
     assert synthesize_module.tokens_of(run, "val").indices.equal(before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import run_training
 from evaluate import to_bytes
 from prior import UserError
 from synthesize import (
@@ -22,20 +23,19 @@ from synthesize import (
     main,
     parse,
     pin_words,
-    stage_config,
     stage_folder,
     tokens_of,
     unigram_bits,
     words_of,
 )
 from test_train import TINY
-from train import DemoDataset, load_run, psnr, resolve, to_images, train
+from train import DemoDataset, load_run, psnr, resolve, to_images
 
 
 @pytest.fixture(scope="module", params=[{"method": "vqct"}, {"method": "vqgan"}, {"recipe": "official"}], ids=str)
 def run(request, tmp_path_factory):
     sizes, DemoDataset.SIZES = DemoDataset.SIZES, {"train": 64, "val": 5}
-    yield train(resolve({**TINY, **request.param, "out": str(tmp_path_factory.mktemp("runs") / "run"), "steps": 2}))
+    yield run_training(resolve({**TINY, **request.param, "out": str(tmp_path_factory.mktemp("runs") / "run"), "steps": 2}))
     DemoDataset.SIZES = sizes
 
 
@@ -92,29 +92,26 @@ SMALL = "--width 16 --depth 1 --heads 2 --batch-size 8 --eval-every 2 --log-ever
 
 
 def stage(run, *flags):
-    """Train a second stage for three steps, once; → Run, load_stage(…), validation Tokens, arguments of `sample`."""
-    names = [flag for flag in flags if flag != "--no-joint"]
-    args = parse([str(run), "sample", *names])
-    args.given.update({"joint": False} if "--no-joint" in flags else {})
-    here = Run(run, torch.device("cpu"))
-    folder = run / "synthesis" / "-".join([args.model, args.condition, *["independent"] * ("--no-joint" in flags)])
-    if not folder.exists():
+    """Train a second stage for three steps, once; → Run, load_stage(…), validation Tokens, SampleChoices."""
+    choices = parse([str(run), "sample", *flags, "--device", "cpu"]).choices
+    here = Run(run, choices)
+    if not stage_folder(here, choices).exists():
         main([str(run), "train", *flags, *SMALL, "--steps", "3"])
-    return here, load_stage(here, stage_folder(here, stage_config(args, here))), tokens_of(here, "val", 1, args.model == "ldm"), args
+    return here, load_stage(here, stage_folder(here, choices)), tokens_of(here, "val", 1, choices.model == "ldm"), choices
 
 
 @pytest.mark.parametrize("model", ["gpt", "ldm"])
 @pytest.mark.parametrize("condition", ["none", "class", "segmentation"])
 def test_every_second_stage_trains_and_completes(run, model, condition):
-    here, trained, tokens, args = stage(run, "--model", model, "--condition", condition)
+    here, trained, tokens, choices = stage(run, "--model", model, "--condition", condition)
     rows = torch.arange(4)
     given = torch.where(known_part("top", here.model.grid), tokens.indices[rows], -1)
     assert (given[:, :, :8] == tokens.indices[rows][:, :, :8]).all() and (given[:, :, 8:] == -1).all()
-    args.scale = 1.5
-    drawn = draw_images(here, trained, tokens, rows, args, 0, given)
+    choices.guidance = 1.5
+    drawn = draw_images(here, trained, tokens, rows, choices, 0, given)
     assert torch.equal(drawn[given >= 0], given[given >= 0]) and not torch.equal(drawn, tokens.indices[rows])
-    assert torch.equal(drawn, draw_images(here, trained, tokens, rows, args, 0, given))  # by its seed
-    assert not torch.equal(drawn, draw_images(here, trained, tokens, rows, args, 1, given))
+    assert torch.equal(drawn, draw_images(here, trained, tokens, rows, choices, 0, given))  # by its seed
+    assert not torch.equal(drawn, draw_images(here, trained, tokens, rows, choices, 1, given))
 
 
 def test_a_resumed_second_stage_equals_an_uninterrupted_one(run):
@@ -141,7 +138,7 @@ def test_a_resumed_second_stage_equals_an_uninterrupted_one(run):
     again = torch.load(folder / "last.pt", weights_only=True)
     trainer = StageTrainer(
         SynthesisConfig(**{**whole["config"], "steps": 1}),
-        here := Run(run, torch.device("cpu")),
+        here := Run(run),
         whole["count"],
         *[tokens_of(here, "val")] * 2,
     )
@@ -179,7 +176,7 @@ def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
 
 
 def test_label_shares_are_those_of_each_positions_pixels(run):
-    here = Run(run, torch.device("cpu"))
+    here = Run(run)
     tokens = tokens_of(here, "val")
     shares = known_of(SynthesisConfig(condition="segmentation"), tokens, torch.arange(5), here.device, 15)
     cells = tokens.segmentation[3].long().unfold(0, 2, 2).unfold(1, 2, 2)[5, 7].flatten()
@@ -192,15 +189,15 @@ def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
     if here.prior is None:
         pytest.skip("codes without words")
     words = [here.prior["adjective_words"][3]] * (len(here.sizes) - 1) + [here.prior["noun_words"][5]]
-    shared = [str(run), "sample", "--condition", "segmentation", "--output", str(tmp_path / "s.png")]
-    main([*shared, "--pin", f"3,4={','.join(words)}", "--words", "--number", "1", "--repeat", "1"])
+    shared = ["--condition", "segmentation", "--output", str(tmp_path / "s.png")]
+    main([str(run), "sample", *shared, "--pin", f"3,4={','.join(words)}", "--words", "--count", "1", "--repeat", "1"])
     printed = capsys.readouterr().out
     with Image.open(tmp_path / f"s-{run.name}-sample-1-for-image-0.png") as picture:
         assert picture.size == (16 * 84, 16 * 84)
     grid = printed.split("sample 1 for image 0, ")[1].splitlines()[1:17]
     assert " ".join(words) in grid[3] and len(grid[3].split("  ")) >= 16
     Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save(tmp_path / "mask.png")
-    main([*shared, "--complete", str(tmp_path / "mask.png"), "--number", "3"])
+    main([str(run), "complete", *shared, "--part", str(tmp_path / "mask.png"), "--count", "3"])
     with Image.open(tmp_path / "s.png") as picture:
         assert picture.size == (190 + 3 * 132, 8 * 132)  # maps, originals, decoded, known parts, two completed, two samples
     transparent = np.uint8(255 * (np.indices((32, 32))[1] < 8))
@@ -218,36 +215,36 @@ def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
         else (["--pin", "0,0="], "expected row,column=adjective1,adjective2,noun"),
         (["--pin", f"3,4={words[-1]}"], "it is one for noun; the order is adj"),
         (["--pin", f"3,4={words[0]}", f"3,4={words[0]}"], "has its words already"),
-        (["--complete", "nowhere"], "neither top, bottom"),
+        (["--part", "nowhere"], "neither top, bottom"),
         (["--output", str(tmp_path)], "is a folder; name a file"),
         (["--images", "77"], "images 0 … 4"),
     ):
         with pytest.raises(UserError, match=message):
-            main([*shared, *flags])
+            main([str(run), "complete", *shared, *flags])
 
 
 def test_one_image_is_completed_as_several_are(run):
-    here, trained, tokens, args = stage(run, "--model", "ldm", "--condition", "none")
+    here, trained, tokens, choices = stage(run, "--model", "ldm", "--condition", "none")
     given = torch.where(known_part("top", here.model.grid), tokens.indices[3:4], -1)
-    drawn = draw_images(here, trained, tokens, torch.tensor([3]), args, 0, given)
+    drawn = draw_images(here, trained, tokens, torch.tensor([3]), choices, 0, given)
     assert drawn.shape == given.shape and torch.equal(drawn[given >= 0], given[given >= 0])
 
 
 @pytest.mark.parametrize("model", ["gpt", "ldm"])
 def test_a_word_in_its_place_stays(run, model):
-    here, trained, tokens, args = stage(run, "--model", model, "--condition", "none")
+    here, trained, tokens, choices = stage(run, "--model", model, "--condition", "none")
     if here.prior is None:
         pytest.skip("codes without words")
     nothing = torch.full_like(tokens.indices[:2], -1)
     for words, stay in ((here.prior["adjective_words"][2], 0), ("," * (len(here.sizes) - 1) + here.prior["noun_words"][2], -1)):
         given = pin_words(here, nothing, [f"1,2={words}"])
         assert (given >= 0).sum() == 2 and (nothing == -1).all()
-        drawn = draw_images(here, trained, tokens, torch.arange(2), args, 0, given)
+        drawn = draw_images(here, trained, tokens, torch.arange(2), choices, 0, given)
         assert (drawn[:, stay, 1, 2] == 2).all() and drawn.shape == nothing.shape
 
 
 def test_views_are_crops_and_flips_with_their_maps(run):
-    here = Run(run, torch.device("cpu"))
+    here = Run(run)
     one, three = tokens_of(here, "val"), tokens_of(here, "val", 3)
     made = (run / "tokens.npz").stat().st_mtime_ns
     assert torch.equal(tokens_of(here, "val").indices, one.indices) and (run / "tokens.npz").stat().st_mtime_ns == made  # both are kept
@@ -262,7 +259,7 @@ def test_views_are_crops_and_flips_with_their_maps(run):
 
 
 def test_features_are_encoded_once(run):
-    here = Run(run, torch.device("cpu"))
+    here = Run(run)
     tokens = tokens_of(here, "val", with_features=True)
     (path,) = run.glob("features-????????????.npy")
     made = path.stat().st_mtime_ns
@@ -278,10 +275,10 @@ def test_features_are_encoded_once(run):
 
 
 def test_a_second_stage_belongs_to_its_tokenizer(run):
-    here, _, _, args = stage(run, "--condition", "none")
+    here, _, _, choices = stage(run, "--condition", "none")
     here.tokenizer = "0" * 64
     with pytest.raises(UserError, match="another state"):
-        load_stage(here, stage_folder(here, stage_config(args, here)))
+        load_stage(here, stage_folder(here, choices))
     with pytest.raises(UserError, match="no second stage 'absent' in .*; there is .*gpt-none"):
         load_stage(here, run / "synthesis" / "absent")
 
@@ -297,10 +294,10 @@ def test_flags_that_cannot_be_are_a_line(run, tmp_path):
         (["train", "--condition", "none", "--resume", "--steps", "2"], "is at step 3 already"),
         (["train", "--model", "ldm", "--no-joint"], "--no-joint is of --model gpt"),
         (["sample", "--top-p", "0"], r"--top-p 0.0 must lie in \(0, 1\]"),
-        (["sample", "--number", "0"], "--number 0 must be at least 1"),
+        (["sample", "--count", "0"], "--count 0 must be at least 1"),
         (["sample", "--labels", "/nope"], "--labels for those of --dataset folder"),
         (["sample", "--label", "robin"], "needs --condition class"),
-        (["sample", "--scale", "2"], "--scale guides towards a condition"),
+        (["sample", "--guidance", "2"], "--guidance is towards a condition"),
         (["sample", "--model", "ldm", "--top-k", "5"], "are of --model gpt"),
         (["sample", "--sampling-steps", "5"], "--sampling-steps is of --model ldm"),
     ):
@@ -311,7 +308,7 @@ def test_flags_that_cannot_be_are_a_line(run, tmp_path):
 
 
 def test_a_damaged_cache_is_made_anew(run, capsys):
-    here = Run(run, torch.device("cpu"))
+    here = Run(run)
     tokens = tokens_of(here, "val")
     (run / "tokens.npz").write_bytes((run / "tokens.npz").read_bytes()[:500])
     assert torch.equal(tokens_of(here, "val").indices, tokens.indices) and "made anew" in capsys.readouterr().out
@@ -325,9 +322,8 @@ def test_a_damaged_cache_is_made_anew(run, capsys):
 
 def test_two_runs_share_a_picture(run, tmp_path):
     stage(run, "--condition", "segmentation")
-    main(
-        [str(run), str(run), "sample", "--condition", "segmentation", "--number", "2", "--repeat", "1", "--output", str(tmp_path / "s.png")]
-    )
+    flags = ["--condition", "segmentation", "--count", "2", "--repeat", "1", "--output", str(tmp_path / "s.png")]
+    main([str(run), str(run), "sample", *flags])
     with Image.open(tmp_path / "s.png") as picture:
         rows = np.array(picture)[:, 190:].reshape(6, 132, -1, 3)  # maps, originals, and of each tokens decoded and a sample
     assert np.array_equal(rows[3], rows[5]) and np.array_equal(rows[2], rows[4]) and not np.array_equal(rows[2], rows[3])

@@ -13,7 +13,7 @@ from scipy.linalg import norm
 
 import prior as prior_module
 import train as train_module
-from conftest import ROOT, SHARED, safetensors_bytes
+from conftest import ROOT, SHARED, run_training, safetensors_bytes
 from prior import Prior, UserError, count_captions
 from test_vqct import Published
 from train import (
@@ -41,7 +41,6 @@ from train import (
     render_scene,
     resolve,
     sample_scene,
-    train,
 )
 
 
@@ -364,7 +363,7 @@ TINY = dict(
 
 
 def run_tiny(out, **choices):
-    return train(resolve({**TINY, "out": str(out), "steps": 8, **choices}))
+    return run_training(resolve({**TINY, "out": str(out), "steps": 8, **choices}))
 
 
 def lines_of(out, kind="loss"):
@@ -491,9 +490,9 @@ def test_a_start_that_fails_touches_nothing(tmp_path):
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for choices in (dict(prior=str(tmp_path / "absent.npz")), dict(resolution=33), dict(perceptual_weight=1.0, trunk_weights="absent.pth")):
         with pytest.raises(UserError):
-            train(resolve({**TINY, "out": str(out), **choices}), overwrite=True)
+            run_training(resolve({**TINY, "out": str(out), **choices}), "--overwrite")
         with pytest.raises(UserError):
-            train(resolve({**TINY, "out": str(tmp_path / "new"), **choices}))
+            run_training(resolve({**TINY, "out": str(tmp_path / "new"), **choices}))
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before and not (tmp_path / "new").exists()
 
 
@@ -535,12 +534,12 @@ def test_an_image_that_breaks_while_a_worker_reads_is_one_line(tmp_path, capsys)
 def test_a_run_resumes_without_the_files_it_began_with(tmp_path, prior):
     prior.save(tmp_path / "prior.npz")
     chosen = dict(**TINY, prior=str(tmp_path / "prior.npz"), out=str(tmp_path / "run"))
-    train(resolve({**chosen, "steps": 1}))
+    run_training(resolve({**chosen, "steps": 1}))
     (tmp_path / "prior.npz").unlink()
-    train(resolve({**chosen, "steps": 2}), resume=True)
+    run_training(resolve({**chosen, "steps": 2}), "--resume")
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
     with pytest.raises(UserError, match="--prior .* does not exist"):
-        train(resolve({**chosen, "out": str(tmp_path / "other")}))
+        run_training(resolve({**chosen, "out": str(tmp_path / "other")}))
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".safetensors"])
@@ -553,13 +552,13 @@ def test_training_starts_from_published_weights(tmp_path, capsys, suffix):
     sizes = dict(channels=128, multipliers=(1, 2), blocks=1, z_channels=16, code_dim=8, resolution=32, batch_size=2)
     chosen = resolve({"init": str(path), **sizes, "steps": 1, "eval_images": 2, "lr": 1e-12, "out": str(tmp_path / "run")})
     assert resolve({"init": "x"}).out == "runs/demo-vqct-init"
-    train(chosen)
+    run_training(chosen)
     state = load_checkpoint(tmp_path / "run" / "last.pt")["model"]
     assert torch.allclose(state["encoder.layers.0.weight"], theirs.state["encoder.conv_in.weight"], atol=1e-9)
     said = capsys.readouterr().out
     assert f"init: encoder, decoder, to_codes, from_codes of {path}; codebook, discriminator as without it" in said
     with pytest.raises(UserError, match=r"encoder.conv_in.weight is .*this network wants .*fit --preset f16"):
-        train(resolve({"init": str(path), "out": str(tmp_path / "other")}))
+        run_training(resolve({"init": str(path), "out": str(tmp_path / "other")}))
     assert not (tmp_path / "other").exists()
 
 
@@ -578,13 +577,13 @@ def test_an_existing_run_is_kept(tmp_path):
     with pytest.raises(UserError, match="--resume.*--overwrite"):
         run_tiny(out, steps=1)
     assert (out / "last.pt").read_bytes() == before
-    train(resolve({**TINY, "out": str(out), "steps": 2}), overwrite=True)
+    run_training(resolve({**TINY, "out": str(out), "steps": 2}), "--overwrite")
     assert load_checkpoint(out / "last.pt")["step"] == 2
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("years of work")
     (tmp_path / "other" / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UserError, match="not a run"):
-        train(resolve({**TINY, "out": str(tmp_path / "other")}), overwrite=True)
+        run_training(resolve({**TINY, "out": str(tmp_path / "other")}), "--overwrite")
     assert (tmp_path / "other" / "thesis.tex").exists()
 
 

@@ -581,7 +581,7 @@ def test_tokens_follow_the_images_they_were_made_of(photographs, tmp_path):
     data = tmp_path / "images"
     shutil.copytree(photographs / "images", data)
     out = run_training(choices(photographs, tmp_path / "run", data=str(data), steps=1))
-    run = synthesize_module.Run(out, torch.device("cpu"))
+    run = synthesize_module.Run(out)
     before = synthesize_module.tokens_of(run, "val").indices
     assert synthesize_module.tokens_of(run, "val").indices.equal(before)
     shutil.copy(data / "train" / "0.png", data / "val" / "00.png")

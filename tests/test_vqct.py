@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -801,12 +802,19 @@ def test_state_dict_carries_all_it_takes_to_decode(prior, small):
     assert torch.equal(other.eval().decode(indices), model.decode(indices))
 
 
-def test_module_prints_its_shapes(capsys):
+def test_module_shows_shapes_parameters_and_equations(capsys):
     vqct.main()
     printed = capsys.readouterr().out
-    assert "29.3 M weights" in printed and "42.4 M weights" in printed
-    assert "[0.3333, 0.4082, 0.0000, 0.3333]" in printed  # beak: degree 3, orange's 3, sharp's 2
-    assert "s = 0" in printed and "= 0.2483" in printed
+    for line in (
+        r"encoder +1×3×256×256 +→ 1×256×16×16 +29,298,176 parameters",
+        r"decoder +1×256×16×16 +→ 1×3×256×256 +42,449,795 parameters",
+        r"codebook +6207×512 +→ 1949×8 4258×8 +82,944 parameters",
+        r"beak +3 +0\.333 0\.408 0\.000 0\.333 ",  # degree 3, orange's 3, sharp's 2
+        r"sharp .* 0\.000 1\.316 ",  # (−2, 1)/2 + (0, 2)/√6, of which ReLU leaves the second
+        r"ẑ_a = .* 0\.406 from orange, 1\.002 from sharp: s = 0",
+        r"\(1 \+ β\) 0\.767 / 2 = 0\.4796 with β = 0\.25",
+    ):
+        assert re.search(line, printed), line
 
 
 # ---------------------------------------------------------------------------------------------

@@ -158,30 +158,6 @@ METHODS = {
 }
 
 
-def parse(argv=None):
-    """Command line → (Config, checkpoint that --resume goes on from or None, whether to overwrite).
-
-    Explicit flags win over the method's choices, these over the recipe's and the preset's.
-    """
-    presets = [f"{name}: {values}" for name, values in PRESETS.items() if values]
-    parser = Parser(description=__doc__, epilog=f"presets: {'; '.join(presets)}\nmethods: {', '.join(METHODS)}")
-    add_flags(parser, Config())
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, with its configuration")
-    start.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
-    given = vars(parser.parse_args(argv))
-    resume, overwrite = given.pop("resume"), given.pop("overwrite")
-    config = resolve(given, check=not resume)
-    if not resume:
-        return config, None, overwrite
-    last = Path(config.out) / "last.pt"
-    state = load_checkpoint(last)
-    with fitting(last):
-        config = resumed(Config, state, {**given, "out": config.out}, CHANGEABLE, config.out)
-    config.lr = config.lr or usual_lr(config)
-    return check_config(config), state, False
-
-
 def resolve(given, check=True):
     """Explicit choices → the whole Config."""
     method, dataset = given.get("method", Config.method), given.get("dataset", Config.dataset)
@@ -1179,6 +1155,34 @@ def save_config(config, out):
         temporary.write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
 
 
+def check_inputs(config, resume=False, overwrite=False):
+    """Device and data sets, with every problem found named at once; a resumed run has its prior and first weights with it."""
+    if not resume:
+        check_folder(Path(config.out), overwrite)
+    if config.download:
+        download(config.dataset, Path(config.data))
+    names = ("trunk_weights", "lpips_weights") if resume else ("prior", "init", "trunk_weights", "lpips_weights")
+    paths = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
+    check = not rank() or config.skip_broken  # what the first process has found readable is so
+    found, problems = {}, [f"{flag} '{path}' does not exist" for flag, path in paths.items() if path and not Path(path).exists()]
+    for name, make in (
+        ("device", lambda: pick_device(config.device)),
+        ("train", lambda: make_dataset(config, "train", check=check and not problems)),
+        ("val", lambda: make_dataset(config, "val", check=check and not problems)),
+    ):
+        try:
+            found[name] = make()
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(dict.fromkeys(problems)))
+    if len(found["val"]) == 0:
+        raise UserError(f"'{config.data}' has no images in its evaluation split")
+    if config.batch_size > len(found["train"]):
+        raise UserError(f"--batch-size {config.batch_size} is more than the {len(found['train'])} training images")
+    return found["device"], found["train"], found["val"]
+
+
 @contextlib.contextmanager
 def fresh_folder(out, config, trainer):
     """A new folder with a configuration and a first checkpoint that takes the place of `out` when the block ends well."""
@@ -1266,71 +1270,6 @@ def announce(config, trainer, train_set, val_set, out):
     print(f"losses: {', '.join([*terms, adversary or 'no adversary'])}", flush=True)
 
 
-def run_steps(trainer, batches, validate, out):
-    """The loop of both stages: step, log, validate, save. A signal of STOPPING ends it after the step, with a checkpoint.
-
-    Args:
-        trainer: Trainer, or StageTrainer of synthesize.py.
-        batches: iterator of micro-batches.
-        validate: () → score, the higher the better; dict of floats to log; and their words.
-        out: folder of metrics.jsonl, last.pt and best.pt.
-    Raises:
-        UserError: where a value is not finite, before it is saved.
-        SystemExit: of 128 + the signal's number.
-    """
-    config, progress, since, waited = trainer.config, Progress(), {}, 0.0
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
-    own_noise(trainer)
-    with open(os.devnull if rank() else out / "metrics.jsonl", "a", buffering=1) as log, noted_signals() as signals:
-        while trainer.step < config.steps:
-            began = time.monotonic()
-            group = [next(batches) for _ in range(config.accumulate)]
-            waited += time.monotonic() - began
-            metrics = trainer.train_step(group)
-            note_faults(since, metrics, trainer.step)
-            last = trainer.step == config.steps
-            logs, validates = (last or trainer.step % every == 0 for every in (config.log_every, config.eval_every))
-            stop = max(signals, default=0)
-            if processes() > 1:  # all of them stop at the same step, at one where they meet anyway
-                stop = int(across(torch.tensor(stop, device=trainer.device), "max")) if logs else 0
-            if logs or validates or stop:
-                check_finite({name: -across(-first, "max").item() for name, first in since.items()}, out)
-            if logs:
-                metrics = {name: across(value, "mean").item() for name, value in metrics.items()}  # waits for the device
-                now, steps = time.monotonic(), trainer.step - recent[-1][0]
-                recent.append((trainer.step, now))
-                steps_done, seconds = trainer.step - recent[0][0], now - recent[0][1]
-                speed = round(steps_done * config.batch_size * config.accumulate * processes() / max(seconds, 1e-9), 2)
-                timing = {"images_per_second": speed, "data_wait": round(waited / steps, 4)}  # seconds a step
-                line, waited = {"step": trainer.step, **metrics, **trainer.statistics(), **timing}, 0.0
-                log.write(json.dumps(line) + "\n")
-                progress(progress_line(trainer, line, seconds / steps_done), now=last)
-            if validates or stop:
-                trainer.statistics()  # joins what the processes count, for the checkpoint
-                own_noise(trainer)
-                if not rank():
-                    if validates:
-                        validate_and_keep_best(trainer, validate, out, log, progress)
-                    save_checkpoint(out / "last.pt", trainer)
-            if stop and not last:
-                progress(f"stopped by {signal.Signals(stop).name} after step {trainer.step:,}, which is saved; --resume goes on", now=True)
-                raise SystemExit(128 + stop)
-    if processes() > 1:
-        torch.distributed.barrier()
-
-
-def validate_and_keep_best(trainer, validate, out, log, progress):
-    """The first process's part of `run_steps` at a validation."""
-    score, values, words = validate()
-    check_finite({f"validation {name}": math.inf if math.isfinite(value) else trainer.step for name, value in values.items()}, out)
-    log.write(json.dumps({"step": trainer.step, **{f"validation_{name}": value for name, value in values.items()}}) + "\n")
-    progress(f"step {trainer.step:,}: validation {words}", now=True)
-    if score > trainer.best:
-        trainer.best = score
-        save_checkpoint(out / "best.pt", trainer)
-
-
 @contextlib.contextmanager
 def noted_signals():
     """A list to which a signal of STOPPING adds its number, instead of ending the process; a second one does end it."""
@@ -1357,28 +1296,136 @@ def own_noise(trainer):
         torch.manual_seed(trainer.config.seed + 1_000_003 * rank() + trainer.step)
 
 
-def note_faults(since, values, step):
-    """Keep in `since`, a dict name → () tensor, the first step at which each value was not finite; nothing waits for the device."""
-    for name, value in values.items():
-        first = torch.where(value.detach().isfinite(), math.inf, step)
-        since[name] = torch.minimum(since[name], first) if name in since else first
+class Journal:
+    """What a run tells while it trains: lines of metrics.jsonl, the progress line, and the first value that is not finite.
+
+    Args:
+        trainer: Trainer, or StageTrainer of synthesize.py; out: folder of metrics.jsonl.
+    """
+
+    def __init__(self, trainer, out):
+        self.trainer, self.out, self.progress = trainer, out, Progress()
+        self.file = open(os.devnull if rank() else out / "metrics.jsonl", "a", buffering=1)
+        self.first_fault = {}  # name → () tensor, the first step at which that value was not finite, or infinity
+        self.recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
+        self.waited = 0.0  # seconds for data since the last line
+
+    def waiting(self, batches, count):
+        """The next `count` micro-batches, and the time that they took is noted."""
+        began = time.monotonic()
+        group = [next(batches) for _ in range(count)]
+        self.waited += time.monotonic() - began
+        return group
+
+    def note_faults(self, values):
+        """Of a dict name → () tensor; nothing waits for the device."""
+        for name, value in values.items():
+            first = torch.where(value.detach().isfinite(), math.inf, self.trainer.step)
+            self.first_fault[name] = torch.minimum(self.first_fault[name], first) if name in self.first_fault else first
+
+    def check_finite(self, since=None):
+        """Raise UserError for the earliest fault that any process noted, or of a dict name → step, infinity where there is none."""
+        since = since or {name: -across(-first, "max").item() for name, first in self.first_fault.items()}
+        name = min(since, key=since.get)
+        if since[name] < math.inf:
+            saved = (
+                f"the last good checkpoint is '{self.out / 'last.pt'}'" if (self.out / "last.pt").exists() else "there is no checkpoint yet"
+            )
+            raise UserError(f"{name.replace('_', ' ')} is not finite at step {since[name]:,.0f}; {saved}; try a smaller --lr")
+
+    def write(self, values):
+        """A line of metrics.jsonl."""
+        self.file.write(json.dumps({"step": self.trainer.step, **values}) + "\n")
+
+    def write_step(self, metrics, now=False):
+        """The line of a step's dict of () tensors, and a line for people: losses, codes used, speed, time left."""
+        metrics = {name: across(value, "mean").item() for name, value in metrics.items()}  # waits for the device
+        trainer, config, clock = self.trainer, self.trainer.config, time.monotonic()
+        wait = self.waited / (trainer.step - self.recent[-1][0])
+        self.recent.append((trainer.step, clock))
+        steps, seconds = trainer.step - self.recent[0][0], max(clock - self.recent[0][1], 1e-9)
+        speed = steps * config.batch_size * config.accumulate * processes() / seconds
+        line = {**metrics, **trainer.statistics(), "images_per_second": round(speed, 2), "data_wait": round(wait, 4)}
+        self.write(line)
+        self.waited, left = 0.0, int((config.steps - trainer.step) * seconds / steps)
+        self.progress(
+            f"step {trainer.step:,}/{config.steps:,} {trainer.describe(line)} {speed:.3g} images/s "
+            f"waits {1000 * wait:.0f} ms/step for data, left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}",
+            now,
+        )
+
+    def write_validation(self, values, words):
+        """The line of a validation's dict of floats, and its words."""
+        self.write({f"validation_{name}": value for name, value in values.items()})
+        self.progress(f"step {self.trainer.step:,}: validation {words}", now=True)
 
 
-def check_finite(since, out):
-    """Raise UserError for the earliest fault of a dict name → first step at which that value was not finite, or infinity."""
-    name = min(since, key=since.get)
-    if since[name] < math.inf:
-        saved = f"the last good checkpoint is '{out / 'last.pt'}'" if (out / "last.pt").exists() else "there is no checkpoint yet"
-        raise UserError(f"{name.replace('_', ' ')} is not finite at step {since[name]:,.0f}; {saved}; try a smaller --lr")
+def run_steps(trainer, batches, validate, out):
+    """The loop of both stages: step, log, validate, save. A signal of STOPPING ends it after the step, with a checkpoint.
+
+    Args:
+        trainer: Trainer, or StageTrainer of synthesize.py.
+        batches: iterator of micro-batches.
+        validate: () → score, the higher the better; dict of floats to log; and their words.
+        out: folder of metrics.jsonl, last.pt and best.pt.
+    Raises:
+        UserError: where a value is not finite, before it is saved.
+        SystemExit: of 128 + the signal's number.
+    """
+    config, journal = trainer.config, Journal(trainer, out)
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    own_noise(trainer)
+    with journal.file, noted_signals() as signals:
+        while trainer.step < config.steps:
+            metrics = trainer.train_step(journal.waiting(batches, config.accumulate))
+            journal.note_faults(metrics)
+            last = trainer.step == config.steps
+            logs, validates = (last or trainer.step % every == 0 for every in (config.log_every, config.eval_every))
+            stop = max(signals, default=0)
+            if processes() > 1:  # all of them stop at the same step, at one where they meet anyway
+                stop = int(across(torch.tensor(stop, device=trainer.device), "max")) if logs else 0
+            if logs or validates or stop:
+                journal.check_finite()
+            if logs:
+                journal.write_step(metrics, now=last)
+            if validates or stop:
+                trainer.statistics()  # joins what the processes count, for the checkpoint
+                own_noise(trainer)
+                if not rank():
+                    if validates:
+                        keep_best(trainer, validate, journal)
+                    save_checkpoint(out / "last.pt", trainer)
+            if stop and not last:
+                name = signal.Signals(stop).name
+                journal.progress(f"stopped by {name} after step {trainer.step:,}, which is saved; --resume goes on", now=True)
+                raise SystemExit(128 + stop)
+    if processes() > 1:
+        torch.distributed.barrier()
 
 
-def progress_line(trainer, line, seconds_a_step):
-    """One line for people: step, losses, what the trainer tells of itself, speed, time left."""
-    left = int((trainer.config.steps - trainer.step) * seconds_a_step)
-    return (
-        f"step {trainer.step:,}/{trainer.config.steps:,} {trainer.describe(line)} {line['images_per_second']:.3g} images/s "
-        f"waits {1000 * line['data_wait']:.0f} ms/step for data, left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-    )
+def keep_best(trainer, validate, journal):
+    """Validate, and keep the checkpoint where the score is the best so far."""
+    score, values, words = validate()
+    journal.check_finite({f"validation {name}": math.inf if math.isfinite(value) else trainer.step for name, value in values.items()})
+    journal.write_validation(values, words)
+    if score > trainer.best:
+        trainer.best = score
+        save_checkpoint(journal.out / "best.pt", trainer)
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole of it
+
+
+def loaders(trainer, train_set, val_set):
+    """Iterator of training micro-batches from the trainer's step on, images in [-1, 1]; and a loader of validation images."""
+    config, device = trainer.config, trainer.device
+    first, last = trainer.step * config.accumulate, config.steps * config.accumulate
+    order = TrainBatches(len(train_set), config.batch_size, first, last, config.seed)
+    batches = make_loader(train_set, device, config.workers, batch_sampler=order)
+    validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
+    validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
+    return (to_images(batch["image"], device) for batch in batches), validation
 
 
 CHANGEABLE = "out steps lr device data download skip_broken workers log_every eval_every eval_images amp compile deterministic".split()
@@ -1405,47 +1452,28 @@ def resumed(kind, state, given, changeable, name):
     return config
 
 
-def check_inputs(config, resume=False, overwrite=False):
-    """Device and data sets, with every problem found named at once; a resumed run has its prior and first weights with it."""
+def parse(argv=None):
+    """Command line → (Config, checkpoint that --resume goes on from or None, whether to overwrite).
+
+    Explicit flags win over the method's choices, these over the recipe's and the preset's.
+    """
+    presets = [f"{name}: {values}" for name, values in PRESETS.items() if values]
+    parser = Parser(description=__doc__, epilog=f"presets: {'; '.join(presets)}\nmethods: {', '.join(METHODS)}")
+    add_flags(parser, Config())
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint, with its configuration")
+    start.add_argument("--overwrite", action="store_true", help="delete a run of the same name first")
+    given = vars(parser.parse_args(argv))
+    resume, overwrite = given.pop("resume"), given.pop("overwrite")
+    config = resolve(given, check=not resume)
     if not resume:
-        check_folder(Path(config.out), overwrite)
-    if config.download:
-        download(config.dataset, Path(config.data))
-    names = ("trunk_weights", "lpips_weights") if resume else ("prior", "init", "trunk_weights", "lpips_weights")
-    paths = {f"--{name.replace('_', '-')}": getattr(config, name) for name in names}
-    check = not rank() or config.skip_broken  # what the first process has found readable is so
-    found, problems = {}, [f"{flag} '{path}' does not exist" for flag, path in paths.items() if path and not Path(path).exists()]
-    for name, make in (
-        ("device", lambda: pick_device(config.device)),
-        ("train", lambda: make_dataset(config, "train", check=check and not problems)),
-        ("val", lambda: make_dataset(config, "val", check=check and not problems)),
-    ):
-        try:
-            found[name] = make()
-        except UserError as error:
-            problems.append(str(error))
-    if problems:
-        raise UserError("\n".join(dict.fromkeys(problems)))
-    if len(found["val"]) == 0:
-        raise UserError(f"'{config.data}' has no images in its evaluation split")
-    if config.batch_size > len(found["train"]):
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(found['train'])} training images")
-    return found["device"], found["train"], found["val"]
-
-
-# ---------------------------------------------------------------------------------------------
-# The whole of it
-
-
-def loaders(trainer, train_set, val_set):
-    """Iterator of training micro-batches from the trainer's step on, images in [-1, 1]; and a loader of validation images."""
-    config, device = trainer.config, trainer.device
-    first, last = trainer.step * config.accumulate, config.steps * config.accumulate
-    order = TrainBatches(len(train_set), config.batch_size, first, last, config.seed)
-    batches = make_loader(train_set, device, config.workers, batch_sampler=order)
-    validation = torch.utils.data.Subset(val_set, evenly(len(val_set), config.eval_images))
-    validation = make_loader(validation, device, 0, batch_size=min(config.batch_size, len(validation)))
-    return (to_images(batch["image"], device) for batch in batches), validation
+        return config, None, overwrite
+    last = Path(config.out) / "last.pt"
+    state = load_checkpoint(last)
+    with fitting(last):
+        config = resumed(Config, state, {**given, "out": config.out}, CHANGEABLE, config.out)
+    config.lr = config.lr or usual_lr(config)
+    return check_config(config), state, False
 
 
 def main(argv=None):

@@ -194,20 +194,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser, defaults):
-    """A flag for each field of a dataclass instance: --batch-size for batch_size, help and type from the field."""
-    for item in dataclasses.fields(defaults):
-        value, flag, each = getattr(defaults, item.name), "--" + item.name.replace("_", "-"), item.metadata.get("each")
-        default = "" if value in ("", ()) else f" (default: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
-        more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']}{default}".replace("%", "%%")}
-        if isinstance(value, bool):
-            more["action"] = argparse.BooleanOptionalAction
-        elif each:  # several values after one flag
-            more.update(type=each, nargs="+", metavar=item.name.upper().removesuffix("S"))
-        else:
-            more.update(type=_integers if isinstance(value, tuple) else type(value), metavar=item.name.upper().split("_")[-1])
-            if item.metadata.get("choices"):
-                more.update(choices=item.metadata["choices"], metavar=None)
-        parser.add_argument(flag, **more)
+    """A flag for each field of a dataclass instance: --batch-size for batch_size, help and type from the field, a group for each base."""
+    for kind in filter(dataclasses.is_dataclass, type(defaults).__mro__):
+        group = parser.add_argument_group(kind.__doc__.splitlines()[0].rstrip("."))
+        for item in dataclasses.fields(defaults):
+            if item.name in kind.__annotations__:
+                add_flag(group, item, getattr(defaults, item.name))
+
+
+def add_flag(group, item, value):
+    """The flag of one field, with its default."""
+    each, choices = item.metadata.get("each"), item.metadata.get("choices")
+    default = "" if value in ("", ()) else f" (default: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
+    more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']}{default}".replace("%", "%%")}
+    if isinstance(value, bool):
+        more["action"] = argparse.BooleanOptionalAction
+    elif each:  # several values after one flag
+        more.update(type=each, nargs="+", metavar=item.name.upper().removesuffix("S"))
+    else:
+        kind = _integers if isinstance(value, tuple) else type(value)
+        more.update(type=kind, choices=choices, metavar=None if choices else item.name.upper().split("_")[-1])
+    group.add_argument("--" + item.name.replace("_", "-"), **more)
 
 
 def take_flags(kind, args):

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from prior import PARTS, option
+from prior import PARTS, command, option
 
 # ---------------------------------------------------------------------------------------------
 # §3.1, Eq. 1 and 2: the nearest code, and the losses of a code that was chosen
@@ -393,7 +393,8 @@ class VQModel(nn.Module):
             raise ValueError(f"resolution {config.resolution} is not a multiple of {factor}, the network's downsampling factor")
         self.config = config
         self.codebook = make_codebook(config, prior)
-        self.code_dim = self._code_dim()
+        transfer = self.codebook.transfer
+        self.code_dim = self.codebook.vectors.shape[1] if transfer is None else transfer.layers[-1].weight.shape[1]
         total = self.code_dim * len(self.codebook.sizes)
         shape = (config.channels, tuple(config.multipliers), config.blocks, config.z_channels)
         self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
@@ -404,10 +405,6 @@ class VQModel(nn.Module):
         self.quantizers = nn.ModuleList(
             make_quantizer(config, self.code_dim, size, count) for size, count in zip(self.codebook.sizes, neighbours)
         )
-
-    def _code_dim(self):
-        transfer = self.codebook.transfer
-        return self.codebook.vectors.shape[1] if transfer is None else transfer.layers[-1].weight.shape[1]
 
     @property
     def grid(self):
@@ -1436,13 +1433,15 @@ def _renamed(network, names, state):
 # Show the work: python vqct.py
 
 
+@torch.no_grad()
 def show_network(preset):
     """Print what each part of a preset's network takes and gives, with a prior of the paper's sizes, and its parameters."""
     prior = {"adjective_vectors": torch.randn(1949, 512), "noun_vectors": torch.randn(4258, 512), "edges": torch.zeros(0, 2)}
     model, discriminator = VQModel(ModelConfig(**NETWORKS[preset]), prior).eval(), Discriminator()
     x = torch.randn(1, 3, model.config.resolution, model.config.resolution)
-    z, features, codes = model.encoder(x), model.features(x), model.codebook()
-    z_q = torch.cat([look_up(index[:, None], each) for index, each in zip(model.encode(x).unbind(1), codes)], dim=1)
+    z, codes = model.encoder(x), model.codebook()
+    features = model.to_codes(z).chunk(len(codes), dim=1)
+    z_q = torch.cat([quantizer(*pair)[0] for quantizer, *pair in zip(model.quantizers, features, codes)], dim=1)
     hidden = model.from_codes(z_q)
     x_hat = model.decoder(hidden)
     print(f"{preset}")
@@ -1496,4 +1495,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 # fmt: off
 from prior import (BOLD, FONT, PARTS, Parser, Progress, SMALL, UserError, WordListSpeech, add_flags, command, explained, load_arrays,
                    option, save_png, take_flags, whole_file, write_free)
-from train import (Config, DEVICES, code_words, codebook_names, draw_pairs, evenly, first_alone, load_lpips, load_run, load_weights,
+from train import (Config, DEVICES, code_words, codebook_names, draw_pairs, evenly, first_process_first, load_lpips, load_run, load_weights,
                    make_dataset, make_loader, pick_device, processes, psnr, rank, to_images, torchrun)
 # fmt: on
 from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, across, nearest_code, rescale
@@ -65,7 +65,7 @@ def ssim(x, y):
     """Structural similarity of each image (Wang et al. 2004): 11×11 Gaussian window of σ 1.5, data range 2.
 
     Args:
-        x, y: (B, 3, H, W) in [-1, 1], at least 11 pixels a side; clamped to that range.
+        x, y: (B, 3, H, W) in [-1, 1], at least 11 pixels per side; clamped to that range.
     Returns:
         (B,), at most 1: mean over colours and the positions where the window fits.
     """
@@ -297,7 +297,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
     config.data, config.labels = (choices.data, "") if choices.data else (config.data, config.labels)
     config.skip_broken = choices.skip_broken or config.skip_broken
     dataset = make_dataset(config, "val")
-    baseline = mean_image(make_dataset(config, "train"), device)
+    baseline = mean_image(make_dataset(config, "train", check=config.skip_broken), device)
     network, perceptual = (part and part.to(device) for part in (inception[0], lpips[0]))
     scores, indices, features = reconstruct(model, dataset, device, config.batch_size, baseline, network, perceptual, save)
     if rank():
@@ -384,11 +384,8 @@ def caption_alignment(indices, prior, sizes, dataset, chosen, permutations=999):
     tokens = np.stack([np.bincount(row, minlength=sum(sizes)) for row in shifted]).astype(np.float32)  # (images, codes)
     found, rng = {}, np.random.default_rng(0)
     for part, counts in zip(PARTS, np.split(tokens, [first_noun], axis=1)):
-        spoken, along = (
-            np.array([[(part, word) in pairs for word in words[part]] for pairs in said], np.float32),
-            np.arange(len(words[part])),
-        )
-        found[part], observed = {}, (counts * spoken).sum()
+        spoken = np.array([[(part, word) in pairs for word in words[part]] for pairs in said], np.float32)
+        along, found[part], observed = np.arange(len(words[part])), {}, (counts * spoken).sum()
         for name, a, b, chance in (
             ("all", counts, spoken, (counts.sum(1) * spoken.sum(1)).sum() / len(along)),
             ("beyond frequency", counts - counts.mean(0), spoken - spoken.mean(0), (counts.sum(0) * spoken.mean(0)).sum()),
@@ -801,7 +798,7 @@ def draw_rate_distortion(results, path, size=(1000, 640)):
     low, high = points.min((0, 1)), points.max((0, 1))
     low, high = low - 0.05 * (high - low) - 0.01, high + 0.05 * (high - low) + 0.01
     title = "rate and distortion (filled: entropy of the codes; open: fixed length)"
-    axes = Axes(draw, (80, 50, size[0] - 60, size[1] - 60), (low[0], high[0]), (low[1], high[1]), title, ("bits an image", "PSNR, dB"))
+    axes = Axes(draw, (80, 50, size[0] - 60, size[1] - 60), (low[0], high[0]), (low[1], high[1]), title, ("bits per image", "PSNR, dB"))
     taken = []
     for (name, group), colour in zip(rows_of(results), INK * len(results)):
         for result in group:
@@ -875,8 +872,8 @@ def main(argv=None):
         for path in paths:
             if not (Path(path) / f"{choices.checkpoint}.pt").is_file():
                 raise UserError(f"'{path}' is not a run of train.py: it has no {choices.checkpoint}.pt")
-        pick_device(choices.device)
-        with first_alone():  # which downloads what is missing
+        pick_device(choices.device)  # an error now, not after a download
+        with first_process_first():  # which downloads what is missing
             inception, lpips = load_inception(choices.inception), load_perceptual(choices.trunk_weights, choices.lpips_weights)
         evaluations = []
         for path in paths:

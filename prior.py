@@ -13,7 +13,7 @@ remaining word gets its language-model vector, and A_ij = 1 where adjective i mo
     python prior.py count part1.txt --out part1.npz                   a corpus in parts, on any machines,
     python prior.py merge part1.npz part2.npz --embeddings glove …    gives the same file as in one pass
 
-A corpus is plain text (a caption a line), COCO captions JSON, Flickr's `name#k<TAB>caption`, any of
+A corpus is plain text (one caption per line), COCO captions JSON, Flickr's `name#k<TAB>caption`, any of
 them gzipped, or a folder of .txt files. The result is one .npz that numpy reads without pickle.
 """
 
@@ -40,6 +40,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,6 +206,7 @@ def add_flags(parser, defaults):
 def add_flag(group, item, value):
     """The flag of one field, with its default."""
     each, choices = item.metadata.get("each"), item.metadata.get("choices")
+    choices = tuple(choices()) if callable(choices) else choices  # of a table further down
     default = "" if value in ("", ()) else f" (default: {','.join(map(str, value)) if isinstance(value, tuple) else value})"
     more = {"default": argparse.SUPPRESS, "help": f"{item.metadata['help']}{default}".replace("%", "%%")}
     if isinstance(value, bool):
@@ -237,7 +239,7 @@ def read_captions(path):
 
     Args:
         path: a text file, COCO captions JSON or Flickr token file, each possibly .gz, or a folder
-            whose .txt files (at any depth, in sorted order) hold a caption a line.
+            whose .txt files (at any depth, in sorted order) hold one caption per line.
     Raises:
         UserError: if it is missing, not UTF-8, or JSON without captions.
     """
@@ -1255,9 +1257,6 @@ class Prior:
         return prior
 
 
-TOKEN_MODELS = ("clip", "clip-text", "bert")
-
-
 @dataclass
 class PriorConfig:
     """What a prior is made of; the flags of prior.py."""
@@ -1266,7 +1265,7 @@ class PriorConfig:
         "corpus",
         "language model: GloVe's vectors; CLIP's token table, or as the authors take its features of a prompt for each word; the token "
         "table of a BERT-like model; PPMI + SVD of the corpus itself, no download; random, a control",
-        choices=("glove", *TOKEN_MODELS, "corpus", "random"),
+        choices=lambda: LANGUAGE_MODELS,
     )
     weights: str = option(
         "",
@@ -1287,20 +1286,11 @@ class PriorConfig:
     seed: int = option(0, "of random vectors")
 
 
-FLAGS = {  # what each is for
-    "weights": ("glove", *TOKEN_MODELS),
-    "revision": ("clip",),
-    "sha256": ("clip", "clip-text"),
-    "multi_token": ("clip", "bert"),
-    "dim": ("glove", "corpus", "random"),
-    "seed": ("random",),
-}
-
-
 def check_prior_config(config, workers=1):
     """Raise UserError for values that cannot be, or do nothing for the language model chosen, before a corpus is read."""
     model = config.embeddings
-    for name, models in FLAGS.items():
+    for name in sorted({flag for kind in LANGUAGE_MODELS.values() for flag in kind.flags}):
+        models = [other for other, kind in LANGUAGE_MODELS.items() if name in kind.flags]
         if getattr(config, name) != getattr(PriorConfig, name) and model not in models:
             raise UserError(f"--{name.replace('_', '-')} does nothing for {model} vectors; it is for --embeddings {', '.join(models)}")
     if config.min_count < (model not in ("clip", "bert")):
@@ -1314,40 +1304,55 @@ def check_prior_config(config, workers=1):
         raise UserError("--embeddings bert needs --weights DIR, a folder with vocab.txt and model.safetensors or pytorch_model.bin")
 
 
-def language_model(config):
-    """The TokenModel that a PriorConfig names, or None where vectors do not come from a token table."""
-    if config.embeddings == "bert":
-        return folder_tokens(config.weights, "vocab.txt")
-    if config.embeddings == "clip-text":
-        return archive_tokens(config.weights, config.sha256)
-    return clip_tokens(config.weights, config.revision, config.sha256) if config.embeddings == "clip" else None
+class LanguageModel(NamedTuple):
+    """Where vectors come from.
 
-
-def word_vectors(words, counts, config, tokens=None):
-    """Vectors of words from a PriorConfig's language model: with `language_model`, the one place where a new one is added.
-
-    Args:
-        words: dict part → words; counts: Counts; tokens: of `language_model`.
-    Returns:
-        dict part → dict word → (d,) float32, some words missing; notes for the prior's provenance.
+    `vectors` takes (dict part → words, Counts, PriorConfig, TokenModel or None) and gives dict part → dict word → (d,) float32,
+    in which words may be missing, and a dict for the prior's provenance.
     """
-    wanted, notes, several, vectors = sorted({word for part in PARTS for word in words[part]}), {"name": config.embeddings}, [], None
-    if tokens is not None:
-        shared, several = tokens.vectors(wanted, config.multi_token)
-        vectors = prompt_vectors(tokens, words) if config.embeddings == "clip-text" else None
-        notes.update(tokens.source)
-    elif config.embeddings == "glove":
-        shared = glove_vectors(config.weights, set(wanted), config.dim)
-        notes.update(file=Path(config.weights).name, sha256=checksum(config.weights))
-    elif config.embeddings == "corpus":
-        shared = corpus_vectors(counts.contexts, config.min_count, config.dim)
-    else:
-        shared = random_vectors(wanted, config.dim or 100, config.seed)
-    if several:
-        treatment = "averaged" if config.multi_token == "mean" else "dropped"
-        notes["several_tokens"] = {treatment: len(several)}
-        print(f"{len(several):,} words are several tokens and {treatment}: {', '.join(several[:8])}{' …' if len(several) > 8 else ''}")
-    return vectors or {part: shared for part in PARTS}, notes
+
+    flags: tuple  # fields of PriorConfig that it heeds
+    vectors: Callable
+    tokens: Callable = lambda config: None  # PriorConfig → TokenModel, opened before a corpus is read
+
+
+def _glove(words, counts, config, tokens):
+    vectors = glove_vectors(config.weights, set().union(*words.values()), config.dim)
+    return dict.fromkeys(PARTS, vectors), {"file": Path(config.weights).name, "sha256": checksum(config.weights)}
+
+
+def _token_table(words, counts, config, tokens):
+    vectors, several = tokens.vectors(set().union(*words.values()), config.multi_token)
+    if not several:
+        return dict.fromkeys(PARTS, vectors), tokens.source
+    treatment = "averaged" if config.multi_token == "mean" else "dropped"
+    print(f"{len(several):,} words are several tokens and {treatment}: {', '.join(several[:8])}{' …' if len(several) > 8 else ''}")
+    return dict.fromkeys(PARTS, vectors), {**tokens.source, "several_tokens": {treatment: len(several)}}
+
+
+def _prompts(words, counts, config, tokens):
+    return prompt_vectors(tokens, words), _token_table(words, counts, config, tokens)[1]
+
+
+def _corpus(words, counts, config, tokens):
+    return dict.fromkeys(PARTS, corpus_vectors(counts.contexts, config.min_count, config.dim)), {}
+
+
+def _random(words, counts, config, tokens):
+    return dict.fromkeys(PARTS, random_vectors(set().union(*words.values()), config.dim or 100, config.seed)), {}
+
+
+# fmt: off
+LANGUAGE_MODELS = {  # --embeddings: the one place where a new one is added
+    "glove": LanguageModel(("weights", "dim"), _glove),
+    "clip": LanguageModel(("weights", "revision", "sha256", "multi_token"), _token_table,
+                          lambda config: clip_tokens(config.weights, config.revision, config.sha256)),
+    "clip-text": LanguageModel(("weights", "sha256"), _prompts, lambda config: archive_tokens(config.weights, config.sha256)),
+    "bert": LanguageModel(("weights", "multi_token"), _token_table, lambda config: folder_tokens(config.weights, "vocab.txt")),
+    "corpus": LanguageModel(("dim",), _corpus),
+    "random": LanguageModel(("dim", "seed"), _random),
+}
+# fmt: on
 
 
 def build_prior(counts, config, tokens=None, speech=None, notes=None):
@@ -1356,7 +1361,7 @@ def build_prior(counts, config, tokens=None, speech=None, notes=None):
     Args:
         counts: Counts of the corpora, with contexts for `corpus` vectors.
         config: PriorConfig.
-        tokens: of `language_model`, where the config names a token table.
+        tokens: TokenModel, where the config names a token table.
         speech: WordNetSpeech, which a `min_count` of 0 needs for the vocabulary's words.
         notes: dict kept in the file beside what this function adds.
     Returns:
@@ -1373,7 +1378,8 @@ def build_prior(counts, config, tokens=None, speech=None, notes=None):
         part: sorted((-count, word) for (word, p), count in seen.items() if p == part and count >= config.min_count) for part in PARTS
     }
     ranked = {part: [word for _, word in pairs] for part, pairs in ranked.items()}
-    vectors, source = word_vectors(ranked, counts, config, tokens)
+    vectors, source = LANGUAGE_MODELS[config.embeddings].vectors(ranked, counts, config, tokens)
+    source = {"name": config.embeddings, **source}
     words = {part: [word for word in ranked[part] if word in vectors[part]] for part in PARTS}
     for part in PARTS:
         if not words[part]:
@@ -1412,6 +1418,8 @@ def count_corpora(corpora, speech, contexts=False, workers=1):
         counts = count_corpus(captions, speech, contexts, workers)
         counts.corpora[name] = counts.captions
         total.add(counts)
+    if not total.words:
+        raise UserError(f"no adjective or noun in {total.captions:,} captions; is it English text, one caption per line?")
     return total, {"part_of_speech": speech.name, "plurals": getattr(speech, "plurals", {})}
 
 
@@ -1424,7 +1432,7 @@ def build_from_corpora(corpora, config, workers=1, speech=None, download=False):
         speech: parts of speech; by default WordNetSpeech, which needs NLTK's data.
     """
     check_prior_config(config, workers)
-    tokens, speech = language_model(config), speech or WordNetSpeech(download)
+    tokens, speech = LANGUAGE_MODELS[config.embeddings].tokens(config), speech or WordNetSpeech(download)
     counts, notes = count_corpora(corpora, speech, config.embeddings == "corpus", workers)
     return build_prior(counts, config, tokens, speech, notes)
 
@@ -1676,6 +1684,32 @@ def merge_counts(paths, contexts):
     return total, {name: value for name, value in shared.items() if name != "contexts"}
 
 
+def write_counts(args):
+    """`prior.py count`: words, pairs and neighbours of a part of a corpus."""
+    counts, notes = count_corpora(named(args.inputs), WordNetSpeech(args.download), not args.no_contexts, args.workers)
+    counts.save(args.out, {**notes, "contexts": not args.no_contexts})
+    return counts, f"{len(counts.words):,} words, {len(counts.pairs):,} pairs"
+
+
+def write_prior(args, config, merge=False):
+    """`prior.py` and `prior.py merge`: the paper's steps 1 and 2, from corpora or from their counts."""
+    model, contexts = LANGUAGE_MODELS[config.embeddings], config.embeddings == "corpus"
+    tokens = model.tokens(config)  # a model that cannot be had is known before the tagging starts
+    speech = None if merge and config.min_count else WordNetSpeech(args.download)
+    counts, notes = merge_counts(args.inputs, contexts) if merge else count_corpora(named(args.inputs), speech, contexts, args.workers)
+    prior = build_prior(counts, config, tokens, speech, notes)
+    prior.save(args.out)
+    nodes = f"{len(prior.adjective_words):,} adjectives, {len(prior.noun_words):,} nouns, {len(prior.edges):,} edges"
+    lost = sum(prior.provenance["without_vector"].values())
+    without = f" ({lost:,} words without one)" if lost else ""
+    return counts, f"{nodes}, {config.embeddings} vectors of {prior.provenance['dim']} dimensions{without}"
+
+
+def named(paths):
+    """Corpora as (name, captions)."""
+    return [(str(path), read_captions(path)) for path in paths]
+
+
 def main(argv=None):
     """Build a prior in one pass or from counts, or show one."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -1688,26 +1722,8 @@ def main(argv=None):
     if Path(args.out).is_dir() or Path(args.out).resolve() in paths or len(set(paths)) < len(paths):
         raise UserError(f"--out {args.out} must be a file and none of the inputs, and no input may be given twice")
     for path in args.inputs if task != "merge" else ():
-        next(read_captions(path), None)  # a wrong path is known before the tagging starts, and so is a model that cannot be had
-    tokens = language_model(config)
-    speech = WordNetSpeech(args.download) if task != "merge" or config.min_count == 0 else None
-    if task == "merge":
-        counts, notes = merge_counts(args.inputs, config.embeddings == "corpus")
-    else:
-        contexts = not args.no_contexts if task == "count" else config.embeddings == "corpus"
-        counts, notes = count_corpora([(str(path), read_captions(path)) for path in args.inputs], speech, contexts, args.workers)
-    if not counts.words:
-        raise UserError(f"no adjective or noun in {counts.captions:,} captions; is it English text, a caption a line?")
-    if task == "count":
-        counts.save(args.out, {**notes, "contexts": contexts})
-        what = f"{len(counts.words):,} words, {len(counts.pairs):,} pairs"
-    else:
-        prior = build_prior(counts, config, tokens, speech, notes)
-        prior.save(args.out)
-        nodes = f"{len(prior.adjective_words):,} adjectives, {len(prior.noun_words):,} nouns"
-        what = f"{nodes}, {len(prior.edges):,} edges, {config.embeddings} vectors of {prior.provenance['dim']} dimensions"
-        if lost := sum(prior.provenance["without_vector"].values()):
-            what += f" ({lost:,} words without one)"
+        next(read_captions(path), None)  # a wrong path is known before the tagging starts
+    counts, what = write_counts(args) if task == "count" else write_prior(args, config, merge=task == "merge")
     print(f"{args.out}: {what} from {counts.captions:,} captions in {time.monotonic() - start:.1f} s")
 
 

@@ -38,9 +38,9 @@ from evaluate import as_markdown, draw_comparison, fid, load_inception, to_bytes
 # fmt: off
 from prior import (SMALL, Parser, Progress, UserError, add_flags, checksum, command, explained, load_arrays, option, save_arrays, save_png,
                    take_flags, whole_file)
-from train import (DEVICES, TrainBatches, check_bounds, code_words, codebook_names, evenly, first_alone, fitting, fresh_folder,
-                   load_checkpoint, load_run, make_dataset, make_loader, parallel, pick_device, psnr, rank, resume_run, resumed,
-                   run_steps, to_images, torchrun, unsynchronised)
+from train import (DEVICES, TrainBatches, check_bounds, code_words, codebook_names, evenly, first_process_first, fitting, new_run_folder,
+                   load_checkpoint, load_run, make_dataset, make_loader, parallel, pick_device, psnr, rank, resume_run, resumed_config,
+                   run_steps, synchronised, to_images, torchrun)
 # fmt: on
 from vqct import Condition, Denoiser, TokenTransformer, sample_features, sample_tokens
 
@@ -157,7 +157,7 @@ SAMPLING_BOUNDS = (
 )
 TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
 CHANGEABLE = "data labels skip_broken device steps log_every eval_every deterministic".split()
-SUBSAMPLES = 4  # pixels a side of a position at which its label map is kept, enough for shares in sixteenths
+SUBSAMPLES = 4  # pixels per side of a position at which its label map is kept, enough for shares in sixteenths
 
 
 # ---------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def load_tokens(path, tokenizer, sizes):
         or arrays["labels"].shape != indices.shape[:1]
         or arrays["segmentation"].shape[:1] not in ((0,), indices.shape[:1])
     ):
-        raise UserError(f"'{path}' holds indices that are not {len(sizes)} tokens a position of {sizes} codes")
+        raise UserError(f"'{path}' holds indices that are not {len(sizes)} tokens per position of {sizes} codes")
     return arrays
 
 
@@ -370,8 +370,17 @@ def stage_folder(run, config):
     return run.path / "synthesis" / "-".join([config.model, config.condition, *["independent"] * (not config.joint)])
 
 
+class TrainedStage(NamedTuple):
+    """A second stage that can draw."""
+
+    network: torch.nn.Module  # of the best averaged weights, in evaluation mode
+    config: SynthesisConfig
+    count: int  # classes, or labels of a map
+    step: int
+
+
 def load_stage(run, folder):
-    """A trained second stage → (network of the best averaged weights in evaluation mode, its SynthesisConfig, count, step)."""
+    """The TrainedStage in a folder. Raises UserError where there is none, or one of another tokenizer."""
     if not (folder / "best.pt").is_file():
         there = sorted(path.parent.name for path in folder.parent.glob("*/best.pt"))
         said = f"there is {', '.join(there)}" if there else "train one with the sub-command train"
@@ -382,7 +391,7 @@ def load_stage(run, folder):
     with fitting(folder / "best.pt"):
         network = make_network(stored, run, state["count"])
         network.load_state_dict(state["ema"])
-    return network.eval(), stored, state["count"], state["step"]
+    return TrainedStage(network.eval(), stored, state["count"], state["step"])
 
 
 def check_tokenizer(run, state, folder):
@@ -412,12 +421,13 @@ def send(x, device):
 
 
 def losses_of(config, run, count, loss, tokens, rows, drop=None, generator=None):
-    """What is minimised, a sum of losses, and these by name: bits a token, or mean squared error of the noise."""
+    """What is minimised (in nats, for gpt), and the losses by name: bits per token, or mean squared error of the noise; "loss" is their sum."""
     known, ldm = known_of(config, tokens, rows, run.device, count), config.model == "ldm"
     data = torch.from_numpy(tokens.features[np.asarray(rows)]).float() if ldm else tokens.indices[rows]
     losses = loss(send(data, run.device), known, drop, generator)
     names = ["noise"] if ldm else part_names(run)
-    return sum(losses), {name: part / (1 if ldm else math.log(2)) for name, part in zip(names, losses)}
+    parts = {name: part / (1 if ldm else math.log(2)) for name, part in zip(names, losses)}
+    return sum(losses), {"loss": sum(parts.values()), **parts}
 
 
 @torch.no_grad()
@@ -425,8 +435,8 @@ def validation(config, run, count, network, tokens):
     """Mean `losses_of` over a split, with the same noise each time → dict of floats."""
     totals, generator = {}, torch.Generator(run.device).manual_seed(0)
     for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
-        loss, parts = losses_of(config, run, count, network.loss, tokens, rows, None, generator)
-        for name, value in {"loss": loss, **parts}.items():
+        _, parts = losses_of(config, run, count, network.loss, tokens, rows, None, generator)
+        for name, value in parts.items():
             totals[name] = totals.get(name, 0.0) + value * len(rows) / len(tokens.labels)
     return {name: float(value) for name, value in totals.items()}
 
@@ -475,11 +485,11 @@ class StageTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         for number, rows in enumerate(batches):
             drop = torch.rand(len(rows), device=device) < config.drop_condition if config.condition != "none" else None
-            with unsynchronised(self.losses, but=number == len(batches) - 1):
+            with synchronised(self.losses, last=number == len(batches) - 1):
                 with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda"):
                     loss, parts = losses_of(config, self.run, self.count, self.losses, self.train_set, rows, drop)
                 (loss / len(batches)).backward()
-            for name, value in {"loss": loss, **parts}.items():
+            for name, value in parts.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() / len(batches)
         metrics["gradient"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
@@ -492,9 +502,12 @@ class StageTrainer:
     def validate(self):
         """The averaged weights' loss over the validation split, for `run_steps`."""
         values = validation(self.config, self.run, self.count, self.ema.eval(), self.val_set)
-        unit = (lambda value: f" bits a position (perplexity {2**value:,.0f})") if self.config.model == "gpt" else lambda value: ""
+        unit = (lambda value: f" bits per position (perplexity {2**value:,.0f})") if self.config.model == "gpt" else lambda value: ""
         words = ", ".join(f"{name} {value:.3f}{unit(value)}" for name, value in values.items() if name != "loss")
         return -values["loss"], values, words
+
+    def join_counts(self):
+        """Nothing is counted."""
 
     def statistics(self):
         """Nothing beside the losses."""
@@ -503,7 +516,7 @@ class StageTrainer:
     def describe(self, line):
         """A line of metrics.jsonl in words."""
         names = ["noise"] if self.config.model == "ldm" else part_names(self.run)
-        unit = " bits a position" if self.config.model == "gpt" else ""
+        unit = " bits per position" if self.config.model == "gpt" else ""
         return " ".join(f"{name} {line[name]:.3f}" for name in names) + unit
 
 
@@ -513,7 +526,7 @@ def part_names(run):
     return [name if names.count(name) == 1 else f"{name}{i + 1}" for i, name in enumerate(names)]
 
 
-def train(args, runs):
+def train_stage(args, runs):
     """The sub-command: a run's images become tokens (or features), whose model is trained."""
     (run,) = one(runs, "train")
     config = stage_config(args.given, run)
@@ -522,11 +535,11 @@ def train(args, runs):
         state = load_checkpoint(folder / "last.pt")
         check_tokenizer(run, state, folder)
         with fitting(folder / "last.pt"):
-            config = resumed(SynthesisConfig, state, args.given, CHANGEABLE, folder)
+            config = resumed_config(SynthesisConfig, state, args.given, CHANGEABLE, folder)
     elif (folder / "last.pt").exists() and not args.overwrite:
         raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
     with_features = config.model == "ldm"
-    with first_alone():
+    with first_process_first():
         train_set, val_set = tokens_of(run, "train", config.views, with_features), tokens_of(run, "val", 1, with_features)
     if config.batch_size > len(train_set.labels):
         raise UserError(f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training images")
@@ -534,7 +547,7 @@ def train(args, runs):
     if state:
         resume_run(trainer, state, folder)
     elif not rank():
-        with fresh_folder(folder, config, trainer):
+        with new_run_folder(folder, config, trainer):
             pass
     weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
     print(
@@ -559,7 +572,7 @@ def check_choices(choices):
         if choices.model == "ldm" and (choices.temperature, choices.top_k, choices.top_p, choices.joint) != (1.0, 0, 1.0, True):
             raise UserError("--temperature, --top-k, --top-p and --no-joint are of --model gpt, not ldm")
         if choices.model == "gpt" and choices.sampling_steps != 50:
-            raise UserError("--sampling-steps is of --model ldm, not gpt; a transformer takes one step a position")
+            raise UserError("--sampling-steps is of --model ldm, not gpt; a transformer takes one step per position")
         if choices.condition == "none" and choices.guidance != 1:
             raise UserError("--guidance is towards a condition; add --condition class or segmentation")
         if choices.label and choices.condition != "class":
@@ -570,7 +583,7 @@ def draw_images(run, stage, tokens, rows, choices, seed, given=None):
     """Samples for the conditions of some images → (B, M, h, w) indices, a batch at a time.
 
     Args:
-        stage: of `load_stage`; tokens: Tokens of the images, with features where `ldm` keeps some; rows: their indices.
+        stage: TrainedStage; tokens: Tokens of the images, with features where `ldm` keeps some; rows: their indices.
         given: (B, M, h, w) int64 tokens to keep, −1 where they are to be drawn.
     """
     network, config, count, _ = stage
@@ -665,8 +678,8 @@ def colours_of_labels(maps, count):
     return palette[maps.where((maps >= 0) & (maps < count), count)].permute(0, 3, 1, 2)
 
 
-def sample(args, runs):
-    """The sub-commands sample and complete: Fig. 8's grid, a column an image. Rows: condition, originals, and what each run makes of them."""
+def draw_grid(args, runs):
+    """The sub-commands sample and complete: Fig. 8's grid, one column per image. Rows: condition, originals, and what each run makes of them."""
     choices, picture_rows = args.choices, []
     path = Path(choices.output or stage_folder(runs[0], choices) / "samples.png")
     for run in runs:
@@ -688,7 +701,7 @@ def sample(args, runs):
 def rows_of_run(choices, run, stage, tokens, rows, pinned):
     """What a run makes of some images, each row its name, images, and indices where they were drawn."""
     if choices.label:
-        classes = make_dataset(run.config, "val", check=False).classes[: stage[2]]
+        classes = make_dataset(run.config, "val", check=False).classes[: stage.count]
         if choices.label not in classes:
             raise UserError(f"--label {choices.label}: classes are {', '.join(classes)}")
         tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(choices.label)))
@@ -727,10 +740,10 @@ def chosen_images(choices, count):
 def condition_rows(run, stage, tokens, rows):
     """The first rows of Fig. 8's grid: label maps where they are the condition, and the images themselves."""
     dataset, shown = make_dataset(run.config, "val", check=run.config.skip_broken), []  # for the numbers of those left
-    if stage[1].condition == "segmentation":
-        maps = colours_of_labels(tokens.segmentation[rows].long(), stage[2])
+    if stage.config.condition == "segmentation":
+        maps = colours_of_labels(tokens.segmentation[rows].long(), stage.count)
         shown.append(("label map", list(F.interpolate(maps, size=run.config.resolution))))
-    named = lambda row: f" ({[*dataset.classes, '–'][tokens.labels[row]]})" * (stage[1].condition == "class")
+    named = lambda row: f" ({[*dataset.classes, '–'][tokens.labels[row]]})" * (stage.config.condition == "class")
     print("columns: " + ", ".join(f"image {row}{named(row)}" for row in rows.tolist()))
     originals = torch.stack([dataset[int(row)]["image"] for row in rows])
     return [*shown, ("original", list(to_images(originals, torch.device("cpu"))))]
@@ -825,7 +838,7 @@ def sampled_fid(run, stage, tokens, choices, inception):
 
 COLUMNS = {  # of Table 6: name in evaluation.json → title, format
     "fid": ("FID ↓", ".2f"),
-    "bits_image": ("bits an image ↓", ",.1f"),
+    "bits_image": ("bits per image ↓", ",.1f"),
     "bits_per_bit": ("per bit of its tokens ↓", ".3f"),
     "bits_unigram": ("unigram", ",.0f"),
     "bits_uniform": ("uniform", ",.0f"),
@@ -835,7 +848,7 @@ COLUMNS = {  # of Table 6: name in evaluation.json → title, format
 }
 
 
-def evaluate(args, runs):
+def print_table(args, runs):
     """The sub-command: a table of every second stage of every run."""
     inception, results = load_inception(args.choices.inception), []
     for run in runs:
@@ -846,7 +859,7 @@ def evaluate(args, runs):
                 print(f"not in the table: {error}")
     if not results:
         raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; train one with: python synthesize.py RUN train")
-    rows = [["run", "model", "condition", "bits a position ↓", *(title for title, _ in COLUMNS.values())]]
+    rows = [["run", "model", "condition", "bits per position ↓", *(title for title, _ in COLUMNS.values())]]
     for result in results:
         cell = lambda name, form: "–" if result.get(name) is None else format(result[name], form)
         parts = " + ".join(f"{value:.3f}" for value in result["bits"].values()) if "bits" in result else "–"
@@ -863,7 +876,7 @@ def evaluate(args, runs):
 # Command line
 
 
-def tokens(args, runs):
+def convert(args, runs):
     """The sub-command: encode a split, or decode a file."""
     (run,), choices = one(runs, "tokens"), args.choices
     if choices.decode:
@@ -908,11 +921,15 @@ def stage_config(given, run):
 
 
 COMMANDS = {  # sub-command → what it calls, its flags, what it does
-    "train": (train, SynthesisConfig, "Train a second stage on a run's tokens. For a tokenizer of the tiny preset the defaults are: {}."),
-    "sample": (sample, SampleChoices, "Draw images for conditions, or with words in their places."),
-    "complete": (sample, CompleteChoices, "Keep a part of images and draw the rest: Fig. 8."),
-    "evaluate": (evaluate, TableChoices, "Table 6: FID and likelihood of every second stage."),
-    "tokens": (tokens, TokenChoices, "Images to tokens and words, and back."),
+    "train": (
+        train_stage,
+        SynthesisConfig,
+        "Train a second stage on a run's tokens. For a tokenizer of the tiny preset the defaults are: {}.",
+    ),
+    "sample": (draw_grid, SampleChoices, "Draw images for conditions, or with words in their places."),
+    "complete": (draw_grid, CompleteChoices, "Keep a part of images and draw the rest: Fig. 8."),
+    "evaluate": (print_table, TableChoices, "Table 6: FID and likelihood of every second stage."),
+    "tokens": (convert, TokenChoices, "Images to tokens and words, and back."),
 }
 
 
@@ -938,9 +955,9 @@ def parse(argv=None):
 
 def main(argv=None):
     """Open the runs, whose tokenizers stay as they are, and do with their tokens what the sub-command says."""
-    args = parse(argv)
-    check_choices(args.choices)
     with torchrun():
+        args = parse(argv)
+        check_choices(args.choices)
         runs = [Run(path, args.choices) for path in args.runs]
         args.call(args, runs)
 

@@ -55,7 +55,7 @@ from torch.utils.data import DataLoader, Dataset
 
 # fmt: off
 from prior import (CORES, PARTS, Parser, Prior, PriorConfig, Progress, UserError, WordListSpeech, add_flags, build_from_corpora, command,
-                   did_you_mean, explained, fetch, option, read_captions, read_tensors, save_arrays, shuffled, whole_file)
+                   did_you_mean, explained, fetch, option, read_captions, read_tensors, save_arrays, save_png, shuffled, whole_file)
 # fmt: on
 from vqct import LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, across, adaptive_weight, hinge_loss, load_taming, needs_prior
 
@@ -74,10 +74,10 @@ class Config(ModelConfig):
     dataset: str = option(
         "demo",
         "demo: birds drawn by code; folder: any tree of images; or a published one in its own layout",
-        choices=("demo", "folder", "cub", "ade20k", "celebahq", "coco"),
+        choices=lambda: ("demo", "folder", *DATASETS),
     )
     data: str = option("", "folder of the data set (default: data/ and the published folder's name)")
-    download: bool = option(False, "fetch the data set's public archives, where its folder is not there (cub, ade20k, coco)")
+    download: bool = option(False, "fetch the data set's public archives, where it has some and its folder is not there")
     skip_broken: bool = option(False, "leave out images that are missing or cannot be read, instead of stopping")
     labels: str = option("", "folder of label maps with the images' relative names, for --dataset folder")
     prior: str = option("", "a prior.npz of prior.py, or a corpus to make one from; by default made from the data set's own captions")
@@ -96,26 +96,28 @@ class Config(ModelConfig):
     )
     out: str = option("", "run folder (default: runs/<dataset>-<method>)")
     device: str = option("auto", DEVICES)
-    seed: int = option(0, "of weights, random codes, shuffles and data order; the demo's pictures stay the same")
+    seed: int = option(0, "seed of weights, random codes, shuffles and data order; the demo's pictures stay the same")
     steps: int = option(500_000, "generator steps; the paper's 500 epochs of CUB's 5,994 images are 375,000 at batch 8")
-    batch_size: int = option(8, "images a device and micro-step (the authors' code: 8)")
+    batch_size: int = option(8, "images per process and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
     schedule: str = option(
         "constant",
-        "of lr over the run: constant as in VQGAN, or cosine to zero, which short runs profit from",
+        "learning rate over the run: constant as in VQGAN, or cosine to zero, which short runs profit from",
         choices=("constant", "cosine"),
     )
     pixel_loss: str = option("l2", "l2 as in Eq. 2, or l1 as in VQGAN's code", choices=("l1", "l2"))
-    perceptual_weight: float = option(1.0, "of LPIPS beside the pixel loss (VQGAN)")
+    perceptual_weight: float = option(1.0, "weight of LPIPS beside the pixel loss (VQGAN)")
     perceptual_trunk: str = option(
         "vgg", "LPIPS network: vgg (VGG-16, as in the paper) or squeeze (SqueezeNet 1.1, light)", choices=("vgg", "squeeze")
     )
     trunk_weights: str = option("", "local copy of the trunk's torchvision ImageNet weights (default: torch hub's cache, or download)")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads (default: torch hub's cache, or download)")
-    gan_weight: float = option(0.8, "of the adversarial loss beside the adaptive weight (VQGAN); 0: no discriminator")
+    gan_weight: float = option(0.8, "weight of the adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
     gan_start: int = option(5_000, "generator step at which the adversary joins (VQGAN's 10,000 count both optimizers)")
-    discriminator_layers: int = option(3, "its strided convolutions: patches of 70×70 pixels (VQGAN; its ImageNet weights have 2)")
+    discriminator_layers: int = option(
+        3, "its convolutions but the first and last; 3: patches of 70×70 pixels (VQGAN; its ImageNet weights have 2)"
+    )
     amp: bool = option(True, "bfloat16 autocast on CUDA")
     compile: bool = option(False, "torch.compile the networks: slower start, faster steps on CUDA")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit, as the CPU's do: slower")
@@ -137,12 +139,14 @@ RECIPES = {
                      weighted_edges=True, vector_scale="none"),
 }
 # fmt: on
-LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
-NO_ADVERSARY = dict(gan_weight=0.0, perceptual_weight=0.0)
+LEARNED = dict(
+    codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1
+)  # whatever the recipe
+PIXEL_LOSS_ONLY = dict(gan_weight=0.0, perceptual_weight=0.0)
 METHODS = {
-    "vqct": {},  # every table; Table 3 (vi)
-    "vqct-vqvae": NO_ADVERSARY,  # Table 4
-    "vqvae": {**LEARNED, **NO_ADVERSARY},  # Tables 1, 4, 6
+    "vqct": {},  # every table: Config's defaults, gcn and two codebooks; Table 3 (vi)
+    "vqct-vqvae": PIXEL_LOSS_ONLY,  # Table 4
+    "vqvae": {**LEARNED, **PIXEL_LOSS_ONLY},  # Tables 1, 4, 6
     "vqgan": LEARNED,  # Tables 1, 2 (i), 4 (ii), 5 (i), 6
     "gumbel": {**LEARNED, "codes": "random", "quantizer": "gumbel"},  # Tables 1, 6
     "cvq": {**LEARNED, "quantizer": "cvq"},  # Table 1
@@ -205,14 +209,15 @@ def check_config(config):
     if config.skip_broken and config.dataset == "demo":
         raise UserError("--skip-broken does nothing for the demo, which is drawn")
     if config.download and not (config.dataset in DATASETS and DATASETS[config.dataset].archives):
-        by_hand = f"; {DATASETS[config.dataset].get}" if config.dataset in DATASETS else " (cub, ade20k and coco have)"
+        having = ", ".join(name for name, layout in DATASETS.items() if layout.archives)
+        by_hand = f"; {DATASETS[config.dataset].get}" if config.dataset in DATASETS else f" ({having} have)"
         raise UserError(f"--download: {config.dataset} has no public archive{by_hand}")
     if config.dataset == "folder" and not config.data:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
     if config.transfer == "none" and config.code_dim % config.codebooks:
         raise UserError(f"--code-dim {config.code_dim} does not divide between {config.codebooks} codebooks")
     if config.resolution < 24:
-        raise UserError(f"--resolution {config.resolution} is too small: the patch discriminator needs 24 pixels a side")
+        raise UserError(f"--resolution {config.resolution} is too small: the patch discriminator needs 24 pixels per side")
     check_bounds(config, BOUNDS)
     if (config.shuffle == "vectors" and config.codes != "words") or (config.shuffle == "edges" and config.transfer != "gcn"):
         raise UserError(f"--shuffle {config.shuffle} changes nothing here: codes are {config.codes}, transfer is {config.transfer}")
@@ -272,7 +277,7 @@ def torchrun():
 
 
 @contextlib.contextmanager
-def first_alone():
+def first_process_first():
     """The first process runs the block before the others, which then find the files that it made, or end where it failed."""
     if processes() == 1:
         yield
@@ -304,11 +309,11 @@ def parallel(network, device):
 
 
 @contextlib.contextmanager
-def unsynchronised(*networks, but):
-    """A block in which gradients are only added up, in all micro-steps `but` the last; they cross processes once a step."""
+def synchronised(*networks, last):
+    """A block of backward passes whose gradients cross the processes in the `last` micro-step of a step, and only add up before."""
     with contextlib.ExitStack() as stack:
         for network in networks:
-            if isinstance(network, DistributedDataParallel) and not but:
+            if isinstance(network, DistributedDataParallel) and not last:
                 stack.enter_context(network.no_sync())
         yield
 
@@ -356,7 +361,7 @@ class ImageDataset(Dataset):
     Args:
         records: list of Record.
         classes: names of the labels.
-        resolution: pixels a side; the shorter side is resized to it, antialiased.
+        resolution: pixels per side; the shorter side is resized to it, antialiased.
 
     Set `with_segmentation` for items to hold their label maps, in which `unlabeled` says nothing of a pixel.
     """
@@ -776,7 +781,7 @@ def find_prior(config, dataset):
 class TrainBatches:
     """Sampler of (index, draw) keys for micro-steps `start` … `steps`: a new permutation each epoch, any step reachable at once.
 
-    `batch_size` images a process: together the processes take what one would take with a batch so much larger.
+    `batch_size` images per process: together the processes take what one would take with a batch so much larger.
     """
 
     def __init__(self, length, batch_size, start, steps, seed):
@@ -940,36 +945,38 @@ class Trainer:
         config: Config.
         prior: dict of `portable`, or None.
         device: torch.device.
-        images: of an epoch.
+        training_images: how many there are.
+
+    `parallel_model` and `parallel_discriminator` are the same networks, their gradients averaged over processes.
     """
 
-    def __init__(self, config, prior, device, images=1):
+    def __init__(self, config, prior, device, training_images=1):
         torch.manual_seed(config.seed)
         self.config, self.prior, self.device = config, prior, device
-        self.step, self.best, self.epoch = 0, -math.inf, math.ceil(images / (config.batch_size * config.accumulate * processes()))
+        self.step, self.best = 0, -math.inf
+        self.steps_per_epoch = math.ceil(training_images / (config.batch_size * config.accumulate * processes()))
         with explained("{}", ValueError):
             self.model = VQModel(config, prior)
         self.model = self.model.to(device, memory_format=torch.channels_last)
         self.generator_optimizer = self._adam(self.model)
-        self.discriminator = self.discriminator_optimizer = self.critic = self.perceptual = None
+        self.discriminator = self.discriminator_optimizer = self.parallel_discriminator = self.perceptual = None
         if config.gan_weight > 0:
             self.discriminator = Discriminator(layers=config.discriminator_layers).to(device, memory_format=torch.channels_last)
             if device.type == "cuda" and processes() > 1:  # batch statistics are those of all processes; gloo cannot
                 self.discriminator = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.discriminator)
             self.discriminator_optimizer = self._adam(self.discriminator)
-            self.critic = parallel(self.discriminator, device)
+            self.parallel_discriminator = parallel(self.discriminator, device)
         if config.perceptual_weight > 0:
             self.perceptual = load_lpips(config).to(device, memory_format=torch.channels_last)
-        # the step at which each code was last chosen: a moving count over the latest epoch
+        # the step at which each code was last chosen: it was used in the latest epoch if that is less than an epoch ago
         self.last_used = [torch.full((size,), -1, dtype=torch.int64, device=device) for size in self.model.codebook.sizes]
-        self.generator = parallel(self.model, device)
+        self.parallel_model = parallel(self.model, device)
         if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
             for network in filter(None, (self.model.encoder, self.model.decoder.layers, self.discriminator, self.perceptual)):
                 network.compile()
 
     def _adam(self, network):
-        parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        return torch.optim.Adam(parameters, lr=self.config.lr, betas=(0.5, 0.9), fused=True)
+        return torch.optim.Adam(network.parameters(), lr=self.config.lr, betas=(0.5, 0.9), fused=True)
 
     def follow_schedules(self):
         """The learning rate and the quantizers' temperature of this step."""
@@ -980,22 +987,18 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
+    def _parts(self):
+        names = ("model", "generator_optimizer", "discriminator", "discriminator_optimizer")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
     def state(self):
         """Everything that resuming and decoding need, as plain tensors, numbers and strings."""
-        state = {"prior": self.prior, "model": self.model.state_dict(), "last_used": self.last_used}
-        state["generator_optimizer"] = self.generator_optimizer.state_dict()
-        if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
-        return state
+        return {"prior": self.prior, "last_used": self.last_used, **{name: part.state_dict() for name, part in self._parts().items()}}
 
     def load(self, state):
         """Go on from a checkpoint's `state`."""
-        self.model.load_state_dict(state["model"])
-        self.generator_optimizer.load_state_dict(state["generator_optimizer"])
-        if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self.last_used = [used.to(self.device) for used in state["last_used"]]
 
     def reconstruction_loss(self, x_hat, x):
@@ -1006,16 +1009,27 @@ class Trainer:
         return terms["pixel"] + self.config.perceptual_weight * terms.get("perceptual", 0.0), terms
 
     def train_step(self, batches):
-        """One step of generator and discriminator on a list of (B, 3, R, R) micro-batches → dict of () tensors."""
+        """One step of the generator (encoder, codebooks, decoder) and the discriminator on a list of (B, 3, R, R) micro-batches.
+
+        1. x̂ = G(quantize(E(x))), one forward pass.
+        2. The pixel loss and LPIPS are differentiated down to x̂, no further; and from `gan_start` on −D(x̂) likewise,
+           which λ of both gradients scales.
+        3. One backward pass from x̂ and from the quantizers' losses to every weight of the generator.
+        4. The discriminator's hinge loss on x and the same x̂.
+        5. Both optimizers step.
+
+        Returns:
+            dict of () tensors; "loss" is Eq. 2 and LPIPS, without the adversary.
+        """
         self.model.train()
         adversarial = self.discriminator is not None and self.step >= self.config.gan_start
         metrics, share = {}, 1.0 / len(batches)
         self.follow_schedules()
-        self.generator_optimizer.zero_grad(set_to_none=True)
+        self.generator_optimizer.zero_grad()
         if adversarial:
-            self.discriminator_optimizer.zero_grad(set_to_none=True)
+            self.discriminator_optimizer.zero_grad()
         for number, x in enumerate(batches):
-            with unsynchronised(*filter(None, (self.generator, self.critic)), but=number == len(batches) - 1):
+            with synchronised(self.parallel_model, self.parallel_discriminator, last=number == len(batches) - 1):
                 terms, indices = self.micro_step(x, share, adversarial)
             for name, value in terms.items():
                 metrics[name] = metrics.get(name, 0.0) + value.detach() * share
@@ -1031,13 +1045,12 @@ class Trainer:
 
     def micro_step(self, x, share, adversarial):
         """Add the gradients of one micro-batch, times its share of the step → ({name: value}, indices)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-            output = self.generator(x)
-            # Losses are differentiated down to the reconstruction only; both of the adaptive
-            # weight's norms and the generator's backward pass start from these gradients.
-            x_hat = output.x_hat.detach().requires_grad_()
+        with self._autocast():
+            output = self.parallel_model(x)
+            # Both of the adaptive weight's norms and the generator's backward pass start from the gradients at x̂.
+            x_hat = output.x_hat.detach().requires_grad_()  # (B, 3, R, R)
             loss, terms = self.reconstruction_loss(x_hat.to(x.dtype), x)
-            (gradient,) = torch.autograd.grad(loss, x_hat)
+            (gradient,) = torch.autograd.grad(loss, x_hat)  # (B, 3, R, R)
             if adversarial:
                 gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
                 terms.update(gan_terms)
@@ -1047,22 +1060,24 @@ class Trainer:
         return {**terms, "quantizer": output.quantizer_loss, "loss": loss + output.quantizer_loss}, output.indices
 
     def add_adversary(self, attached, x_hat, gradient):
-        """Add −E[D(x̂)], adaptively weighted, to the gradient at the reconstruction → (gradient, {name: value})."""
-        self.discriminator.requires_grad_(False)
+        """Add −D(x̂), adaptively weighted, to the gradient at the reconstruction → ((B, 3, R, R), {name: value})."""
+        self.discriminator.requires_grad_(False)  # and not the parallel one: these gradients stop at x̂
         generator_loss = -self.discriminator(x_hat).float().mean()
-        (gan_gradient,) = torch.autograd.grad(generator_loss, x_hat)
+        (gan_gradient,) = torch.autograd.grad(generator_loss, x_hat)  # (B, 3, R, R)
         self.discriminator.requires_grad_(True)
         weight = adaptive_weight(attached, self.model.decoder.to_image.weight, gradient, gan_gradient) * self.config.gan_weight
         return gradient + weight.to(gradient.dtype) * gan_gradient, {"generator": generator_loss, "adaptive_weight": weight}
 
     def discriminate(self, x, x_hat, share):
         """The discriminator's turn on the same images → {name: value}."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda"):
-            real, fake = self.critic(x), self.critic(x_hat)
-            real, fake = real.float(), fake.float()
+        with self._autocast():
+            real, fake = self.parallel_discriminator(x).float(), self.parallel_discriminator(x_hat).float()  # (B, 1, h, w)
             loss = hinge_loss(real, fake)
         (loss * share).backward()
         return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.amp and self.device.type == "cuda")
 
     @torch.no_grad()
     def validate(self, loader, folder, pairs=16):
@@ -1080,10 +1095,14 @@ class Trainer:
         score = torch.stack(scores).mean().item()
         return score, {"psnr": score}, f"PSNR {score:.2f} dB over {len(scores)} images"
 
+    def join_counts(self):
+        """Give each process what all have counted."""
+        self.last_used = [across(used, "max") for used in self.last_used]
+
     def statistics(self):
         """Codes of each codebook chosen in the latest epoch, by any process, for metrics.jsonl."""
-        self.last_used = [across(used, "max") for used in self.last_used]
-        return {"codes_used": [int((used >= max(0, self.step - self.epoch)).sum()) for used in self.last_used]}
+        self.join_counts()
+        return {"codes_used": [int((used >= max(0, self.step - self.steps_per_epoch)).sum()) for used in self.last_used]}
 
     def describe(self, line):
         """A line of metrics.jsonl in words."""
@@ -1100,19 +1119,11 @@ def gradient_norm(network):
 
 
 def draw_pairs(images, path, columns=8):
-    """Alternating originals and reconstructions in [-1, 1] → PNG, a row of each in turn."""
-    originals, reconstructions = images[0::2], images[1::2]
-    rows = []
-    for start in range(0, len(originals), columns):
-        rows += originals[start : start + columns] + reconstructions[start : start + columns]
-    save_grid(rows, path, min(columns, len(originals)))
-
-
-def save_grid(images, path, columns):
-    """List of (3, H, W) in [-1, 1] → PNG grid, rounded to 8 bits."""
-    grid = torchvision.utils.make_grid(torch.stack(list(images)).clamp(-1, 1) * 0.5 + 0.5, nrow=columns, padding=2, pad_value=1.0)
-    with whole_file(path) as temporary:
-        TF.to_pil_image(grid.mul(255).round().to(torch.uint8)).save(temporary, "PNG")
+    """Originals and reconstructions in turn, (3, H, W) in [-1, 1] → PNG, rounded to 8 bits: a row of each in turn."""
+    groups = [images[start : start + 2 * columns] for start in range(0, len(images), 2 * columns)]
+    rows = torch.stack([image for group in groups for image in group[0::2] + group[1::2]]).clamp(-1, 1) * 0.5 + 0.5
+    grid = torchvision.utils.make_grid(rows, nrow=min(columns, len(images) // 2), padding=2, pad_value=1.0)
+    save_png(TF.to_pil_image(grid.mul(255).round().to(torch.uint8)), path)
 
 
 def codebook_names(sizes):
@@ -1155,8 +1166,11 @@ def save_config(config, out):
         temporary.write_text(json.dumps({**dataclasses.asdict(config), "versions": versions}, indent=1))
 
 
-def check_inputs(config, resume=False, overwrite=False):
-    """Device and data sets, with every problem found named at once; a resumed run has its prior and first weights with it."""
+def prepare_inputs(config, resume=False, overwrite=False):
+    """→ device, training and validation set. Raises one UserError that lists every problem found.
+
+    A resumed run takes its prior and initial weights from the checkpoint, so those files are not asked for.
+    """
     if not resume:
         check_folder(Path(config.out), overwrite)
     if config.download:
@@ -1184,27 +1198,27 @@ def check_inputs(config, resume=False, overwrite=False):
 
 
 @contextlib.contextmanager
-def fresh_folder(out, config, trainer):
+def new_run_folder(out, config, trainer):
     """A new folder with a configuration and a first checkpoint that takes the place of `out` when the block ends well."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as kept:
         new = Path(kept) / "new"
         new.mkdir()
         save_config(config, new)
-        save_checkpoint(new / "last.pt", trainer)  # from here on, a run that is killed can be resumed
+        save_checkpoint(new / "last.pt", trainer)
         yield new
         if out.exists():
             out.rename(Path(kept) / "old")
-        new.rename(out)
+        new.rename(out)  # from here on, a run that is killed can be resumed
 
 
 def start_run(trainer, prior, out):
     """Write what a run holds from its first moment: configuration, checkpoint, prior, and codebook at step 0."""
     if trainer.config.init:
-        start_from(trainer, trainer.config.init)
+        take_published_weights(trainer, trainer.config.init)
     if rank():
         return
-    with fresh_folder(out, trainer.config, trainer) as new:
+    with new_run_folder(out, trainer.config, trainer) as new:
         if prior is not None:
             prior.save(new / "prior.npz")
         trainer.model.eval()
@@ -1243,7 +1257,7 @@ def trim_metrics(path, step):
         temporary.write_text("".join(kept))
 
 
-def start_from(trainer, path):
+def take_published_weights(trainer, path):
     """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError where it does not fit."""
     state = {name: torch.tensor(value) for name, value in read_tensors(path).items()}
     if not any(name.startswith("encoder.conv_in") for name in state):
@@ -1389,7 +1403,7 @@ def run_steps(trainer, batches, validate, out):
             if logs:
                 journal.write_step(metrics, now=last)
             if validates or stop:
-                trainer.statistics()  # joins what the processes count, for the checkpoint
+                trainer.join_counts()
                 own_noise(trainer)
                 if not rank():
                     if validates:
@@ -1431,7 +1445,7 @@ def loaders(trainer, train_set, val_set):
 CHANGEABLE = "out steps lr device data download skip_broken workers log_every eval_every eval_images amp compile deterministic".split()
 
 
-def resumed(kind, state, given, changeable, name):
+def resumed_config(kind, state, given, changeable, name):
     """The configuration, a dataclass `kind`, of a checkpoint with the flags of a --resume.
 
     Raises:
@@ -1471,7 +1485,7 @@ def parse(argv=None):
     last = Path(config.out) / "last.pt"
     state = load_checkpoint(last)
     with fitting(last):
-        config = resumed(Config, state, {**given, "out": config.out}, CHANGEABLE, config.out)
+        config = resumed_config(Config, state, {**given, "out": config.out}, CHANGEABLE, config.out)
     config.lr = config.lr or usual_lr(config)
     return check_config(config), state, False
 
@@ -1481,8 +1495,8 @@ def main(argv=None):
     with torchrun():
         config, state, overwrite = parse(argv)
         out, resume = Path(config.out), state is not None
-        with first_alone():
-            device, train_set, val_set = check_inputs(config, resume, overwrite)
+        with first_process_first():
+            device, train_set, val_set = prepare_inputs(config, resume, overwrite)
             prior = None if resume else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
         with fitting(out / "last.pt") if resume else contextlib.nullcontext():
             trainer = Trainer(config, state["prior"] if resume else portable(prior), device, len(train_set))  # step 3: the networks

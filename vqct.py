@@ -15,7 +15,7 @@ The file reads in the paper's order:
     VQGAN's published weights  load_taming
 
 `prior.py` makes the words, vectors and graph that VQModel starts from; Eq. 2's pixel term and the training step
-are `Trainer` in train.py. Each class and function can be lifted out with the imports below. To see both networks'
+are `Trainer` in train.py. Each class and function can be lifted out with what else it names here, and nothing more. To see both networks'
 shapes, and Eq. 3, 1 and 2 worked on four words:
 
     python vqct.py
@@ -40,8 +40,12 @@ from prior import PARTS, command, option
 def nearest_code(z, codebook, row_chunk=None, code_chunk=None):
     """Index of the code nearest to each feature in Euclidean distance (paper Eq. 1).
 
-    ‖z − e‖² = ‖z‖² − 2 (z·e − ½‖e‖²), and ‖z‖² is the same for every code, so a matrix product and
-    a running minimum over tiles suffice; the (N, K) distance matrix never exists.
+    ‖z − e‖² = ‖z‖² + 2 (½‖e‖² − z·e), and ‖z‖² is the same for every code, so this is
+
+        (0.5 * codebook.square().sum(1) - z @ codebook.T).argmin(1)
+
+    taken tile by tile with a running minimum, as the (N, K) matrix of a real codebook fills gigabytes; and with
+    care for rounding: the origin is moved to the codes' middle, and equal codes are told apart by their bits.
 
     Args:
         z: (N, D) features of any floating type; computed in float32, or float64 if either is.
@@ -268,7 +272,7 @@ class GraphConvolution(nn.Module):
 
     def __init__(self, in_features, out_features):
         super().__init__()
-        # Scaled for the ReLU that follows: three layers keep the scale of their input.
+        # Scaled for the ReLU that follows: without a graph, layers keep the scale of their input (Â averages it down).
         self.weight = nn.Parameter(torch.randn(in_features, out_features) * math.sqrt(2 / in_features))
 
     def forward(self, nodes, adjacency):
@@ -280,7 +284,7 @@ class GraphConvolution(nn.Module):
 
 
 class CodebookTransfer(nn.Module):
-    """Eq. 3, the graph convolution-based codebook transfer network: H ← ReLU(Â H W), thrice.
+    """Eq. 3, the graph convolution-based codebook transfer network: H ← ReLU(Â H W), three times.
 
     Args:
         widths: (d, …, D) features of the language model's vectors, of each hidden layer and of
@@ -351,19 +355,16 @@ class Codebook(nn.Module):
             codes = self.vectors if self.transfer is None else self.transfer(self.vectors)
             return codes.split(self.sizes)
 
-    def _forget(self):
-        self._cached = None
-
     def train(self, mode=True):
-        self._forget()
+        self._cached = None
         return super().train(mode)
 
     def _load_from_state_dict(self, *args):
-        self._forget()
+        self._cached = None
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse=True):
-        self._forget()
+        self._cached = None
         return super()._apply(fn, recurse)
 
 
@@ -401,7 +402,7 @@ class VQModel(nn.Module):
         self.to_codes = nn.Conv2d(config.z_channels, total, 1)
         self.from_codes = nn.Conv2d(total, config.z_channels, 1)
         keep_variance(self.to_codes), keep_variance(self.from_codes)
-        neighbours = (config.adjective_neighbours, 1)[-len(self.codebook.sizes) :]
+        neighbours = [config.adjective_neighbours, 1] if len(self.codebook.sizes) == 2 else [1]
         self.quantizers = nn.ModuleList(
             make_quantizer(config, self.code_dim, size, count) for size, count in zip(self.codebook.sizes, neighbours)
         )
@@ -425,6 +426,7 @@ class VQModel(nn.Module):
         """(B, 3, H, W) in [-1, 1] → Output."""
         quantized = [quantizer(z, codebook) for quantizer, z, codebook in zip(self.quantizers, self.features(x), self.codebook())]
         z_q, indices, losses = zip(*quantized)
+        # each loss is a mean over its own channels, so two codebooks weigh twice what one does
         return Output(self.decode_features(z_q), torch.cat(indices, dim=1), sum(losses))
 
     def encode(self, x):
@@ -530,7 +532,7 @@ def keep_variance(network):
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             nn.init.zeros_(module.bias)
-    for module in network.modules():
+    for module in network.modules():  # in a second pass, as a block comes before its convolutions
         if isinstance(module, (ResidualBlock, AttentionBlock)):
             nn.init.zeros_(module.last.weight)
 
@@ -542,7 +544,7 @@ class Encoder(nn.Module):
         channels: width of the first level.
         multipliers: width of each level in units of `channels`; each level after the first halves
             the resolution, so (1, 1, 2, 2, 4) is f16.
-        blocks: residual blocks a level.
+        blocks: residual blocks per level.
         z_channels: channels of the output.
     """
 
@@ -625,7 +627,7 @@ class Discriminator(nn.Module):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     def forward(self, x):
-        """(B, 3, H, W) → (B, 1, H/8 − 2, W/8 − 2) logits, high for real patches."""
+        """(B, 3, H, W) → (B, 1, H/8 − 2, W/8 − 2) logits for three layers, high for real patches."""
         return self.layers(x)
 
 
@@ -669,7 +671,7 @@ def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gra
     for gradient in (reconstruction_gradient, adversarial_gradient):
         (at_weight,) = torch.autograd.grad(x_hat, last_weight, gradient, retain_graph=True)
         norms.append(across(at_weight, "mean").norm())
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4).detach()
+    return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4)
 
 
 class LPIPS(nn.Module):
@@ -693,9 +695,6 @@ class LPIPS(nn.Module):
         if trunk_state is not None:
             network.load_state_dict(trunk_state)
         self.features = network.features[: self.taps[-1] + 1]
-        for module in self.features:
-            if isinstance(module, nn.ReLU):
-                module.inplace = False
         self.heads = nn.ModuleList()
         widths = {"vgg": (64, 128, 256, 512, 512), "squeeze": (64, 128, 256, 384, 384, 512, 512)}[trunk]
         for i, width in enumerate(widths):
@@ -722,17 +721,18 @@ class LPIPS(nn.Module):
     def forward(self, x, y):
         """Two (B, 3, H, W) images in [-1, 1] → (B,) distances ≥ 0, differentiable in both."""
         x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
-        distance, tap = 0.0, 0
+        distance = 0.0
         for i, layer in enumerate(self.features):
             x, y = layer(x), layer(y)
             if i in self.taps:
-                distance = distance + self._difference(x, y, self.heads[tap])
-                tap += 1
+                distance = distance + self._difference(x, y, self.heads[self.taps.index(i)])
         return distance
 
 
 # ---------------------------------------------------------------------------------------------
-# Tables 1 and 6: the quantizers that VQCT is compared with. Each keeps VectorQuantizer's interface
+# Tables 1 and 6: the quantizers that VQCT is compared with, each with VectorQuantizer's interface:
+# forward(z, codebook) → z_q, indices, loss; indices(z, codebook), those of forward in evaluation; `neighbours`, the codes
+# averaged at a position; and, where training anneals it, `temperature`
 
 
 class GumbelQuantizer(nn.Module):
@@ -895,51 +895,53 @@ class RegularizedQuantizer(VectorQuantizer):
 # Tables 1 to 6: every system is a ModelConfig, a choice of quantizer, of codes and of their transfer
 
 
+QUANTIZERS = {  # `quantizer` → what makes it: (ModelConfig, channels D, codes K, arguments of VectorQuantizer) → module
+    "nearest": lambda config, dim, size, eq2: VectorQuantizer(**eq2),
+    "gumbel": lambda config, dim, size, eq2: GumbelQuantizer(dim, size, config.kl_weight, config.straight_through),
+    "cvq": lambda config, dim, size, eq2: ClusteredQuantizer(size, config.usage_decay, config.contrastive_weight, **eq2),
+    "regvq": lambda config, dim, size, eq2: RegularizedQuantizer(config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2),
+}
+
+
 @dataclass
 class ModelConfig:
     """Shape of the network and origin of its codes; the defaults are the paper's f16 network."""
 
-    resolution: int = option(256, "pixels a side; the paper resizes every data set to 256")
+    resolution: int = option(256, "pixels per side; the paper resizes every data set to 256")
     channels: int = option(128, "width of the first level of encoder and decoder (VQGAN)")
     multipliers: tuple = option((1, 1, 2, 2, 4), "width of each level; levels − 1 halvings, so five levels are f16")
-    blocks: int = option(2, "residual blocks a level (VQGAN)")
+    blocks: int = option(2, "residual blocks per level (VQGAN)")
     z_channels: int = option(256, "channels between network and codes (VQGAN)")
     code_dim: int = option(256, "channels of all codes of a position together; the paper splits them between its codebooks")
     codes: str = option(
-        "words",
-        "where codes start: the prior's word vectors, random vectors, or VQ-VAE's small uniform ones",
-        choices=("words", "random", "uniform"),
+        "words", "where codes start: the prior's words, random vectors, or VQ-VAE's ±1/K", choices=("words", "random", "uniform")
     )
     vector_scale: str = option(
-        "rms",
-        "word vectors divided by their root mean square, one number for all; standardised in each dimension; or none, as they come",
-        choices=("rms", "standard", "none"),
+        "rms", "word vectors over their root mean square, standardised, or as they come", choices=("rms", "standard", "none")
     )
     codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: together (SCB), or no prior at all", choices=(1, 2))
     codebook_size: int = option(0, "codes when there is no prior; 0 takes the prior's adjectives and nouns")
     trained: bool = option(False, "train the starting vectors themselves")
     transfer: str = option(
-        "gcn", "how vectors become codes: graph convolutions, the same layers without graph, or not at all", choices=("gcn", "mlp", "none")
+        "gcn", "how vectors become codes: graph convolutions, the same without graph, not at all", choices=("gcn", "mlp", "none")
     )
     transfer_layers: int = option(3, "layers of the transfer network (paper: three; authors' code: two)")
     transfer_width: int = option(512, "features of its hidden layers; the width of CLIP's token vectors")
     transfer_dropout: float = option(0.0, "share of its hidden features zeroed in training (authors' code: 0.5)")
     last_relu: bool = option(True, "ReLU after its last layer too, as in Eq. 3 (authors' code: none)")
     weighted_edges: bool = option(False, "A counts how often a pair occurs, as in the authors' code; the paper's is binary")
-    quantizer: str = option(
-        "nearest",
-        "nearest code (Eq. 1); gumbel: Gumbel-VQ; cvq: online clustering; regvq: regularized quantization",
-        choices=("nearest", "gumbel", "cvq", "regvq"),
-    )
+    quantizer: str = option("nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ", choices=tuple(QUANTIZERS))
     beta: float = option(0.25, "weight of the commitment term of Eq. 2")
     beta_on: str = option("commitment", "the term that beta weighs: Eq. 2's, or the authors' code's", choices=("commitment", "codebook"))
     adjective_neighbours: int = option(1, "nearest adjectives whose mean is a position's adjective code (authors' code: two)")
-    kl_weight: float = option(5e-4, "of the divergence from uniform codes: gumbel's of each position (VQ-GAN's code), regvq's of the batch")
+    kl_weight: float = option(
+        5e-4, "weight of the divergence from uniform codes: gumbel's per position (VQ-GAN's code), regvq's per batch (0.1)"
+    )
     straight_through: bool = option(True, "gumbel: hard codes forward, soft weights backward; else soft both ways")
     temperature_end: float = option(1 / 16, "gumbel, regvq: temperature at the end of training, by a cosine from 1 (DALL-E)")
     usage_decay: float = option(0.99, "cvq: decay γ of each code's running usage")
     mask_ratio: float = option(0.3, "regvq: share of positions whose code is drawn, not nearest")
-    contrastive_weight: float = option(0.0, "cvq, regvq: of their contrastive losses")
+    contrastive_weight: float = option(0.0, "cvq, regvq: weight of their contrastive losses (regvq's: 0.01)")
 
 
 NETWORKS = {  # what the presets change of ModelConfig
@@ -954,18 +956,12 @@ def make_quantizer(config, dim, size, neighbours):
     Raises:
         ValueError: if the choices exclude each other.
     """
-    eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
     if neighbours > size or neighbours > 1 and config.quantizer != "nearest":
         raise ValueError(f"the mean of {neighbours} neighbours needs as many codes and quantizer 'nearest', not {config.quantizer}")
-    if config.quantizer == "gumbel":
-        return GumbelQuantizer(dim, size, config.kl_weight, config.straight_through)
-    if config.quantizer == "cvq":
-        if not config.trained or config.transfer != "none":
-            raise ValueError("quantizer 'cvq' moves the codes themselves, so they must be trained and without transfer")
-        return ClusteredQuantizer(size, config.usage_decay, config.contrastive_weight, **eq2)
-    if config.quantizer == "regvq":
-        return RegularizedQuantizer(config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2)
-    return VectorQuantizer(**eq2)
+    if config.quantizer == "cvq" and (not config.trained or config.transfer != "none"):
+        raise ValueError("quantizer 'cvq' moves the codes themselves, so they must be trained and without transfer")
+    eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
+    return QUANTIZERS[config.quantizer](config, dim, size, eq2)
 
 
 def needs_prior(config):
@@ -1036,7 +1032,8 @@ class Block(nn.Module):
         self.modulation = None
         if modulated:
             self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-            nn.init.zeros_(self.modulation[1].weight), nn.init.zeros_(self.modulation[1].bias)
+            nn.init.zeros_(self.modulation[1].weight)
+            nn.init.zeros_(self.modulation[1].bias)
 
     def attend(self, x, causal, cache, start):
         """(B, T, W) → (B, T, W). With a cache (2, B, H, N, d), x is position `start` and sees all before it."""
@@ -1091,7 +1088,8 @@ class Condition(nn.Module):
             self.embedding = nn.Sequential(nn.Conv2d(count, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
             self.positions, self.block = Positions(grid, width), Block(width, heads)
             for layer in (self.block.project, self.block.mlp[2]):  # at first each position sees its own surroundings alone
-                nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, known, batch, drop=None):
         """known: None, classes (B,) int64 with −1 unknown, or label shares (B, L, h, w); drop: (B,) bool → (B, N or 1, W)."""
@@ -1134,7 +1132,7 @@ class CodeEmbedding(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """p(tokens | condition) in raster order, one step a position (§4.4; Esser et al. 2021 for one codebook).
+    """p(tokens | condition) in raster order, one step per position (§4.4; Esser et al. 2021 for one codebook).
 
     The tokens of the position before enter together, as the sum of their embeddings. Of a position, the
     adjective is predicted first and the noun given it, so that their joint distribution is modelled.
@@ -1159,7 +1157,8 @@ class TokenTransformer(nn.Module):
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)) for _ in sizes)
         self.outputs = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in zip(sizes, codes))
         for output in self.outputs:  # no code is much likelier than another before anything is learned
-            output.map is not None and nn.init.zeros_(output.map)
+            if output.map is not None:
+                nn.init.zeros_(output.map)
 
     def cache(self, batch):
         """Room for keys and values of every position: depth tensors (2, B, H, N, d)."""
@@ -1202,7 +1201,7 @@ class TokenTransformer(nn.Module):
         return [self.logits(hidden, tokens, i) for i in range(len(self.sizes))]
 
     def loss(self, tokens, known=None, drop=None, generator=None):
-        """Mean negative log-likelihood of each of the M tokens of a position → list of () tensors, nats."""
+        """Mean negative log-likelihood of each of the M tokens of a position → list of () tensors, nats; draws nothing (Denoiser's does)."""
         return [F.cross_entropy(part.float().mT, tokens[:, i].flatten(1)) for i, part in enumerate(self(tokens, known, drop))]
 
 
@@ -1236,7 +1235,7 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
         known: of Condition, for `batch` images.
         given: (B, M, h, w) int64, −1 where a token is to be drawn; others stay.
         scale: of classifier-free guidance; 1 is the conditional model itself (Ho & Salimans 2022).
-        cached: whether keys and values are kept; without, every position is computed anew each time.
+        cached: whether keys and values are kept; without, every position is computed anew each time, to check and time the cache.
         choice: temperature, top_k and top_p of `draw_tokens`.
     Returns:
         (B, M, h, w) int64.
@@ -1292,7 +1291,8 @@ class Denoiser(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
-        nn.init.zeros_(self.leave.weight), nn.init.zeros_(self.leave.bias)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.leave.bias)
 
     def forward(self, z_t, t, condition):
         """z_t: (B, C, h, w); t: (B,) in [0, 1]; condition: (B, N or 1, W) of Condition → ε, (B, C, h, w)."""
@@ -1359,12 +1359,12 @@ def taming_names(config):
     down, up = [], []
     for level in levels:
         for block in range(config.blocks):
-            down += [f"down.{level}.block.{block}", f"down.{level}.attn.{block}"][: 1 + (level == levels[-1])]
-        down += [f"down.{level}.downsample"] * (level < levels[-1])
+            down += [f"down.{level}.block.{block}"] + ([f"down.{level}.attn.{block}"] if level == levels[-1] else [])
+        down += [f"down.{level}.downsample"] if level < levels[-1] else []
     for level in reversed(levels):
         for block in range(config.blocks + 1):
-            up += [f"up.{level}.block.{block}", f"up.{level}.attn.{block}"][: 1 + (level == levels[-1])]
-        up += [f"up.{level}.upsample"] * (level > 0)
+            up += [f"up.{level}.block.{block}"] + ([f"up.{level}.attn.{block}"] if level == levels[-1] else [])
+        up += [f"up.{level}.upsample"] if level > 0 else []
     layers = {"encoder": ["conv_in", *down, *middle, "norm_out", "", "conv_out"], "decoder": ["conv_in", *middle, *up, "norm_out"]}
     whole = {"to_codes": "quant_conv", "from_codes": "post_quant_conv", "decoder.to_image": "decoder.conv_out"}
     inner = {"query_key_value": ("q", "k", "v"), "project": ("proj_out",), "shortcut": ("nin_shortcut",)}
@@ -1401,7 +1401,8 @@ def load_taming(model, discriminator, state):
     """
     learned = isinstance(model.codebook.vectors, nn.Parameter) and len(model.codebook.sizes) == 1
     names = taming_names(model.config)
-    taken, left = _renamed(model, names if learned else lambda name: () if name.startswith("codebook") else names(name), state)
+    names_but_codes = lambda name: () if name.startswith("codebook") else names(name)
+    taken, left = _renamed(model, names if learned else names_but_codes, state)
     for name in left:
         if name.startswith(("encoder", "decoder")):
             shapes = {key: tuple(state[key].shape) for key in names(name) if key in state}
@@ -1435,7 +1436,7 @@ def _renamed(network, names, state):
 
 @torch.no_grad()
 def show_network(preset):
-    """Print what each part of a preset's network takes and gives, with a prior of the paper's sizes, and its parameters."""
+    """Print what each part of a preset's network takes and gives, with a prior as large as the authors', and its parameters."""
     prior = {"adjective_vectors": torch.randn(1949, 512), "noun_vectors": torch.randn(4258, 512), "edges": torch.zeros(0, 2)}
     model, discriminator = VQModel(ModelConfig(**NETWORKS[preset]), prior).eval(), Discriminator()
     x = torch.randn(1, 3, model.config.resolution, model.config.resolution)

@@ -360,7 +360,7 @@ def bench_tokenise():
     model = VQModel(config, portable(make_prior(config, DemoDataset("train", 64)))).eval().to(DEVICE)
 
     def anew(x):
-        model.codebook._forget()
+        model.codebook._cached = None
         return model.encode(x)
 
     with torch.no_grad():

@@ -28,7 +28,7 @@ from train import (
     coco_captions,
     coco_records,
     cub_attributes,
-    check_inputs,
+    prepare_inputs,
     cub_records,
     download,
     find_prior,
@@ -454,7 +454,7 @@ def test_a_download_into_an_empty_folder_on_another_disk(serve, tmp_path):
 def test_a_failed_download_is_tried_once_and_alone(server, serve, tmp_path):
     serve("cub", b"no archive", known=False)
     with pytest.raises(UserError, match="cannot be had: .*unpack it by hand and point --data at the CUB_200_2011 folder"):
-        check_inputs(config("cub", tmp_path / "data", download=True))
+        prepare_inputs(config("cub", tmp_path / "data", download=True))
     assert len([path for path, _ in server.requests]) == 2 and not (tmp_path / "data").exists()  # a look for redirects, then the file
     server.requests.clear()
     with pytest.raises(UserError, match="cub is not at"):

@@ -29,9 +29,9 @@ def gradients(choice, prior, share, shares):
     """Gradients of one float64 step on a share of sixteen images, and the step's metrics."""
     config = resolve({**TINY, **CHOICES[choice], "seed": 1})
     trainer = Trainer(config, prior, torch.device("cpu"))
-    trainer.generator = parallel(trainer.model.double(), torch.device("cpu"))
+    trainer.parallel_model = parallel(trainer.model.double(), torch.device("cpu"))
     if trainer.discriminator is not None:  # by its running statistics: gloo cannot join those of a batch
-        trainer.critic = parallel(trainer.discriminator.double().eval(), torch.device("cpu"))
+        trainer.parallel_discriminator = parallel(trainer.discriminator.double().eval(), torch.device("cpu"))
     x = torch.rand(16, 3, config.resolution, config.resolution, generator=torch.manual_seed(0), dtype=torch.float64) * 2 - 1
     micro = x.view(config.accumulate, shares, -1, *x.shape[1:])[:, share]
     trainer.generator_optimizer.step = lambda: None

@@ -91,7 +91,7 @@ def test_code_statistics_by_hand():
     statistics = code_statistics([np.array([4, 4, 0, 0]), np.array([2, 2, 2, 2, 0, 0, 0, 0])], images=2)
     assert statistics["usage"] == {"adjective": 0.5, "noun": 0.5} and statistics["codes_used"] == {"adjective": 2, "noun": 4}
     assert statistics["perplexity"] == {"adjective": 2.0, "noun": 4.0}
-    assert statistics["bits"] == 4 * (2 + 3) and statistics["bits_entropy"] == 4 * (1 + 2)  # four tokens an image of each
+    assert statistics["bits"] == 4 * (2 + 3) and statistics["bits_entropy"] == 4 * (1 + 2)  # four tokens per image of each
     single = code_statistics([np.array([0, 70])], images=7)
     assert single["perplexity"] == {"code": 1.0} and single["bits"] == 10 and single["bits_entropy"] == 0
 

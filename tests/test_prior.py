@@ -34,7 +34,7 @@ from prior import (
     count_corpus,
     draw_codebook_space,
     glove_vectors,
-    language_model,
+    LANGUAGE_MODELS,
     modifying_pairs,
     nearest_words,
     random_vectors,
@@ -44,7 +44,6 @@ from prior import (
     rewired,
     shuffled,
     whole_file,
-    word_vectors,
 )
 
 # ---------------------------------------------------------------------------------------------
@@ -714,7 +713,8 @@ def test_clip_from_the_archive_and_its_prompts(tmp_path, monkeypatch):
         {"adjective": ["red", "titmouse"], "noun": ["red", "bird"]},
         PriorConfig("clip-text", str(tmp_path / "ViT-B-32.pt"), sha256=sha256),
     )
-    vectors, notes = word_vectors(words, Counts(), config, language_model(config))
+    model = LANGUAGE_MODELS["clip-text"]
+    vectors, notes = model.vectors(words, Counts(), config, model.tokens(config))
     assert {part: sorted(found) for part, found in vectors.items()} == {"adjective": ["red"], "noun": ["bird", "red"]}
     for part, prompt in (("adjective", "a photo of red object"), ("noun", "a photo of red")):
         text = [ids["<|startoftext|>"], *(ids[f"{word}</w>"] for word in prompt.split()), ids["<|endoftext|>"]]

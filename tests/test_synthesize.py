@@ -70,7 +70,7 @@ def test_foreign_token_files_are_named(run, tmp_path):
     (tmp_path / "text.npz").write_text("no")
     for name, message in (
         ("other", "another tokenizer"),
-        ("large", "not . tokens a position"),
+        ("large", "not . tokens per position"),
         ("text", "not a token file"),
         ("absent", "does not exist"),
     ):

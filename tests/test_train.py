@@ -28,7 +28,7 @@ from train import (
     ImageDataset,
     TrainBatches,
     Trainer,
-    check_inputs,
+    prepare_inputs,
     cub_records,
     describe_scene,
     folder_records,
@@ -333,11 +333,11 @@ def test_bad_choices_are_named(given, message):
 def test_bad_device_and_batch_are_named():
     for name in ("meta", "cuda:99"):
         with pytest.raises(UserError, match=f"--device {name}"):
-            check_inputs(resolve({"device": name}))
+            prepare_inputs(resolve({"device": name}))
     with pytest.raises(UserError, match="not a device"):
-        check_inputs(resolve({"device": "gpu"}))
+        prepare_inputs(resolve({"device": "gpu"}))
     with pytest.raises(UserError, match="more than the 96 training images"):
-        check_inputs(resolve({"batch_size": 5000}))
+        prepare_inputs(resolve({"batch_size": 5000}))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -603,12 +603,12 @@ def test_bad_checkpoints_are_named(tmp_path):
 
 def test_codes_used_counts_the_latest_epoch(prior):
     config = resolve(TINY)
-    trainer = Trainer(config, portable(prior), torch.device("cpu"), images=10 * config.batch_size)
+    trainer = Trainer(config, portable(prior), torch.device("cpu"), training_images=10 * config.batch_size)
     assert trainer.statistics() == {"codes_used": [0, 0]}
     trainer.step = 30
     trainer.last_used[0][:] = torch.tensor([-1, 5, 19, 20, 25, 29, 0])
     assert trainer.statistics() == {"codes_used": [3, 0]}  # chosen in steps 20 … 29
-    trainer.epoch = 100
+    trainer.steps_per_epoch = 100
     assert trainer.statistics() == {"codes_used": [6, 0]}
 
 

@@ -50,7 +50,7 @@ class EvaluationConfig:
     skip_broken: bool = option(False, "leave out images that are missing or cannot be read")
     device: str = option("auto", DEVICES)
     checkpoint: str = option("last", "last step, as the paper trains to the end, or best validation PSNR", choices=("last", "best"))
-    inception: str = option("", "local copy of FID's weights; where they cannot be had, FID is a dash")
+    inception: str = option("", "local copy of FID's weights; where they are unavailable, FID is a dash")
     trunk_weights: str = option("", "local copy of torchvision's SqueezeNet 1.1, for LPIPS")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
     figures: bool = option(False, "draw Fig. 3 to 7 into each run's figures/, and what compares several runs into comparison/")

@@ -15,6 +15,9 @@ remaining word gets its language-model vector, and A_ij = 1 where adjective i mo
 
 A corpus is plain text (one caption per line), COCO captions JSON, Flickr's `name#k<TAB>caption`, any of
 them gzipped, or a folder of .txt files. The result is one .npz that numpy reads without pickle.
+
+The file reads: what all scripts share (errors, whole files, flags), corpora, parts of speech, which adjective modifies
+which noun, counting, word vectors, published files, language models, the prior, looking at it, main.
 """
 
 import argparse
@@ -930,7 +933,7 @@ def read_range(url, start, stop, progress=lambda text: None):
 
     Raises:
         UserError: if the connection is cut or the server sends another range.
-        OSError, http.client.HTTPException, ValueError: if it cannot be had at all.
+        OSError, http.client.HTTPException, ValueError: if it is unavailable.
     """
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{stop - 1}", "User-Agent": "vqct"})
     with urllib.request.urlopen(request, timeout=60) as response:
@@ -976,7 +979,7 @@ def fetch(url, what, advice, sha256=None, name=None):
     path = cache_folder() / (name or url.rsplit("/", 1)[-1])
     if path.is_file() and (len(sha256 or "") < 64 or checksum(path) == sha256):
         return path
-    with explained(f"{path.name} ({what}) cannot be had: {{}}; get it from {url} and {advice}"):
+    with explained(f"{path.name} ({what}) is unavailable: {{}}; get it from {url} and {advice}"):
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256)  # complete and verified, or not there
     return path
@@ -1108,7 +1111,7 @@ def archive_tokens(path="", sha256=""):
         path: of a local copy, with CLIP's merges file beside it; what is not there is downloaded.
         sha256: of an archive other than ViT-B/32's.
     Raises:
-        UserError: if it is another file, or cannot be had.
+        UserError: if it is another file, or unavailable.
     """
     import torch
 
@@ -1145,7 +1148,7 @@ def clip_tokens(weights="", revision="refs/pr/15", sha256=""):
     except (OSError, ValueError, http.client.HTTPException) as error:
         if getattr(error, "code", None) != 404:
             raise UserError(
-                f"CLIP's token table (model.safetensors and vocab.json of {url}) cannot be had: {error or type(error).__name__}; "
+                f"CLIP's token table (model.safetensors and vocab.json of {url}) is unavailable: {error or type(error).__name__}; "
                 "nothing was kept; point --weights at a local copy of that folder, or of the archive ViT-B-32.pt"
             ) from None
     print(f"{url} holds no model.safetensors; taking the archive of 354 MB")
@@ -1272,7 +1275,7 @@ class PriorConfig:
         "GloVe's text or zip file; clip: a folder with vocab.json and model.safetensors or pytorch_model.bin, or the archive ViT-B-32.pt "
         "(without: the token table is downloaded); clip-text: the archive (or it is downloaded); bert: a folder with vocab.txt and weights likewise",
     )
-    revision: str = option("refs/pr/15", "clip: of the published folder, whose main branch may lack model.safetensors")
+    revision: str = option("refs/pr/15", "clip: revision of the published folder, whose main branch may lack model.safetensors")
     sha256: str = option("", "clip: checksum of an archive other than the published ViT-B-32.pt")
     multi_token: str = option(
         "drop", "clip, bert: words of several tokens are dropped, as the paper filters tokens, or get their mean", choices=("drop", "mean")
@@ -1283,7 +1286,7 @@ class PriorConfig:
         "whole word of their vocabulary that WordNet lists",
     )
     dim: int = option(0, "dimensions of corpus and random vectors, 0: 100; which of GloVe's to take from its zip")
-    seed: int = option(0, "of random vectors")
+    seed: int = option(0, "seed of random vectors")
 
 
 def check_prior_config(config, workers=1):
@@ -1694,7 +1697,7 @@ def write_counts(args):
 def write_prior(args, config, merge=False):
     """`prior.py` and `prior.py merge`: the paper's steps 1 and 2, from corpora or from their counts."""
     model, contexts = LANGUAGE_MODELS[config.embeddings], config.embeddings == "corpus"
-    tokens = model.tokens(config)  # a model that cannot be had is known before the tagging starts
+    tokens = model.tokens(config)  # a model that is unavailable is known before the tagging starts
     speech = None if merge and config.min_count else WordNetSpeech(args.download)
     counts, notes = merge_counts(args.inputs, contexts) if merge else count_corpora(named(args.inputs), speech, contexts, args.workers)
     prior = build_prior(counts, config, tokens, speech, notes)

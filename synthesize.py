@@ -84,11 +84,11 @@ class SynthesisConfig(Stage):
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
     lr: float = option(3e-4, "AdamW's step size, by a cosine to a tenth of it")
     warmup: int = option(500, "steps over which it rises from 0")
-    weight_decay: float = option(0.01, "AdamW's, of matrices")
+    weight_decay: float = option(0.01, "AdamW's weight decay, of matrices alone")
     ema: float = option(0.9999, "decay of the averaged weights that sample and are evaluated")
     amp: bool = option(True, "bfloat16 autocast on CUDA")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit, as the CPU's do: slower")
-    seed: int = option(0, "of weights, data order and dropout")
+    seed: int = option(0, "seed of weights, data order and dropout")
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(1_000, "steps between validations and checkpoints")
 
@@ -97,12 +97,12 @@ class SynthesisConfig(Stage):
 class Sampling(Choices):
     """How images are drawn."""
 
-    temperature: float = option(1.0, "gpt: of the logits; 0 takes the likeliest token")
+    temperature: float = option(1.0, "gpt: divides the logits; 0 takes the likeliest token")
     top_k: int = option(0, "gpt: only so many of the likeliest tokens; 0: all")
     top_p: float = option(1.0, "gpt: the fewest likely tokens with so much probability together")
     guidance: float = option(1.0, "scale of classifier-free guidance; 1: none")
     sampling_steps: int = option(50, "ldm: steps of DDIM")
-    seed: int = option(0, "of the samples")
+    seed: int = option(0, "seed of the samples")
 
 
 @dataclass

@@ -7,10 +7,9 @@
     python train.py --method vqgan                             the baseline: 1,024 learned codes
     python train.py --resume                                   go on where the last run stopped
 
-One step is: one forward pass of the generator; the gradient of its losses at the reconstruction;
-their balance by the adaptive weight; one backward pass; then the discriminator on the same images.
-A run's folder holds config.json, metrics.jsonl, last.pt and best.pt, the prior, the codebook at
-step 0, and reconstructions/*.png (originals above reconstructions).
+The file reads: Config and the paper's systems, data sets, checkpoints, Trainer (what one step does), a run, main; the
+demo's birds are an appendix. A run's folder holds config.json, metrics.jsonl, last.pt and best.pt, the prior, the codebook
+at step 0, and reconstructions/*.png (originals above reconstructions).
 """
 
 import contextlib
@@ -622,7 +621,7 @@ class Archive(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """A published data set: its records, its folder's usual name, how it is had."""
+    """A published data set: its records, its folder's usual name, how to get it."""
 
     records: Callable  # (root, split) → records, names of classes
     folder: str
@@ -667,7 +666,7 @@ def download(dataset, root):
     """Fetch and unpack the archives whose contents a data set's folder lacks; each arrives whole, or not at all.
 
     Raises:
-        UserError: for one that cannot be had, is broken, or holds something else.
+        UserError: for one that is unavailable, broken, or of other contents.
     """
     if not hasattr(tarfile, "data_filter"):
         raise UserError("--download needs a Python whose tarfile refuses paths outside a folder: 3.10.12, 3.11.4 or newer")
@@ -693,7 +692,7 @@ def download(dataset, root):
                 if not any(folder.iterdir()):
                     folder.rmdir()
             raise UserError(
-                f"{archive.url} cannot be had: {error or type(error).__name__}; nothing of it was kept; try again, or unpack it by hand "
+                f"{archive.url} is unavailable: {error or type(error).__name__}; nothing of it was kept; try again, or unpack it by hand "
                 f"and point --data at the {DATASETS[dataset].folder} folder"
             ) from None
 
@@ -909,7 +908,7 @@ TRUNKS = {"vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1, "squeeze": torc
 
 
 def load_lpips(config):
-    """LPIPS with published weights. Raises UserError naming each file and flag where one cannot be had."""
+    """LPIPS with published weights. Raises UserError naming each file and flag where one is unavailable."""
     trunk = config.perceptual_trunk
     what = f"torchvision's ImageNet weights of LPIPS's {trunk} trunk", f"LPIPS v0.1's linear heads for {trunk}"
     trunk_state = load_weights(TRUNKS[trunk].url, config.trunk_weights, what[0], "--trunk-weights")
@@ -928,7 +927,7 @@ def load_weights(url, local, what, flag, name=None, sha256=None):
     """
     in_name = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
     path = local or fetch(url, what, f"pass {flag} FILE", sha256 or in_name and in_name[1], name)
-    with explained(f"{path} ({what}) cannot be had: {{}}; get it from {url} and pass {flag} FILE"):
+    with explained(f"{path} ({what}) is unavailable: {{}}; get it from {url} and pass {flag} FILE"):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -453,7 +453,7 @@ def test_a_download_into_an_empty_folder_on_another_disk(serve, tmp_path):
 
 def test_a_failed_download_is_tried_once_and_alone(server, serve, tmp_path):
     serve("cub", b"no archive", known=False)
-    with pytest.raises(UserError, match="cannot be had: .*unpack it by hand and point --data at the CUB_200_2011 folder"):
+    with pytest.raises(UserError, match="is unavailable: .*unpack it by hand and point --data at the CUB_200_2011 folder"):
         prepare_inputs(config("cub", tmp_path / "data", download=True))
     assert len([path for path, _ in server.requests]) == 2 and not (tmp_path / "data").exists()  # a look for redirects, then the file
     server.requests.clear()
@@ -526,7 +526,7 @@ def test_a_broken_download_leaves_nothing(server, serve, tmp_path, fault):
         server.files["/archive.tgz"] = tar_of({**CUB_FILES, "CUB_200_2011/images.txt": b"changed"})
     if fault == "absent":
         server.files.clear()
-    with pytest.raises(UserError, match=f"archive.tgz cannot be had: .*{FAULTS[fault]}.*nothing of it was kept"):
+    with pytest.raises(UserError, match=f"archive.tgz is unavailable: .*{FAULTS[fault]}.*nothing of it was kept"):
         download("cub", tmp_path / "data" / "CUB_200_2011")
     assert not list(tmp_path.iterdir())
 

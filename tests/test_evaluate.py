@@ -279,7 +279,7 @@ def test_weights_are_downloaded_checked_and_cached(server, tmp_path, monkeypatch
     (folder / f"net-{digest}.pth").rename(folder / "net-00000000.pth")
     assert load_weights(f"{address}/net-{digest}.pth", "", "a test", "--flag")["w"].tolist() == [0, 1, 2]  # from the cache
     for name in ("net-00000000.pth", "absent-12345678.pth"):  # wrong checksum, no file
-        with pytest.raises(UserError, match=f"{name} .a test. cannot be had.*--flag FILE"):
+        with pytest.raises(UserError, match=f"{name} .a test. is unavailable.*--flag FILE"):
             load_weights(f"{address}/{name}", "", "a test", "--flag")
     assert [p.name for p in (tmp_path / "hub" / "hub" / "checkpoints").iterdir()] == [f"net-{digest}.pth"]
 

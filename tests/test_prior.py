@@ -724,7 +724,7 @@ def test_clip_from_the_archive_and_its_prompts(tmp_path, monkeypatch):
     (tmp_path / "bpe_simple_vocab_16e6.txt.gz").unlink()
     monkeypatch.setattr(prior_module, "CLIP_MERGES", "http://127.0.0.1:9/merges.gz")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    with pytest.raises(UserError, match="merges.gz .CLIP's vocabulary. cannot be had.*put it beside the archive"):
+    with pytest.raises(UserError, match="merges.gz .CLIP's vocabulary. is unavailable.*put it beside the archive"):
         clip_tokens(tmp_path / "ViT-B-32.pt", sha256=sha256)
 
 
@@ -808,7 +808,7 @@ def test_a_table_of_another_shape_or_an_absent_server_is_a_line(server, publishe
         clip_tokens()
     for endpoint, revision in (("http://127.0.0.1:9", "main"), ("mirror.without.scheme", "main"), (server.url + "/", "my branch")):
         monkeypatch.setenv("HF_ENDPOINT", endpoint)
-        with pytest.raises(UserError, match="cannot be had.*--weights|has no whole"):
+        with pytest.raises(UserError, match="is unavailable.*--weights|has no whole"):
             clip_tokens(revision=revision)
 
 
@@ -829,12 +829,12 @@ def test_where_the_revision_lacks_safetensors_the_archive_comes_whole(server, pu
     kept = prior_module.cache_folder() / "ViT-B-32.pt"
     kept.write_bytes(b"another file")  # is not trusted for its name
     server.files["/ViT-B-32.pt"] = b"what the server sends now"
-    with pytest.raises(UserError, match="ViT-B-32.pt .*cannot be had.*--weights FILE"):
+    with pytest.raises(UserError, match="ViT-B-32.pt .*is unavailable.*--weights FILE"):
         clip_tokens(revision="main")
     assert kept.read_bytes() == b"another file" and len(list(kept.parent.iterdir())) == 2
     server.files["/ViT-B-32.pt"] = (tmp_path / "a" / "ViT-B-32.pt").read_bytes()
     server.cuts_after = 100
-    with pytest.raises(UserError, match="cannot be had"):
+    with pytest.raises(UserError, match="is unavailable"):
         clip_tokens(revision="main")
 
 

@@ -116,7 +116,7 @@ class SampleChoices(Sampling, Stage):
     repeat: int = option(2, "samples of each")
     pin: tuple = option((), "words in their places, ROW,COLUMN=WORDS: 3,4=red,breast", each=str)
     words: bool = option(False, "print what the samples read as, and write it into a picture of each")
-    output: str = option("", "PNG (default: samples.png beside the second stage)")
+    output: str = option("", "PNG (default: samples.png or completions.png beside the second stage)")
 
 
 @dataclass
@@ -681,7 +681,7 @@ def colours_of_labels(maps, count):
 def draw_grid(args, runs):
     """The sub-commands sample and complete: Fig. 8's grid, one column per image. Rows: condition, originals, and what each run makes of them."""
     choices, picture_rows = args.choices, []
-    path = Path(choices.output or stage_folder(runs[0], choices) / "samples.png")
+    path = Path(choices.output or stage_folder(runs[0], choices) / ("completions.png" if choices.part else "samples.png"))
     for run in runs:
         if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
             raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
@@ -695,7 +695,7 @@ def draw_grid(args, runs):
             for index, *parts in zip(rows.tolist(), images, drawn, pinned) if choices.words and drawn is not None else ():
                 say_words(run, f"{name} for image {index}", *parts, path)
     draw_comparison(picture_rows, path, len(rows), max(128, runs[0].config.resolution))
-    print(f"{path}: {len(rows)} columns, {len(picture_rows)} rows")
+    print(f"{path}: {len(picture_rows)} rows of {len(rows)} images")
 
 
 def rows_of_run(choices, run, stage, tokens, rows, pinned):
@@ -713,7 +713,7 @@ def rows_of_run(choices, run, stage, tokens, rows, pinned):
         found.append(("known", [image * mask for image in decoded], None))
         ways.insert(0, ("completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), choices.pin)))
     if choices.model == "gpt" and (choices.pin or (known.flatten().int().diff() > 0).any()):
-        print("gpt draws from the top left on; what is drawn does not know what is given further on, as --model ldm does")
+        print("gpt draws from the top left: positions before a given token do not see it (--model ldm sees all that is given)")
     for way, given in ways:
         for repeat in range(choices.repeat):
             drawn = draw_images(run, stage, tokens, rows, choices, choices.seed + repeat, given if (given >= 0).any() else None)

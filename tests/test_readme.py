@@ -131,7 +131,10 @@ def test_the_quick_commands_run(demo, capsys):
     for picture in (
         "figure1.png",
         *(f"runs/demo-vqct/figures/{name}.png" for name in ("fig3_toy", "fig5_usage", "fig6_similarity", "fig7_regions", "fig7_words")),
-        *(f"runs/demo-vqct/{name}.png" for name in ("reconstructions", "synthesis/gpt-segmentation/samples")),
+        *(
+            f"runs/demo-vqct/{name}.png"
+            for name in ("reconstructions", "synthesis/gpt-segmentation/samples", "synthesis/gpt-segmentation/completions")
+        ),
     ):
         assert (demo / picture).stat().st_size > 1000, picture
 

@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 import os
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -662,7 +663,7 @@ def draw_comparison(rows, path, columns=8, size=128):
     """Fig. 4: originals, and below them what each run makes of them. rows: list of (name, images (3, H, W) in [-1, 1])."""
     image, draw = blank(190 + columns * (size + 4), len(rows) * (size + 4))
     for row, (name, images) in enumerate(rows):
-        label = "\n".join(line[i : i + 24] for line in name.split("\n") for i in range(0, len(line), 24))
+        label = "\n".join(part for line in name.split("\n") for part in textwrap.wrap(line, 24))
         draw.multiline_text((8, row * (size + 4) + size / 2), label, "black", FONT, anchor="lm")
         for column, x in enumerate(images[:columns]):
             image.paste(picture(x, size), (190 + column * (size + 4), row * (size + 4)))

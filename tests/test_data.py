@@ -65,7 +65,7 @@ def config(dataset, root, **more):
 
 def test_every_layout_is_a_choice_of_the_flag():
     choices = Config.__dataclass_fields__["dataset"].metadata["choices"]
-    assert choices == ("demo", "folder", *DATASETS)
+    assert choices() == ("demo", "folder", *DATASETS)
     for name in DATASETS:
         assert resolve({"dataset": name}).data == f"data/{DATASETS[name].folder}"
 

@@ -5,13 +5,12 @@
     python synthesize.py runs/demo-vqct complete --condition segmentation   keeps the top of images: Fig. 8's grid
     python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast --words     words in their places, the rest drawn
     python synthesize.py runs/demo-vqct runs/demo-vqgan evaluate            Table 6
-    python synthesize.py runs/demo-vqct tokens --words 0                    what image 0 reads as; tokens.npz in the run
-    python synthesize.py runs/demo-vqct tokens --decode runs/demo-vqct/tokens.npz     and back to images
+    python synthesize.py runs/demo-vqct tokens --words 0                    what image 0 reads as
+    python synthesize.py runs/demo-vqct tokens --decode runs/demo-vqct/tokens-val.npz     and back to images
 
-A token file holds `indices` (N, M, h, w), an adjective and a noun at each position (`--adjective-neighbours`
-adjectives, where they are averaged), each codebook's `words`, `labels`, the names of the classes, label maps
-where the data set has them, and the checksum of the tokenizer; numpy reads it without pickle. A second stage
-lies in its run's folder, `synthesis/<model>-<condition>`.
+A token file holds `indices` (N, M, h, w), an adjective and a noun at each position, each codebook's words, labels and
+label maps where the data set has them, and the tokenizer's checksum; numpy reads it without pickle. A second stage lies
+in its run's folder, `synthesis/<model>-<condition>`.
 """
 
 import contextlib
@@ -25,48 +24,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read when torch is imported
+os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw
-
-from evaluate import as_markdown, draw_comparison, fid, load_inception, to_bytes
+from PIL import Image
 
 # fmt: off
-from prior import (SMALL, Parser, Progress, UserError, add_flags, checksum, command, explained, load_arrays, option, save_arrays, save_png,
-                   take_flags, whole_file)
-from train import (DEVICES, TrainBatches, check_bounds, code_words, codebook_names, evenly, first_process_first, fitting, new_run_folder,
-                   load_checkpoint, load_run, make_dataset, make_loader, parallel, pick_device, psnr, rank, resume_run, resumed_config,
-                   run_steps, synchronised, to_images, torchrun)
+from evaluate import as_markdown, fid, load_inception, load_or_reason
+from prior import Parser, UserError, atomic_write, save_png, user_error
+from train import (Run, add_up, autocast, average_gradients, draw_grid, first_process_first, fit, fitting,
+                   launch, load_checkpoint, open_run, psnr, refuse_idle, restore, resumed_config, spread_indices,
+                   to_bytes, train_batches)
+from vqct import Condition, Denoiser, TokenTransformer, option, sample_features, sample_tokens
 # fmt: on
-from vqct import Condition, Denoiser, TokenTransformer, sample_features, sample_tokens
-
-MOST_LABELS = 1 << 12  # of a data set; more is a map of something else than labels, such as depth
-
-# ---------------------------------------------------------------------------------------------
-# Configuration
 
 
+# fmt: off
 @dataclass
-class Choices:
-    """What every sub-command may be told."""
+class Stage:
+    """The flags that name a second stage."""
 
-    data: str = option("", "where the data set lies now, if not where the run found it")
-    labels: str = option("", "folder of label maps, of a run with --dataset folder")
-    skip_broken: bool = option(False, "leave out images that are missing or cannot be read")
-    device: str = option("auto", DEVICES)
-
-
-@dataclass
-class Stage(Choices):
-    """Which second stage of a run."""
-
-    model: str = option("gpt", "gpt: a transformer of the tokens; ldm: diffusion of the features before them", choices=("gpt", "ldm"))
+    model: str = option("gpt", "gpt: a transformer of the tokens; ldm: diffusion of the features before them",
+                        choices=("gpt", "ldm"))
     condition: str = option("none", "what a sample is drawn for", choices=("none", "class", "segmentation"))
-    joint: bool = option(True, "gpt: a noun is predicted given its adjective; without, the two are independent heads, a control")
+    joint: bool = option(True, "gpt: a noun is predicted given its adjective; else by independent heads, a control")
 
 
 @dataclass
@@ -75,92 +59,61 @@ class SynthesisConfig(Stage):
 
     width: int = option(768, "features of the transformer")
     depth: int = option(12, "blocks of the transformer")
-    heads: int = option(12, "attention heads, dividing the width")
-    dropout: float = option(0.1, "share of features zeroed in training")
-    drop_condition: float = option(0.1, "share of training images without their condition, for classifier-free guidance")
-    views: int = option(8, "grids of tokens of each training image: its centre crop and random crops and flips, encoded once")
+    heads: int = option(12, "attention heads, dividing half the width")
+    dropout: float = option(0.1, "share of features zeroed in training", most=0.99)
+    drop_condition: float = option(0.1, "share of training images without condition, for guided sampling", most=0.99)
+    views: int = option(8, "grids of tokens of each training image: its centre crop, and random crops and flips")
     steps: int = option(200_000, "optimizer steps")
     batch_size: int = option(32, "images a micro-step")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
     lr: float = option(3e-4, "AdamW's step size, by a cosine to a tenth of it")
-    warmup: int = option(500, "steps over which it rises from 0")
+    warmup: int = option(500, "steps over which it rises from 0", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay, of matrices alone")
-    ema: float = option(0.9999, "decay of the averaged weights that sample and are evaluated")
+    ema: float = option(0.9999, "decay of the averaged weights that sample and are evaluated", most=1)
     amp: bool = option(True, "bfloat16 autocast on CUDA")
-    deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit, as the CPU's do: slower")
-    seed: int = option(0, "seed of weights, data order and dropout")
+    deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
+    seed: int = option(0, "seed of weights, data order and dropout", least=0, most=2**62)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(1_000, "steps between validations and checkpoints")
 
 
+TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
+MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
+    "joint temperature top_k top_p": lambda config: config.model == "gpt",
+    "sampling_steps": lambda config: config.model == "ldm",
+    "guidance drop_condition": lambda config: config.condition != "none",
+    "label": lambda config: config.condition == "class",
+}
+CHANGEABLE = "steps log_every eval_every deterministic".split()
+
+
 @dataclass
-class Sampling(Choices):
-    """How images are drawn."""
+class Sampling:
+    """The flags of every draw."""
 
     temperature: float = option(1.0, "gpt: divides the logits; 0 takes the likeliest token")
-    top_k: int = option(0, "gpt: only so many of the likeliest tokens; 0: all")
-    top_p: float = option(1.0, "gpt: the fewest likely tokens with so much probability together")
-    guidance: float = option(1.0, "scale of classifier-free guidance; 1: none")
+    top_k: int = option(0, "gpt: only so many of the likeliest tokens; 0: all", least=0)
+    top_p: float = option(1.0, "gpt: the fewest likely tokens of so much probability together", least=1e-6, most=1)
+    guidance: float = option(1.0, "scale of classifier-free guidance towards a condition; 1: none")
     sampling_steps: int = option(50, "ldm: steps of DDIM")
-    seed: int = option(0, "seed of the samples")
+    seed: int = option(0, "seed of the samples", least=0, most=2**62)
 
 
 @dataclass
-class SampleChoices(Sampling, Stage):
-    """Which images are drawn."""
+class Drawing(Sampling, Stage):
+    """The flags of sample and complete."""
 
-    part = ""  # of an image that is known
     count: int = option(8, "images, spread over the evaluation split")
     images: tuple = option((), "… or these, by their number", each=int)
     label: str = option("", "class to draw instead of the images' own")
     repeat: int = option(2, "samples of each")
     pin: tuple = option((), "words in their places, ROW,COLUMN=WORDS: 3,4=red,breast", each=str)
-    words: bool = option(False, "print what the samples read as, and write it into a picture of each")
+    words: bool = option(False, "print what the samples read as")
     output: str = option("", "PNG (default: samples.png or completions.png beside the second stage)")
+# fmt: on
 
 
-@dataclass
-class CompleteChoices(SampleChoices):
-    """Which part of them is known."""
-
-    part: str = option("top", "known part of each image, the rest is drawn: top, bottom, left, right, or a PNG's white pixels")
-
-
-@dataclass
-class TableChoices(Sampling):
-    """What Table 6 needs."""
-
-    inception: str = option("", "local copy of FID's Inception weights (default: torch hub's cache, or download; else FID is a dash)")
-
-
-@dataclass
-class TokenChoices(Choices):
-    """Which images become tokens, or tokens images."""
-
-    split: str = option("val", "images to encode", choices=("train", "val"))
-    decode: str = option("", "token file to turn back into images")
-    output: str = option("", "token file, or with --decode folder of images (default: in the run)")
-    words: tuple = option((), "images to print as words, by their number", each=int)
-
-
-BOUNDS = (
-    ("views steps batch_size accumulate log_every eval_every width depth heads", lambda value: value >= 1, "be at least 1"),
-    ("dropout drop_condition ema", lambda value: 0 <= value < 1, "lie in [0, 1)"),
-    ("lr", lambda value: value > 0, "be positive"),
-    ("warmup weight_decay", lambda value: value >= 0, "not be negative"),
-    ("seed", lambda value: 0 <= value < 1 << 62, "lie in [0, 2^62)"),
-)
-SAMPLING_BOUNDS = (
-    ("temperature top_k", lambda value: value >= 0, "not be negative"),
-    ("top_p", lambda value: 0 < value <= 1, "lie in (0, 1]"),
-    ("sampling_steps count repeat", lambda value: value >= 1, "be at least 1"),
-)
-TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
-CHANGEABLE = "data labels skip_broken device steps log_every eval_every deterministic".split()
-SUBSAMPLES = 4  # pixels per side of a position at which its label map is kept, enough for shares in sixteenths
-
-
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tokens
 
 
@@ -173,156 +126,71 @@ class Tokens(NamedTuple):
     features: np.ndarray | None = None  # (N, C, h, w) float16 on disk, before quantization
 
 
+SUBSAMPLES = 4  # S, pixels a side of a position at which its label map is kept, enough for shares in sixteenths
+
+
 @torch.no_grad()
-def encode_dataset(run, dataset, views, path):
-    """Every image of a dataset as Tokens: its centre crop, then `views` − 1 random ones. `path` is where features go, if anywhere."""
-    model, (height, width), progress = run.model, run.model.grid, Progress()
-    keys = [(index, view * len(dataset) + index) if view else index for view in range(views) for index in range(len(dataset))]
-    dataset.with_segmentation, done, kept = True, 0, {name: [] for name in ("indices", "labels", "segmentation")}
+def encode_dataset(run, dataset, views, path=None):
+    """Every image of a dataset as Tokens: its centre crop, then `views` − 1 random ones; path: where features go."""
+    model, (height, width), done = run.model, run.model.grid, 0
+    every = range(len(dataset))
+    keys = [(index, view * len(dataset) + index) if view else index for view in range(views) for index in every]
+    dataset.with_segmentation, kept = True, {name: [] for name in ("indices", "labels", "segmentation")}
     stride = max(1, run.config.resolution // height // SUBSAMPLES)
-    shape = (len(keys), run.model.code_dim * len(model.codebook.sizes), height, width)
+    shape = (len(keys), model.code_dim * len(model.codebook.sizes), height, width)
     features = path and np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    if path and hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when the map is written to
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
-    for batch in make_loader(dataset, run.device, -1, sampler=keys, batch_size=run.config.batch_size):
-        z = model.features(to_images(batch["image"], run.device))
-        kept["indices"].append(model.snap(z).cpu())
+    for x, batch in run.batches(dataset, keys, "encoding"):
+        z = model.features(x)
+        kept["indices"].append(model.nearest_indices(z).cpu())
         kept["labels"].append(batch["label"])
         if "segmentation" in batch:
             maps = batch["segmentation"][:, stride // 2 :: stride, stride // 2 :: stride]
-            kept["segmentation"].append(maps.where(maps != dataset.unlabeled, -1).clamp(-1, 2**15 - 1).short())
+            kept["segmentation"].append(maps.where(maps != dataset.unlabeled, -1).clamp(max=2**15 - 1).short())
         if path:
-            features[done : done + len(batch["label"])] = torch.cat(z, dim=1).half().cpu().numpy()
-        done += len(batch["label"])
-        progress(f"encoding: {done:,}/{len(keys):,} images")
+            features[done : done + len(x)] = torch.cat(z, dim=1).half().cpu().numpy()
+        done += len(x)
     return Tokens(**{name: torch.cat(parts) if parts else None for name, parts in kept.items()})
 
 
 def tokens_of(run, split, views=1, with_features=False):
-    """A split of a run's data set as Tokens, encoded once and kept in the run under the tokenizer's checksum and the data's place."""
-    config, name = run.config, f"-{split}" * (split != "val") + f"-{views}" * (views > 1)
-    source = json.dumps([config.dataset, str(Path(config.data).resolve()), config.labels, config.skip_broken, views])
-    path, key = run.path / f"tokens{name}.npz", hashlib.sha256(f"{run.tokenizer}{source}".encode()).hexdigest()[:12]
-    features, images = run.path / f"features{name}-{key}.npy", fingerprint(config, split)
-    if path.is_file() and (features.is_file() or not with_features):
-        try:
-            arrays = load_tokens(path, run.tokenizer, run.sizes)
-        except UserError as error:
-            print(f"{error}: made anew")
-            arrays = {"source": "", "images": ""}
-        if str(arrays["source"]) == source and images in ("", str(arrays["images"])):
-            indices, labels, maps = (torch.from_numpy(arrays[name]) for name in TOKEN_FILE[:3])
-            tokens = Tokens(indices.long(), labels.long(), maps if len(maps) else None)
-            return tokens._replace(features=np.load(features, mmap_mode="r")) if with_features else tokens
-    dataset = make_dataset(config, split)
-    for stale in run.path.glob(f"features{name}-????????????.npy"):
-        stale.unlink()
-    with whole_file(features) if with_features else contextlib.nullcontext() as temporary:
-        tokens = encode_dataset(run, dataset, views, temporary)
-    save_tokens(path, tokens, code_words(run.prior, run.model.codebook.sizes), dataset.classes, run.tokenizer, source, images)
-    return tokens._replace(features=np.load(features, mmap_mode="r")) if with_features else tokens
-
-
-def fingerprint(config, split):
-    """A checksum of the names, sizes and times of a split's files; "" where they are not at hand."""
-    if config.dataset == "demo":
-        return "drawn"
+    """A split of a run's data set as Tokens, kept in the run; made anew if tokenizer, files or views change."""
+    dataset, path, stored = run.dataset(split), run.path / f"tokens-{split}.npz", run.path / f"features-{split}.npy"
+    key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
+    key, tokens = hashlib.sha256(key.encode()).hexdigest(), None
     try:
-        records = make_dataset(config, split, check=False).records
-    except UserError:
-        return ""
-    paths = [path for record in records for path in (record.path, record.segmentation) if isinstance(path, Path) and path.exists()]
-    seen = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in ((path, path.stat()) for path in paths)]
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()
-
-
-TOKEN_FILE = ("indices", "labels", "segmentation", "classes", "tokenizer", "source", "images")
-
-
-def save_tokens(path, tokens, words, classes, tokenizer, source, images):
-    """Write a token file, whole or not at all."""
-    maps = np.zeros((0,), np.int16) if tokens.segmentation is None else tokens.segmentation.numpy()
-    listed = {f"{name}_words": np.array(names) for name, names in zip(codebook_names(words), words)}
-    arrays = dict(indices=tokens.indices.int().numpy(), labels=tokens.labels.numpy(), segmentation=maps)
-    save_arrays(path, **arrays, classes=np.array(classes, dtype=str), tokenizer=tokenizer, source=source, images=images, **listed)
-
-
-def load_tokens(path, tokenizer, sizes):
-    """The arrays of a token file. Raises UserError where it is missing, something else, or of another tokenizer."""
-    arrays = load_arrays(path, TOKEN_FILE, "token file", "python synthesize.py RUN tokens")
-    indices, made_by = arrays["indices"], str(arrays["tokenizer"])
-    if made_by != tokenizer:
-        raise UserError(f"'{path}' was made by another tokenizer (sha256 {made_by[:12]}…, this run's is {tokenizer[:12]}…)")
-    if (
-        indices.ndim != 4
-        or not indices.size
-        or indices.dtype.kind not in "iu"
-        or indices.shape[1] != len(sizes)
-        or indices.min() < 0
-        or (indices.max(axis=(0, 2, 3)) >= sizes).any()
-        or arrays["labels"].shape != indices.shape[:1]
-        or arrays["segmentation"].shape[:1] not in ((0,), indices.shape[:1])
-    ):
-        raise UserError(f"'{path}' holds indices that are not {len(sizes)} tokens per position of {sizes} codes")
-    return arrays
+        arrays = dict(np.load(path))
+        if arrays["key"] == key and (stored.is_file() or not with_features):
+            indices, labels, maps = (torch.from_numpy(arrays[name]) for name in Tokens._fields[:3])
+            tokens = Tokens(indices.long(), labels, maps if len(maps) else None)
+            return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
+    except Exception:  # missing, cut or damaged: made anew
+        pass
+    path.unlink(missing_ok=True)
+    stored.unlink(missing_ok=True)
+    with atomic_write(stored) if with_features else contextlib.nullcontext() as part:
+        tokens = encode_dataset(run, dataset, views, part)
+    maps = torch.zeros(0, dtype=torch.int16) if tokens.segmentation is None else tokens.segmentation
+    words = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
+    arrays = dict(indices=tokens.indices.int(), labels=tokens.labels, segmentation=maps, **words)
+    with atomic_write(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, **arrays, classes=np.array(dataset.classes, str), tokenizer=run.tokenizer, key=key)
+    return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
 
 
 @torch.no_grad()
-def decode_tokens(model, indices, device, batch_size):
+def decode_tokens(run, indices):
     """(N, M, h, w) indices → (N, 3, H, W) images in [-1, 1], on the CPU."""
-    return torch.cat([model.decode(part.to(device)).float().cpu() for part in torch.as_tensor(indices).long().split(batch_size)])
+    parts = indices.split(run.config.batch_size)
+    return torch.cat([run.model.decode(part.to(run.device)).float().cpu() for part in parts])
 
 
-def per_token(model, values):
-    """One value for each codebook → one for each of the M tokens of a position."""
-    return [value for value, quantizer in zip(values, model.quantizers) for _ in range(quantizer.neighbours)]
+# ----------------------------------------------------------------------------------------------------------------------
+# The second stage of a run
 
 
-def words_of(indices, words):
-    """(M, h, w) indices of an image and the M lists of words → h lines of w cells, each the words of its codes: "red breast"."""
-    cells = [
-        [" ".join(names[index] for names, index in zip(words, pair)) for pair in row] for row in np.asarray(indices).transpose(1, 2, 0)
-    ]
-    width = max(len(cell) for row in cells for cell in row)
-    return "\n".join("  ".join(cell.ljust(width) for cell in row).rstrip() for row in cells)
-
-
-def draw_words(image, indices, words, path, given=None, cell=84):
-    """An image in [-1, 1], enlarged, with what each of its tokens reads as written into its place → PNG; a frame where it was given."""
-    height, width = indices.shape[1:]
-    picture = TF.to_pil_image(to_bytes(image)).resize((width * cell, height * cell), Image.Resampling.NEAREST)
-    draw = ImageDraw.Draw(picture)
-    for row, column in np.ndindex(height, width):
-        text = "\n".join(names[index] for names, index in zip(words, indices[:, row, column]))
-        place = ((column + 0.5) * cell, (row + 0.5) * cell)
-        draw.multiline_text(place, text, "white", SMALL, anchor="mm", align="center", stroke_width=1, stroke_fill="black")
-        if given is not None and given[row, column]:
-            draw.rectangle((column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1), outline="white", width=3)
-    save_png(picture, path)
-
-
-# ---------------------------------------------------------------------------------------------
-# A tokenizer's run, and the second stages in it
-
-
-class Run:
-    """A trained first stage: model in evaluation mode, config, prior, and the tokenizer's checksum.
-
-    Args:
-        path: its folder; choices: Choices, where its data lies now and the device.
-    """
-
-    def __init__(self, path, choices=Choices()):
-        self.path, self.device = Path(path), pick_device(choices.device)
-        self.model, config, self.prior, _ = load_run(path, self.device)
-        if choices.data and config.dataset == "demo" or choices.labels and config.dataset != "folder":
-            raise UserError("--data is for runs of a data set with a folder, --labels for those of --dataset folder")
-        config.data, config.labels = choices.data or config.data, choices.labels or config.labels
-        config.skip_broken = choices.skip_broken or config.skip_broken
-        self.config = config
-        self.tokenizer = checksum(self.path / "last.pt")
-        self.sizes = per_token(self.model, self.model.codebook.sizes)
+def send(x, device):
+    """A tensor to the device, asynchronously."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def known_of(config, tokens, rows, device, count):
@@ -334,100 +202,75 @@ def known_of(config, tokens, rows, device, count):
     maps, (height, width) = send(tokens.segmentation[rows], device).long(), tokens.indices.shape[2:]
     cells = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1)).transpose(2, 3).flatten(3)  # (B, h, w, S²)
     cells = cells.where((cells >= 0) & (cells < count), count)
-    shares = torch.zeros(*cells.shape[:3], count + 1, device=device).scatter_add_(3, cells, torch.ones_like(cells, dtype=torch.float))
+    shares = torch.zeros(*cells.shape[:3], count + 1, device=device)
+    shares.scatter_add_(3, cells, torch.ones_like(cells).float())
     return shares[..., :count].permute(0, 3, 1, 2) / cells.shape[3]
 
 
 def condition_count(config, *splits):
-    """Classes, or labels, of all splits. Raises UserError where the data set has none."""
+    """Classes, or labels, of all splits. Raises UserError where the data set has none, or more than label maps have."""
     if config.condition == "none":
         return 0
     values = [tokens.labels if config.condition == "class" else tokens.segmentation for tokens in splits]
     if any(part is None or part.max() < 0 for part in values):
-        raise UserError(
-            f"--condition {config.condition}: this run's data set has no {'classes' if config.condition == 'class' else 'label maps'}"
-        )
+        raise UserError(f"--condition {config.condition}: this run's data set has none")
     count = max(int(part.max()) for part in values) + 1
-    if count > MOST_LABELS:
-        raise UserError(
-            f"a label map holds label {count - 1:,}{' or more' * (count == 2**15)}; labels are whole numbers from 0 to {MOST_LABELS - 1:,}"
-        )
+    if count > 4096:
+        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than a label map has")
     return count
 
 
 def make_network(config, run, count):
     """The network that a SynthesisConfig names, for a tokenizer."""
-    condition = Condition(config.condition, count, run.model.grid, config.width, config.heads)
+    model, codes = run.model, [part.detach().float() for part in run.model.codebook()]
+    condition = Condition(config.condition, count, model.grid, config.width, config.heads)
     shape = dict(width=config.width, depth=config.depth, heads=config.heads, dropout=config.dropout)
     if config.model == "gpt":
-        codes = per_token(run.model, [part.detach().float() for part in run.model.codebook()])
-        return TokenTransformer(run.sizes, run.model.grid, condition, **shape, joint=config.joint, codes=codes).to(run.device)
-    return Denoiser(run.model.code_dim * len(run.model.codebook.sizes), run.model.grid, condition, **shape).to(run.device)
+        codes = model.per_token(codes)
+        network = TokenTransformer(model.sizes, model.grid, condition, **shape, joint=config.joint, codes=codes)
+    else:
+        network = Denoiser(model.code_dim * len(codes), model.grid, condition, **shape)
+    return network.to(run.device)
 
 
 def stage_folder(run, config):
     """Where a second stage lies."""
-    return run.path / "synthesis" / "-".join([config.model, config.condition, *["independent"] * (not config.joint)])
-
-
-class TrainedStage(NamedTuple):
-    """A second stage that can draw."""
-
-    network: torch.nn.Module  # of the best averaged weights, in evaluation mode
-    config: SynthesisConfig
-    count: int  # classes, or labels of a map
-    step: int
+    name = f"{config.model}-{config.condition}" + ("" if config.joint else "-independent")
+    return run.path / "synthesis" / name
 
 
 def load_stage(run, folder):
-    """The TrainedStage in a folder. Raises UserError where there is none, or one of another tokenizer."""
+    """A second stage that can draw → network (of the best averaged weights), SynthesisConfig, count of classes, step.
+
+    Raises UserError where there is none, or one of another tokenizer.
+    """
     if not (folder / "best.pt").is_file():
-        there = sorted(path.parent.name for path in folder.parent.glob("*/best.pt"))
-        said = f"there is {', '.join(there)}" if there else "train one with the sub-command train"
-        raise UserError(f"no second stage '{folder.name}' in '{run.path}' (--model and --condition name one); {said}")
+        there = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/best.pt"))) or "none"
+        raise UserError(f"no second stage '{folder.name}' in '{run.path}' (there: {there}); train makes one")
     state = load_checkpoint(folder / "best.pt")
     check_tokenizer(run, state, folder)
-    stored = SynthesisConfig(**state["config"])
     with fitting(folder / "best.pt"):
-        network = make_network(stored, run, state["count"])
+        config = SynthesisConfig(**state["config"])
+        network = make_network(config, run, state["count"])
         network.load_state_dict(state["ema"])
-    return TrainedStage(network.eval(), stored, state["count"], state["step"])
+    return network.eval(), config, state["count"], state["step"]
 
 
 def check_tokenizer(run, state, folder):
     """Raise UserError for a second stage of other tokens than the run's."""
     if state.get("tokenizer") != run.tokenizer:
-        raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it anew with train --overwrite")
+        raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it with --overwrite")
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-
-
-class Loss(torch.nn.Module):
-    """A network's `loss` as a forward pass, which is what DistributedDataParallel averages the gradients of."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, *inputs, **more):
-        return self.network.loss(*inputs, **more)
-
-
-def send(x, device):
-    """A tensor to the device, without waiting for what CUDA is still doing."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
-def losses_of(config, run, count, loss, tokens, rows, drop=None, generator=None):
-    """What is minimised (in nats, for gpt), and the losses by name: bits per token, or mean squared error of the noise; "loss" is their sum."""
+def losses_of(config, run, count, network, tokens, rows, drop=None, generator=None):
+    """What is minimised (in nats, for gpt), and losses by name: bits per token, or mean squared error of the noise."""
     known, ldm = known_of(config, tokens, rows, run.device, count), config.model == "ldm"
     data = torch.from_numpy(tokens.features[np.asarray(rows)]).float() if ldm else tokens.indices[rows]
-    losses = loss(send(data, run.device), known, drop, generator)
-    names = ["noise"] if ldm else part_names(run)
-    parts = {name: part / (1 if ldm else math.log(2)) for name, part in zip(names, losses)}
-    return sum(losses), {"loss": sum(parts.values()), **parts}
+    losses = network.loss(send(data, run.device), known, drop, generator)
+    if ldm:
+        return losses[0], {"loss": losses[0], "noise": losses[0]}
+    bits = {name: part / math.log(2) for name, part in zip(run.token_names, losses)}
+    return sum(losses), {"loss": sum(bits.values()), **bits}
 
 
 @torch.no_grad()
@@ -435,18 +278,15 @@ def validation(config, run, count, network, tokens):
     """Mean `losses_of` over a split, with the same noise each time → dict of floats."""
     totals, generator = {}, torch.Generator(run.device).manual_seed(0)
     for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
-        _, parts = losses_of(config, run, count, network.loss, tokens, rows, None, generator)
-        for name, value in parts.items():
-            totals[name] = totals.get(name, 0.0) + value * len(rows) / len(tokens.labels)
+        _, parts = losses_of(config, run, count, network, tokens, rows, None, generator)
+        add_up(totals, parts, len(rows) / len(tokens.labels))
     return {name: float(value) for name, value in totals.items()}
 
 
 class StageTrainer:
-    """State of a second stage's training and its step, for `run_steps`.
+    """State of a second stage's training and its step, for `fit`.
 
-    Args:
-        config: SynthesisConfig; run: Run; count: classes or labels.
-        train_set, val_set: Tokens.
+    config: SynthesisConfig; run: Run; count: classes or labels; train_set, val_set: Tokens.
     """
 
     def __init__(self, config, run, count, train_set, val_set):
@@ -455,136 +295,94 @@ class StageTrainer:
         self.step, self.best, self.train_set, self.val_set = 0, -math.inf, train_set, val_set
         self.network = make_network(config, run, count)
         if config.model == "ldm":
-            some = torch.from_numpy(train_set.features[evenly(len(train_set.features), 4096)]).float()
+            some = torch.from_numpy(train_set.features[spread_indices(len(train_set.features), 4096)]).float()
             self.network.mean.copy_(some.mean(dim=(0, 2, 3)).view(-1, 1, 1))
             self.network.std.copy_(some.std(dim=(0, 2, 3)).clamp_min(1e-6).view(-1, 1, 1))
-        self.ema = copy.deepcopy(self.network).requires_grad_(False)
-        self.losses = parallel(Loss(self.network), run.device)
-        matrices = [parameter for parameter in self.network.parameters() if parameter.dim() > 1]
-        others = [parameter for parameter in self.network.parameters() if parameter.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+        self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()
+        parameters = list(self.network.parameters())
+        groups = [{"params": [parameter for parameter in parameters if parameter.dim() > 1]}]
+        groups += [{"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0}]
+        decay = config.weight_decay
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
 
-    def state(self):
-        """What a checkpoint holds beside step, configuration and random state."""
-        networks = {"network": self.network.state_dict(), "ema": self.ema.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return {"count": self.count, "tokenizer": self.run.tokenizer, **networks}
+    def parts(self):
+        """The networks and optimizer that a checkpoint holds, by name."""
+        return {"network": self.network, "ema": self.ema, "optimizer": self.optimizer}
 
-    def load(self, state):
-        """Go on from a checkpoint's `state`."""
-        for name in ("network", "ema", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
+    def notes(self):
+        """What a checkpoint holds beside them."""
+        return {"count": self.count, "tokenizer": self.run.tokenizer}
+
+    def usage(self):
+        """No codes are learned here."""
+        return []
 
     def train_step(self, batches):
         """One step on a list of lists of rows → dict of () tensors."""
-        config, device, metrics = self.config, self.device, {}
+        config, metrics = self.config, {}
         warm = min(1.0, (self.step + 1) / max(1, config.warmup))
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * warm * (0.55 + 0.45 * math.cos(math.pi * self.step / config.steps))
         self.network.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        for number, rows in enumerate(batches):
-            drop = torch.rand(len(rows), device=device) < config.drop_condition if config.condition != "none" else None
-            with synchronised(self.losses, last=number == len(batches) - 1):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.amp and device.type == "cuda"):
-                    loss, parts = losses_of(config, self.run, self.count, self.losses, self.train_set, rows, drop)
-                (loss / len(batches)).backward()
-            for name, value in parts.items():
-                metrics[name] = metrics.get(name, 0.0) + value.detach() / len(batches)
-        metrics["gradient"] = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.zero_grad()
+        for rows in batches:
+            drop = None
+            if config.condition != "none":
+                drop = torch.rand(len(rows), device=self.device) < config.drop_condition
+            with autocast(self):
+                loss, parts = losses_of(config, self.run, self.count, self.network, self.train_set, rows, drop)
+            (loss / len(batches)).backward()
+            add_up(metrics, parts, 1 / len(batches))
+        metrics["gradient"] = average_gradients(self.network)
+        torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), 1.0, metrics["gradient"])
         self.optimizer.step()
         self.step += 1
-        decay = min(config.ema, (1 + self.step) / (10 + self.step))  # a short run is not weighed down by its first weights
+        decay = min(config.ema, (1 + self.step) / (10 + self.step))  # averages less at first
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
         return metrics
 
     def validate(self):
-        """The averaged weights' loss over the validation split, for `run_steps`."""
-        values = validation(self.config, self.run, self.count, self.ema.eval(), self.val_set)
-        unit = (lambda value: f" bits per position (perplexity {2**value:,.0f})") if self.config.model == "gpt" else lambda value: ""
-        words = ", ".join(f"{name} {value:.3f}{unit(value)}" for name, value in values.items() if name != "loss")
-        return -values["loss"], values, words
-
-    def join_counts(self):
-        """Nothing is counted."""
-
-    def statistics(self):
-        """Nothing beside the losses."""
-        return {}
-
-    def describe(self, line):
-        """A line of metrics.jsonl in words."""
-        names = ["noise"] if self.config.model == "ldm" else part_names(self.run)
-        unit = " bits per position" if self.config.model == "gpt" else ""
-        return " ".join(f"{name} {line[name]:.3f}" for name in names) + unit
+        """The averaged weights' loss over the validation split → score, {name: float}."""
+        values = validation(self.config, self.run, self.count, self.ema, self.val_set)
+        return -values["loss"], values
 
 
-def part_names(run):
-    """("adjective", "noun"), ("code",), or with a number where a position has several of one codebook."""
-    names = per_token(run.model, codebook_names(run.model.codebook.sizes))
-    return [name if names.count(name) == 1 else f"{name}{i + 1}" for i, name in enumerate(names)]
-
-
-def train_stage(args, runs):
-    """The sub-command: a run's images become tokens (or features), whose model is trained."""
-    (run,) = one(runs, "train")
-    config = stage_config(args.given, run)
-    folder, state = stage_folder(run, config), None
-    if args.resume:
-        state = load_checkpoint(folder / "last.pt")
+def train_stage(run, given, resume, overwrite):
+    """The sub-command train: a run's images become tokens (or features), whose model is trained."""
+    config = SynthesisConfig(**{**(TINY if run.config.preset == "tiny" else {}), **given})
+    refuse_idle(config, given, MATTERS)
+    if config.width % (2 * config.heads):
+        raise UserError(f"--width {config.width} must be a multiple of twice the {config.heads} heads")
+    folder, state, ldm = stage_folder(run, config), None, config.model == "ldm"
+    if resume:
+        state, config = resumed_config(SynthesisConfig, given, CHANGEABLE, folder)
         check_tokenizer(run, state, folder)
-        with fitting(folder / "last.pt"):
-            config = resumed_config(SynthesisConfig, state, args.given, CHANGEABLE, folder)
-    elif (folder / "last.pt").exists() and not args.overwrite:
-        raise UserError(f"'{folder}' exists already; go on with --resume, or replace it with --overwrite")
-    with_features = config.model == "ldm"
     with first_process_first():
-        train_set, val_set = tokens_of(run, "train", config.views, with_features), tokens_of(run, "val", 1, with_features)
-    if config.batch_size > len(train_set.labels):
-        raise UserError(f"--batch-size {config.batch_size} is more than the {len(train_set.labels)} training images")
-    trainer = StageTrainer(config, run, state["count"] if state else condition_count(config, train_set, val_set), train_set, val_set)
+        train_set, val_set = tokens_of(run, "train", config.views, ldm), tokens_of(run, "val", 1, ldm)
+    count = state["count"] if state else condition_count(config, train_set, val_set)
+    trainer = StageTrainer(config, run, count, train_set, val_set)
     if state:
-        resume_run(trainer, state, folder)
-    elif not rank():
-        with new_run_folder(folder, config, trainer):
-            pass
-    weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
-    print(
-        f"{config.model}, condition {config.condition}: {weights:.1f} M parameters on {run.device}, {len(train_set.labels):,} grids "
-        f"of {'×'.join(map(str, run.model.grid))} positions, {config.steps:,} steps of {config.batch_size * config.accumulate} → {folder}"
-    )
-    order = TrainBatches(
-        len(train_set.labels), config.batch_size, trainer.step * config.accumulate, config.steps * config.accumulate, config.seed
-    )
-    run_steps(trainer, ([row for row, _ in batch] for batch in order), trainer.validate, folder)
-    print(f"done: look at samples with: python synthesize.py {run.path} sample --model {config.model} --condition {config.condition}")
+        restore(trainer, state, folder)
+    steps = trainer.step * config.accumulate, config.steps * config.accumulate
+    order = train_batches(len(train_set.labels), config.batch_size, *steps, config.seed)
+    with open_run(folder, trainer, overwrite, state) as journal:
+        weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
+        print(f"{folder}: {weights:.1f} M weights on {run.device}, {len(train_set.labels):,} grids of tokens")
+        fit(trainer, ([row for row, _ in batch] for batch in order), trainer.validate, folder, journal)
+    which = f"--model {config.model} --condition {config.condition}"
+    print(f"done: look at samples with: python synthesize.py {run.path} sample {which}")
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Sampling
-
-
-def check_choices(choices):
-    """Raise UserError for flags of sampling that cannot be, or that say nothing of the model or condition asked for."""
-    check_bounds(choices, SAMPLING_BOUNDS)
-    if isinstance(choices, SampleChoices):
-        if choices.model == "ldm" and (choices.temperature, choices.top_k, choices.top_p, choices.joint) != (1.0, 0, 1.0, True):
-            raise UserError("--temperature, --top-k, --top-p and --no-joint are of --model gpt, not ldm")
-        if choices.model == "gpt" and choices.sampling_steps != 50:
-            raise UserError("--sampling-steps is of --model ldm, not gpt; a transformer takes one step per position")
-        if choices.condition == "none" and choices.guidance != 1:
-            raise UserError("--guidance is towards a condition; add --condition class or segmentation")
-        if choices.label and choices.condition != "class":
-            raise UserError("--label needs --condition class")
 
 
 def draw_images(run, stage, tokens, rows, choices, seed, given=None):
     """Samples for the conditions of some images → (B, M, h, w) indices, a batch at a time.
 
-    Args:
-        stage: TrainedStage; tokens: Tokens of the images, with features where `ldm` keeps some; rows: their indices.
-        given: (B, M, h, w) int64 tokens to keep, −1 where they are to be drawn.
+    stage: of load_stage; tokens: Tokens of the images, with features where `ldm` keeps some; rows: their indices.
+    given: (B, M, h, w) int64 tokens to keep, −1 where they are to be drawn.
     """
     network, config, count, _ = stage
     generator, drawn = torch.Generator(run.device).manual_seed(seed), []
@@ -596,24 +394,24 @@ def draw_images(run, stage, tokens, rows, choices, seed, given=None):
             drawn.append(sample_tokens(network, len(part), known, kept, choices.guidance, generator, **how).cpu())
             continue
         features, mask = (None, None) if kept is None else given_features(run, tokens, rows[part], kept)
-        z = sample_features(network, len(part), known, features, mask, choices.guidance, choices.sampling_steps, generator)
-        indices = run.model.snap(z.chunk(len(run.model.codebook.sizes), dim=1))
+        how = (choices.guidance, choices.sampling_steps, generator)
+        z = sample_features(network, len(part), known, features, mask, *how)
+        indices = run.model.nearest_indices(z.chunk(len(run.model.codebook.sizes), dim=1))
         drawn.append((indices if kept is None else torch.where(kept >= 0, kept, indices)).cpu())
     return torch.cat(drawn)
 
 
 def given_features(run, tokens, rows, given):
-    """What a denoiser is to keep: an image's own features where its tokens are given, a code's vector where a word is put.
+    """What a denoiser is to keep: an image's own features where its tokens are given, codes where words are put.
 
-    Returns:
-        (B, C, h, w) features and a mask of the same shape.
-    Raises:
-        UserError: for a word put before Gumbel-VQ, whose codes do not lie among its features.
+    Returns (B, C, h, w) features and a mask of the same shape.
+    Raises UserError for a word put before Gumbel-VQ, whose codes do not lie among its features.
     """
-    features = torch.from_numpy(tokens.features[np.asarray(rows)]).to(run.device).float().chunk(len(run.model.codebook.sizes), dim=1)
+    features = torch.from_numpy(tokens.features[np.asarray(rows)]).to(run.device).float().chunk(len(run.names), dim=1)
     own, kept, masks = run.model.by_codebook(tokens.indices[rows].to(run.device)), [], []
     for z, codebook, index, true in zip(features, run.model.codebook(), run.model.by_codebook(given), own):
-        mask, put = (index >= 0).all(dim=1, keepdim=True), ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
+        mask = (index >= 0).all(dim=1, keepdim=True)
+        put = ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
         if run.config.quantizer == "gumbel" and put.any():
             raise UserError("--pin with --model ldm needs codes that are features; Gumbel-VQ's are not")
         vectors = codebook[index.clamp_min(0)].mean(dim=1).permute(0, 3, 1, 2)  # (B, D, h, w)
@@ -623,7 +421,7 @@ def given_features(run, tokens, rows, given):
 
 
 def known_part(part, grid):
-    """(h, w) bool: "top", "bottom", "left", "right", or the white pixels of a PNG; nothing for "". Raises UserError for another."""
+    """(h, w) bool: "top", "bottom", "left", "right", or the white pixels of a PNG; nothing for ""."""
     height, width = grid
     known = torch.zeros(height, width, dtype=torch.bool)
     halves = {"top": (slice(0, height // 2), slice(None)), "bottom": (slice(height // 2, None), slice(None))}
@@ -631,43 +429,87 @@ def known_part(part, grid):
     if part in halves:
         known[halves[part]] = True
     elif part:
-        with explained(f"--part {part}: neither top, bottom, left or right, nor a PNG that can be read", OSError), Image.open(part) as file:
-            light, alpha = np.asarray(file.convert("LA").resize((width, height), Image.Resampling.BOX), dtype=float).transpose(2, 0, 1)
-        known = torch.from_numpy(light * alpha > 127 * 255)
+        with user_error(f"--part {part}: neither top, bottom, left or right, nor a picture: {{}}"):
+            picture = Image.open(part).convert("L").resize((width, height), Image.Resampling.BOX)
+            known = torch.from_numpy(np.asarray(picture) > 127)
     return known
 
 
 def pin_words(run, given, pins):
     """(B, M, h, w) given tokens, −1 elsewhere, with words put in their places.
 
-    Args:
-        pins: list of "row,column=adjective,noun"; a word may be left out.
-    Raises:
-        UserError: for a position or a word that is not there.
+    pins: list of "row,column=adjective,noun"; a word may be left out.
+    Raises UserError for a position or a word that is not there.
     """
-    (height, width), given, names = run.model.grid, given.clone(), part_names(run)
-    lists, taken = per_token(run.model, code_words(run.prior, run.model.codebook.sizes)), set()
+    (height, width), given, names = run.model.grid, given.clone(), run.token_names
+    lists = run.model.per_token(run.words)
     for pin in pins:
         place, _, text = pin.partition("=")
-        try:
-            row, column = map(int, place.split(","))
-        except ValueError:
-            row, column = -1, -1
         words = [word.strip().lower() for word in text.split(",")]
-        if not (0 <= row < height and 0 <= column < width) or len(words) > len(lists) or not any(words):
-            raise UserError(f"--pin {pin}: expected row,column={','.join(names)} of a grid of {height} by {width}, counted from 0")
-        if (row, column) in taken:
-            raise UserError(f"--pin {pin}: row {row}, column {column} has its words already")
-        taken.add((row, column))
+        with user_error(f"--pin {pin}: expected row,column={','.join(names)} of a grid of {height} by {width}, from 0"):
+            row, column = map(int, place.split(","))
+            if not (0 <= row < height and 0 <= column < width and len(words) <= len(lists) and any(words)):
+                raise ValueError
         for i, word in enumerate(words):
             if word and word not in lists[i]:
-                others = [name for name, listed in zip(names, lists) if word in listed]
-                near = difflib.get_close_matches(word, lists[i], 3) or lists[i][:3]
-                advice = f"it is one for {others[0]}; the order is {','.join(names)}" if others else f"the nearest are {', '.join(near)}"
-                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this run's codebook; {advice}")
+                near = ", ".join(difflib.get_close_matches(word, lists[i], 3)) or "none like it"
+                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this run's codebook; spelled alike: {near}")
             if word:
                 given[:, i, row, column] = lists[i].index(word)
     return given
+
+
+def draw_samples(runs, choices, part=""):
+    """The sub-commands sample and complete: Fig. 8's grid, a column for each image → PNG.
+
+    Rows: label maps and originals, and what each run makes of them: its tokens decoded, completions, samples.
+    """
+    path = stage_folder(runs[0], choices) / ("completions.png" if part else "samples.png")
+    path, rows, ldm = Path(choices.output or path), [], choices.model == "ldm"
+    for run in runs:
+        if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
+            raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}'")
+        stage = load_stage(run, stage_folder(run, choices))
+        count = stage[2]
+        tokens, dataset = tokens_of(run, "val", 1, ldm and bool(part or choices.pin)), run.dataset("val")
+        images = torch.tensor(choices.images or spread_indices(len(dataset), choices.count))
+        if images.max() >= len(dataset) or images.min() < 0:
+            raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
+        if not rows and choices.condition == "segmentation":
+            maps = colours_of_labels(tokens.segmentation[images].long(), count)
+            rows.append(("label map", F.interpolate(maps, size=run.config.resolution)))
+        if len(rows) < 2:
+            rows.append(("original", [dataset[index]["image"] / 127.5 - 1 for index in images.tolist()]))
+        if choices.label:
+            if choices.label not in dataset.classes[:count]:
+                raise UserError(f"--label {choices.label}: classes are {', '.join(dataset.classes[:count])}")
+            tokens = tokens._replace(labels=torch.full_like(tokens.labels, dataset.classes.index(choices.label)))
+        rows += rows_of_run(run, stage, tokens, images, choices, part)
+    draw_grid(rows, path)
+    print(f"{path}: images {', '.join(map(str, images.tolist()))} from left to right, {len(rows)} rows")
+
+
+def rows_of_run(run, stage, tokens, images, choices, part):
+    """What a run makes of some images: a list of (label, pictures)."""
+    name, own = run.path.name, tokens.indices[images]
+    known = known_part(part, run.model.grid)
+    decoded, nothing = decode_tokens(run, own), torch.full_like(own, -1)
+    rows = [(f"{name}: tokens decoded", decoded)]
+    ways = {choices.label or "sample": pin_words(run, nothing, choices.pin)}
+    if part:
+        mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
+        rows.append((f"{name}: known", decoded * mask))
+        ways = {"completed": pin_words(run, torch.where(known, own, -1), choices.pin), **ways}
+    if choices.model == "gpt" and (choices.pin or (known.flatten().int().diff() > 0).any()):
+        print("gpt draws from the top left: positions before a given token do not see it (--model ldm sees all)")
+    for way, given in ways.items():
+        for repeat in range(choices.repeat):
+            seed = choices.seed + repeat
+            drawn = draw_images(run, stage, tokens, images, choices, seed, given if (given >= 0).any() else None)
+            rows.append((f"{name}: {way} {repeat + 1}", decode_tokens(run, drawn)))
+            for index, indices in zip(images.tolist(), drawn) if choices.words else ():
+                print(f"\n{way} {repeat + 1} for image {index}\n{run.spell(indices)}\n")
+    return rows
 
 
 def colours_of_labels(maps, count):
@@ -678,162 +520,60 @@ def colours_of_labels(maps, count):
     return palette[maps.where((maps >= 0) & (maps < count), count)].permute(0, 3, 1, 2)
 
 
-def draw_grid(args, runs):
-    """The sub-commands sample and complete: Fig. 8's grid, one column per image. Rows: condition, originals, and what each run makes of them."""
-    choices, picture_rows = args.choices, []
-    path = Path(choices.output or stage_folder(runs[0], choices) / ("completions.png" if choices.part else "samples.png"))
-    for run in runs:
-        if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
-            raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}', so their samples share no picture")
-        stage = load_stage(run, stage_folder(run, choices))
-        tokens = tokens_of(run, "val", with_features=choices.model == "ldm" and bool(choices.part or choices.pin))
-        rows = chosen_images(choices, len(tokens.labels))
-        picture_rows += [] if picture_rows else condition_rows(run, stage, tokens, rows)
-        pinned = pin_words(run, torch.full_like(tokens.indices[rows], -1), choices.pin)
-        for name, images, drawn in rows_of_run(choices, run, stage, tokens, rows, pinned):
-            picture_rows.append((f"{run.path.name}: {name}", images))
-            for index, *parts in zip(rows.tolist(), images, drawn, pinned) if choices.words and drawn is not None else ():
-                say_words(run, f"{name} for image {index}", *parts, path)
-    draw_comparison(picture_rows, path, len(rows), max(128, runs[0].config.resolution))
-    print(f"{path}: {len(picture_rows)} rows of {len(rows)} images")
-
-
-def rows_of_run(choices, run, stage, tokens, rows, pinned):
-    """What a run makes of some images, each row its name, images, and indices where they were drawn."""
-    if choices.label:
-        classes = make_dataset(run.config, "val", check=False).classes[: stage.count]
-        if choices.label not in classes:
-            raise UserError(f"--label {choices.label}: classes are {', '.join(classes)}")
-        tokens = tokens._replace(labels=torch.full_like(tokens.labels, classes.index(choices.label)))
-    decode = lambda indices: list(decode_tokens(run.model, indices, run.device, run.config.batch_size))
-    known, decoded = known_part(choices.part, run.model.grid), decode(tokens.indices[rows])
-    found, ways = [("its tokens decoded", decoded, None)], [(choices.label or "sample", pinned)]
-    if choices.part:
-        mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
-        found.append(("known", [image * mask for image in decoded], None))
-        ways.insert(0, ("completed", pin_words(run, torch.where(known, tokens.indices[rows], -1), choices.pin)))
-    if choices.model == "gpt" and (choices.pin or (known.flatten().int().diff() > 0).any()):
-        print("gpt draws from the top left: positions before a given token do not see it (--model ldm sees all that is given)")
-    for way, given in ways:
-        for repeat in range(choices.repeat):
-            drawn = draw_images(run, stage, tokens, rows, choices, choices.seed + repeat, given if (given >= 0).any() else None)
-            found.append((f"{way} {repeat + 1}", decode(drawn), drawn))
-    return found
-
-
-def say_words(run, what, image, drawn, given, path):
-    """Print what an image's tokens read as, and write it into a picture beside `path`."""
-    words = per_token(run.model, code_words(run.prior, run.model.codebook.sizes))
-    picture = path.with_name(f"{path.stem}-{run.path.name}-{what.replace(' ', '-')}.png")
-    draw_words(image, drawn, words, picture, (given >= 0).any(dim=0))
-    print(f"\n{what}, {picture}\n{words_of(drawn, words)}\n")
-
-
-def chosen_images(choices, count):
-    """The rows of --images, or --count of them spread over `count`. Raises UserError for one that is not there."""
-    rows = torch.tensor(choices.images or evenly(count, choices.count))
-    if rows.max() >= count or rows.min() < 0:
-        raise UserError(f"--images {int(rows.max() if rows.max() >= count else rows.min())}: there are images 0 … {count - 1}")
-    return rows
-
-
-def condition_rows(run, stage, tokens, rows):
-    """The first rows of Fig. 8's grid: label maps where they are the condition, and the images themselves."""
-    dataset, shown = make_dataset(run.config, "val", check=run.config.skip_broken), []  # for the numbers of those left
-    if stage.config.condition == "segmentation":
-        maps = colours_of_labels(tokens.segmentation[rows].long(), stage.count)
-        shown.append(("label map", list(F.interpolate(maps, size=run.config.resolution))))
-    named = lambda row: f" ({[*dataset.classes, '–'][tokens.labels[row]]})" * (stage.config.condition == "class")
-    print("columns: " + ", ".join(f"image {row}{named(row)}" for row in rows.tolist()))
-    originals = torch.stack([dataset[int(row)]["image"] for row in rows])
-    return [*shown, ("original", list(to_images(originals, torch.device("cpu"))))]
-
-
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Table 6
 
 
 @torch.no_grad()
 def likelihood(run, stage, tokens, order=None):
-    """Bits of each image's tokens under a transformer → (N, M) float64; `order` gives each image the condition of another."""
+    """Bits of each image's tokens under a transformer → (N, M) float64; `order`: whose condition each image gets."""
     network, config, count, _ = stage
     bits = []
     for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
         known = known_of(config, tokens, rows if order is None else order[rows], run.device, count)
         images = tokens.indices[rows].to(run.device)
-        logits = network(images, known)
-        losses = [
-            F.cross_entropy(part.float().mT, images[:, i].flatten(1), reduction="none").cpu().double().sum(1)
-            for i, part in enumerate(logits)
-        ]
-        bits.append(torch.stack(losses, dim=1) / math.log(2))
+        logits = [part.float().mT for part in network(images, known)]
+        losses = [F.cross_entropy(part, images[:, i].flatten(1), reduction="none") for i, part in enumerate(logits)]
+        bits.append(torch.stack(losses, dim=1).cpu().double().sum(2) / math.log(2))
     return torch.cat(bits)
 
 
-def unigram_bits(train_set, val_set, sizes):
-    """Bits of the validation tokens under the training split's frequencies, one added to each code → list of floats, a token each."""
-    bits = []
-    for i, size in enumerate(sizes):
-        counts = torch.bincount(train_set.indices[:, i].flatten(), minlength=size).double() + 1
-        bits.append(float(-(counts / counts.sum()).log2()[val_set.indices[:, i].flatten()].mean()))
-    return bits
-
-
 def evaluate_stage(run, stage, choices, inception):
-    """One row of Table 6 → dict."""
+    """One row of Table 6 → dict, also in evaluation.json."""
     network, config, count, step = stage
-    with_features = config.model == "ldm"
-    val_set, positions = tokens_of(run, "val", 1, with_features), math.prod(run.model.grid)
-    result = {"run": str(run.path), "model": config.model, "condition": config.condition, "joint": config.joint, "step": step}
-    names = ("temperature", "top_k", "top_p", "guidance", "seed") if config.model == "gpt" else ("sampling_steps", "guidance", "seed")
-    result["sampling"] = {name: getattr(choices, name) for name in names}
+    val_set, positions = tokens_of(run, "val", 1, config.model == "ldm"), math.prod(run.model.grid)
+    model = config.model + ("" if config.joint else ", independent heads")
+    result = {"run": str(run.path), "model": model, "condition": config.condition, "step": step}
     if config.model == "gpt":
         bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", config.views)
-        result["bits"] = dict(zip(part_names(run), (bits.mean(0) / positions).tolist()))
+        result["bits"] = dict(zip(run.token_names, (bits.mean(0) / positions).tolist()))
         result["bits_image"] = float(bits.sum(1).mean())
-        result["bits_uniform"] = sum(map(math.log2, run.sizes)) * positions
-        result["bits_unigram"] = sum(unigram_bits(train_set, val_set, run.sizes)) * positions
+        result["bits_uniform"] = sum(map(math.log2, run.model.sizes)) * positions
+        result["bits_unigram"] = 0.0  # of the training split's frequencies, one added to each code
+        for i, size in enumerate(run.model.sizes):
+            counts = torch.bincount(train_set.indices[:, i].flatten(), minlength=size).double() + 1
+            bits_of_codes = -(counts / counts.sum()).log2()
+            result["bits_unigram"] += float(bits_of_codes[val_set.indices[:, i].flatten()].mean()) * positions
         result["bits_per_bit"] = result["bits_image"] / result["bits_uniform"]
-        if config.condition == "segmentation":  # half a split away, as neighbours may be frames of one film
+        if config.condition == "segmentation":  # half a split away: neighbours may be near duplicates
             other = likelihood(run, stage, val_set, torch.arange(len(bits)).roll(len(bits) // 2))
             result["own_map_wins"] = float((bits.sum(1) < other.sum(1)).double().mean())
     else:
         result["noise"] = validation(config, run, count, network, val_set)["noise"]
-    result["psnr"] = decoded_psnr(run, val_set)
-    result["fid"] = sampled_fid(run, stage, val_set, choices, inception[0]) if inception[0] is not None else None
-    result["fid_note"] = inception[1]
-    with whole_file(stage_folder(run, config) / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(result, indent=1))
+    scores, features, done = [], ([], []), 0
+    for x, batch in run.batches(run.dataset("val")):
+        rows = torch.arange(done, done + len(x))
+        scores.append(psnr(decode_tokens(run, val_set.indices[rows]), x.cpu()))
+        if inception is not None:  # as many samples as there are evaluation images
+            drawn = decode_tokens(run, draw_images(run, stage, val_set, rows, choices, choices.seed + done))
+            for kept, images in zip(features, (batch["image"], to_bytes(drawn))):
+                kept.append(inception(images.to(run.device)).cpu().double())
+        done += len(x)
+    result["psnr"] = torch.cat(scores).mean().item()
+    result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features)) if inception is not None else None
+    with atomic_write(stage_folder(run, config) / "evaluation.json") as part:
+        part.write_text(json.dumps(result, indent=1))
     return result
-
-
-def evaluation_images(run, tokens):
-    """Batches of a run's evaluation images, (B, 3, R, R) uint8, with their rows among the tokens."""
-    dataset = make_dataset(run.config, "val", check=run.config.skip_broken)
-    loader = make_loader(dataset, run.device, -1, batch_size=run.config.batch_size)
-    return zip((batch["image"] for batch in loader), torch.arange(len(tokens.labels)).split(run.config.batch_size))
-
-
-def decoded_psnr(run, tokens):
-    """Mean PSNR of the evaluation images' tokens, decoded: what the bits of a tokenizer are worth."""
-    scores = []
-    for images, rows in evaluation_images(run, tokens):
-        decoded = decode_tokens(run.model, tokens.indices[rows], run.device, run.config.batch_size)
-        scores.append(psnr(decoded, to_images(images, torch.device("cpu"))))
-    return torch.cat(scores).mean().item()
-
-
-@torch.no_grad()
-def sampled_fid(run, stage, tokens, choices, inception):
-    """FID of as many samples as there are evaluation images against these, both at the run's resolution."""
-    inception, features = inception.to(run.device), ([], [])
-    for n, (images, rows) in enumerate(evaluation_images(run, tokens)):
-        drawn = decode_tokens(
-            run.model, draw_images(run, stage, tokens, rows, choices, choices.seed + n), run.device, run.config.batch_size
-        )
-        for kept, part in zip(features, (images, to_bytes(drawn))):
-            kept.append(inception(part.to(run.device)).cpu().double())
-    return fid(*(torch.cat(kept).numpy() for kept in features))
 
 
 COLUMNS = {  # of Table 6: name in evaluation.json → title, format
@@ -848,119 +588,109 @@ COLUMNS = {  # of Table 6: name in evaluation.json → title, format
 }
 
 
-def print_table(args, runs):
-    """The sub-command: a table of every second stage of every run."""
-    inception, results = load_inception(args.choices.inception), []
+def print_table(runs, choices, path=""):
+    """The sub-command evaluate: a table of every second stage of every run; path: of Inception's weights."""
+    (inception, reason), results = load_or_reason(load_inception, path), []
     for run in runs:
-        for path in sorted((run.path / "synthesis").glob("*/best.pt")):
-            try:
-                results.append(evaluate_stage(run, load_stage(run, path.parent), args.choices, inception))
-            except UserError as error:
-                print(f"not in the table: {error}")
+        for best in sorted((run.path / "synthesis").glob("*/best.pt")):
+            network = inception and inception.to(run.device)
+            results.append(evaluate_stage(run, load_stage(run, best.parent), choices, network))
     if not results:
-        raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; train one with: python synthesize.py RUN train")
+        raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; train makes one")
     rows = [["run", "model", "condition", "bits per position ↓", *(title for title, _ in COLUMNS.values())]]
     for result in results:
-        cell = lambda name, form: "–" if result.get(name) is None else format(result[name], form)
-        parts = " + ".join(f"{value:.3f}" for value in result["bits"].values()) if "bits" in result else "–"
-        model = result["model"] + ("" if result["joint"] else ", independent heads")
-        rows.append([result["run"], model, result["condition"], parts, *(cell(name, form) for name, (_, form) in COLUMNS.items())])
+        parts = " + ".join(f"{value:.3f}" for value in result.get("bits", {}).values()) or "–"
+        cells = ["–" if result.get(name) is None else format(result[name], form) for name, (_, form) in COLUMNS.items()]
+        rows.append([result["run"], result["model"], result["condition"], parts, *cells])
     print(as_markdown(rows))
-    if results[0]["fid"] is None:
-        print(f"\nFID: – ({results[0]['fid_note']})")
-    if any(result["model"] == "ldm" for result in results):
-        print("\nldm has no likelihood of tokens: its noise error is the mean squared error of ε, of variance 1")
+    if reason:
+        print(f"\nFID: – ({reason})")
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
-def convert(args, runs):
-    """The sub-command: encode a split, or decode a file."""
-    (run,), choices = one(runs, "tokens"), args.choices
-    if choices.decode:
-        folder = Path(choices.output or run.path / "decoded")
-        indices = load_tokens(choices.decode, run.tokenizer, run.sizes)["indices"]
-        for start in range(0, len(indices), run.config.batch_size):
-            part = decode_tokens(run.model, indices[start : start + run.config.batch_size], run.device, run.config.batch_size)
-            for index, image in enumerate(part, start):
-                save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
+def convert(run, split, decode, output, words):
+    """The sub-command tokens: encode a split, or decode a file."""
+    if decode:
+        with user_error(f"'{decode}' is no token file of this run: {{}}"):
+            arrays = dict(np.load(decode))
+            indices, sizes = torch.from_numpy(arrays["indices"]).long(), torch.tensor(run.model.sizes)[:, None, None]
+            if arrays["tokenizer"] != run.tokenizer or (indices < 0).any() or (indices >= sizes).any():
+                raise ValueError("it was made by another tokenizer")
+        folder = Path(output or run.path / "decoded")
+        for index, image in enumerate(decode_tokens(run, indices)):
+            save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
         print(f"{folder}: {len(indices):,} images")
     else:
-        kept = tokens_of(run, choices.split)
-        indices, path = kept.indices.numpy(), run.path / f"tokens{'' if choices.split == 'val' else '-train'}.npz"
-        if choices.output:
-            with whole_file(choices.output) as temporary:
-                temporary.write_bytes(path.read_bytes())
-            path = Path(choices.output)
-        print(f"{path}: {len(indices):,} images of {'×'.join(map(str, indices.shape[2:]))} positions, {' + '.join(part_names(run))}")
-    for index in choices.words:
+        indices, path = tokens_of(run, split).indices, run.path / f"tokens-{split}.npz"
+        if output:
+            with atomic_write(output) as part:
+                part.write_bytes(path.read_bytes())
+        print(f"{output or path}: {len(indices):,} images of {run.model.grid} positions, {' + '.join(run.token_names)}")
+    for index in words:
         if not 0 <= index < len(indices):
             raise UserError(f"--words {index}: there are images 0 … {len(indices) - 1}")
-        print(f"\nimage {index}\n{words_of(indices[index], per_token(run.model, code_words(run.prior, run.model.codebook.sizes)))}")
-
-
-def one(runs, name):
-    """The runs, when they are one. Raises UserError otherwise."""
-    if len(runs) != 1:
-        raise UserError(f"{name} takes one run, not {len(runs)}")
-    return runs
-
-
-def stage_config(given, run):
-    """The SynthesisConfig that flags name for a run: explicit flags before TINY's values."""
-    small = TINY if run.config.preset == "tiny" else {}
-    config = SynthesisConfig(**{**small, **given})
-    check_bounds(config, BOUNDS)
-    if config.model == "ldm" and not config.joint:
-        raise UserError("--no-joint is of --model gpt; ldm has no heads of tokens")
-    if config.width % (2 * config.heads):
-        raise UserError(f"--width {config.width} must be a multiple of twice the {config.heads} heads")
-    return config
-
-
-COMMANDS = {  # sub-command → what it calls, its flags, what it does
-    "train": (
-        train_stage,
-        SynthesisConfig,
-        "Train a second stage on a run's tokens. For a tokenizer of the tiny preset the defaults are: {}.",
-    ),
-    "sample": (draw_grid, SampleChoices, "Draw images for conditions, or with words in their places."),
-    "complete": (draw_grid, CompleteChoices, "Keep a part of images and draw the rest: Fig. 8."),
-    "evaluate": (print_table, TableChoices, "Table 6: FID and likelihood of every second stage."),
-    "tokens": (convert, TokenChoices, "Images to tokens and words, and back."),
-}
+        print(f"\nimage {index}\n{run.spell(indices[index])}")
 
 
 def parse(argv=None):
-    """Command line → namespace: `runs`, what to `call`, its `choices`, and those of them that were `given`."""
+    """Command line → dict: `command`, `runs`, and its flags."""
     parser = Parser(description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py; train and tokens take one")
-    commands = parser.add_subparsers(required=True, metavar="|".join(COMMANDS))
-    for name, (call, kind, what) in COMMANDS.items():
-        what = what.format(", ".join(f"{name} {value}" for name, value in TINY.items()))
+    commands = parser.add_subparsers(required=True, dest="command", metavar="|".join(COMMANDS))
+    for name, (kind, what) in COMMANDS.items():
         sub = commands.add_parser(name, help=what, description=what)
-        add_flags(sub, kind())
-        sub.set_defaults(call=call, kind=kind)
+        sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
+        sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
+        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+        if kind:
+            sub.add_fields(kind)
         if name == "train":
             start = sub.add_mutually_exclusive_group()
             start.add_argument("--resume", action="store_true", help="go on from its last checkpoint")
             start.add_argument("--overwrite", action="store_true", help="replace one of the same name")
-    args = parser.parse_args(argv)
-    args.given = take_flags(args.kind, vars(args))
-    args.choices = args.kind(**args.given)
-    return args
+        elif name == "complete":
+            sub.add_argument("--part", default="top", help="known: top, bottom, left, right, or a picture's white")
+        elif name == "evaluate":
+            sub.add_argument("--inception", default="", help="local copy of FID's weights; without any, FID is a dash")
+        elif name == "tokens":
+            sub.add_argument("--split", default="val", choices=("train", "val"), help="images to encode")
+            sub.add_argument("--decode", default="", help="token file to turn back into images")
+            sub.add_argument("--output", default="", help="token file, or with --decode a folder (else in the run)")
+            sub.add_argument("--words", default=(), nargs="+", type=int, help="images to print as words, by number")
+    return vars(parser.parse_args(argv))
+
+
+COMMANDS = {  # sub-command → its flags' dataclass, what it does
+    "train": (SynthesisConfig, f"Train a second stage on a run's tokens; for tokenizers of the tiny preset {TINY}."),
+    "sample": (Drawing, "Draw images for conditions, or with words in their places."),
+    "complete": (Drawing, "Keep a part of images and draw the rest: Fig. 8."),
+    "evaluate": (Sampling, "Table 6: FID and likelihood of every second stage."),
+    "tokens": (None, "Images to tokens and words, and back."),
+}
 
 
 def main(argv=None):
     """Open the runs, whose tokenizers stay as they are, and do with their tokens what the sub-command says."""
-    with torchrun():
-        args = parse(argv)
-        check_choices(args.choices)
-        runs = [Run(path, args.choices) for path in args.runs]
-        args.call(args, runs)
+    args = parse(argv)
+    name, where = args.pop("command"), [args.pop(flag) for flag in ("device", "data", "labels")]
+    runs = [Run(path, *where) for path in args.pop("runs")]
+    if name in ("train", "tokens") and len(runs) > 1:
+        raise UserError(f"{name} takes one run, not {len(runs)}")
+    if name == "train":
+        resume, overwrite = args.pop("resume"), args.pop("overwrite")
+        train_stage(runs[0], args, resume, overwrite)
+    elif name == "tokens":
+        convert(runs[0], **args)
+    elif name == "evaluate":
+        inception = args.pop("inception")
+        print_table(runs, Sampling(**args), inception)
+    else:
+        part = args.pop("part", "")
+        draw_samples(runs, refuse_idle(Drawing(**args), args, MATTERS), part)
 
 
 if __name__ == "__main__":
-    command(main)
+    launch(main)

@@ -14,15 +14,15 @@ The file reads in the paper's order:
     §4.4         stage two   TokenTransformer, sample_tokens; Denoiser, sample_features
     VQGAN's published weights  load_taming
 
-`prior.py` makes the words, vectors and graph that VQModel starts from; Eq. 2's pixel term and the training step
-are `Trainer` in train.py. Each class and function can be lifted out with what else it names here, and nothing more. To see both networks'
-shapes, and Eq. 3, 1 and 2 worked on four words:
+`prior.py` makes the words, vectors and graph that VQModel starts from; Eq. 2's pixel term and the training step are
+`Trainer` in train.py. Each class and function can be lifted out with what else it names here, and nothing more.
+To see Eq. 3, 1 and 2 worked on four words:
 
     python vqct.py
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -30,126 +30,31 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from prior import PARTS, command, option
-
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # §3.1, Eq. 1 and 2: the nearest code, and the losses of a code that was chosen
 
 
 @torch.no_grad()
-def nearest_code(z, codebook, row_chunk=None, code_chunk=None):
-    """Index of the code nearest to each feature in Euclidean distance (paper Eq. 1).
+def nearest_code(z, codebook):
+    """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
-    ‖z − e‖² = ‖z‖² + 2 (½‖e‖² − z·e), and ‖z‖² is the same for every code, so this is
+    ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised, in chunks of
+    rows whose scores fit in 64 MiB: there is never an N × K matrix.
 
-        (0.5 * codebook.square().sum(1) - z @ codebook.T).argmin(1)
-
-    taken tile by tile with a running minimum, as the (N, K) matrix of a real codebook fills gigabytes; and with
-    care for rounding: the origin is moved to the codes' middle, and equal codes are told apart by their bits.
-
-    Args:
-        z: (N, D) features of any floating type; computed in float32, or float64 if either is.
-        codebook: (K, D) codes, K ≥ 1.
-        row_chunk, code_chunk: the tile; by default one that fits a core's cache on the CPU and
-            one that fills the device elsewhere. Memory is O(row_chunk · code_chunk + (N + K) D).
-    Returns:
-        (N,) int64; of equally near codes the one with the lowest index.
-    Raises:
-        ValueError: if the shapes do not match or the codebook is empty.
-
-    Exact to the rounding of the product, which is relative to the codes' distance from their middle:
-    tight clusters far apart want float64. On CUDA leave float32 products at their default precision.
+    z: (N, D) features of any floating type; codebook: (K, D) codes, K ≥ 1.
+    Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); of ties any one.
     """
-    if z.dim() != 2 or codebook.dim() != 2 or z.shape[1] != codebook.shape[1] or len(codebook) == 0:
-        raise ValueError(f"nearest_code takes (N, D) and (K, D) with K ≥ 1, got {tuple(z.shape)} and {tuple(codebook.shape)}")
-    on_cpu = z.device.type == "cpu"
-    row_chunk = row_chunk or (1024 if on_cpu else 8192)
-    code_chunk = code_chunk or (512 if on_cpu else 8192)
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with torch.autocast(z.device.type, enabled=False):
         codebook = codebook.to(dtype)
-        first, offset = _first_of_equal(codebook), _exact_offset(codebook)
-        codes = codebook - offset
-        half_norms = codes.square().sum(1).mul_(0.5)  # (K,)
-        rows = z.to(dtype) - offset
-        search = _search_blocks if on_cpu else _search_tiles
-        return first[search(rows, codes, half_norms, row_chunk, code_chunk)]
-
-
-def _search_tiles(z, codes, half_norms, row_chunk, code_chunk):
-    """(N,) the code of least score of each row, by a running minimum over tiles; nothing waits for the device."""
-    indices = torch.zeros(len(z), dtype=torch.int64, device=z.device)
-    for rows, out in zip(z.split(row_chunk), indices.split(row_chunk)):
-        best = rows.new_full((len(rows),), math.inf)
-        for start in range(0, len(codes), code_chunk):
-            tile = slice(start, start + code_chunk)
-            score, index = torch.addmm(half_norms[tile], rows, codes[tile].T, alpha=-1).min(dim=1)  # (rows,)
-            out.copy_(torch.where(score < best, index + start, out))  # strict, so that ties stay with the lower index
-            best = torch.minimum(score, best)
-    return indices
-
-
-def _search_blocks(z, codes, half_norms, row_chunk, code_chunk, block=64):
-    """The same where a minimum is found twenty times as fast as its place: each row's best block of codes, then the code in it."""
-    block = min(block, code_chunk)
-    code_chunk -= code_chunk % block
-    missing = -len(codes) % block
-    codes, half_norms = F.pad(codes, (0, 0, 0, missing)), F.pad(half_norms, (0, missing), value=math.inf)
-    best = torch.zeros(len(z), dtype=torch.int64)
-    room = z.new_empty(min(row_chunk, len(z)), min(code_chunk, len(codes)))  # one tile's scores, again and again
-    least = z.new_empty(len(room), len(codes) // block)
-    for rows, out in zip(z.split(row_chunk), best.split(row_chunk)):
-        for start in range(0, len(codes) if least.shape[1] > 1 else 0, code_chunk):
-            tile = codes[start : start + code_chunk]
-            scores = torch.addmm(half_norms[start : start + code_chunk], rows, tile.T, alpha=-1, out=room[: len(rows), : len(tile)])
-            place = slice(start // block, (start + len(tile)) // block)
-            torch.amin(scores.unflatten(1, (-1, block)), dim=2, out=least[: len(rows), place])
-        if least.shape[1] > 1:
-            out.copy_(least[: len(rows)].argmin(dim=1))
-    indices = torch.empty_like(best)
-    for number, group in enumerate(best.argsort(stable=True).split(best.bincount(minlength=least.shape[1]).tolist())):
-        inside = slice(number * block, (number + 1) * block)
-        for part in group.split(row_chunk):
-            scores = torch.addmm(half_norms[inside], z[part], codes[inside].T, alpha=-1)  # (part, block)
-            indices[part] = scores.argmin(dim=1) + inside.start
-    return indices
-
-
-def _first_of_equal(codebook):
-    """(K,) the lowest index of a code equal to each code, by sorting a 64-bit hash of their bits.
-
-    A product may round equal columns differently by where they stand in a tile, so it cannot tell ties.
-    Two different codes share a hash with a chance of 2⁻⁶⁴, of 2⁻⁴⁰ if their entries are small integers.
-    """
-    hashed, order = torch.cat([_hash_rows(codes) for codes in codebook.split(1024)]).sort(stable=True)
-    new = torch.ones_like(order, dtype=torch.bool)
-    new[1:] = hashed[1:] != hashed[:-1]
-    start = torch.where(new, torch.arange(len(order), device=order.device), 0).cummax(0).values
-    return torch.empty_like(order).scatter_(0, order, order[start])
-
-
-def _hash_rows(codes):
-    """(K, D) float32 or float64 → (K,) int64: the bits of the entries times fixed odd numbers, summed modulo 2⁶⁴."""
-    bits = (codes + 0.0).view(torch.int32 if codes.dtype == torch.float32 else torch.int64).long()  # −0 becomes 0
-    bits = bits ^ (bits >> 32)  # round numbers have their bits at the top, where a product loses them
-    number = torch.arange(1, bits.shape[1] + 1, device=bits.device) * -0x61C8864680B583EB
-    number = (number ^ (number >> 30)) * -0x40A7B892E31B1A47  # mixed as by splitmix64 (Steele et al. 2014)
-    return (bits * (number ^ (number >> 27) | 1)).sum(1)
-
-
-def _exact_offset(codebook):
-    """(D,) the middle of the codes, rounded to a power of two of their spread.
-
-    Distances do not depend on the origin, but the rounding of a product does: codes far from zero
-    and close together would be confused. Medians of a sample, so that no outlier moves the middle;
-    a coarse grid, so that the subtraction itself is exact.
-    """
-    sample = codebook[:: max(1, len(codebook) // 64)]
-    middle = sample.sort(0).values[(len(sample) - 1) // 2]  # the median, whose own kernel is not deterministic on CUDA
-    limits = torch.finfo(codebook.dtype)
-    spread = (sample - middle).abs().median() + middle.abs().amax() * limits.eps + limits.tiny
-    grid = torch.exp2(spread.log2().ceil())
-    return (middle / grid).round() * grid
+        origin = codebook.mean(0)  # distances do not depend on the origin, their rounding does
+        codes = codebook - origin  # (K, D)
+        half_norms = codes.square().sum(1) / 2  # (K,)
+        indices = []
+        for rows in z.to(dtype).split(max(1, 2**24 // len(codes))):
+            scores = torch.addmm(half_norms, rows - origin, codes.T, alpha=-1)  # half_norms − rows · codes
+            indices.append(scores.argmin(1))
+        return torch.cat(indices)
 
 
 def look_up(indices, codebook):
@@ -160,13 +65,12 @@ def look_up(indices, codebook):
 class VectorQuantizer(nn.Module):
     """Eq. 1 and the last two terms of Eq. 2: ‖sg[ẑ] − z_q‖² + β ‖sg[z_q] − ẑ‖².
 
-    Each term is a mean over elements. The codebook is an argument, so it may be a parameter or
-    the output of a network; the first term is its only gradient.
+    Each term is a mean over elements. The codebook is an argument, so it may be a parameter or the output of a
+    network; only the first term trains it.
 
-    Args:
-        beta: weight of the commitment term (0.25, van den Oord et al. 2017).
-        beta_on: "commitment" as in Eq. 2, or "codebook", the well-known slip of VQGAN's code.
-        neighbours: nearest codes whose mean is z_q; the paper takes one, the authors' code two for adjectives.
+    beta: weight of the commitment term (0.25, van den Oord et al. 2017).
+    beta_on: "commitment" as in Eq. 2, or "codebook", the well-known slip of VQGAN's code.
+    neighbours: nearest codes whose mean is z_q; the paper takes one, the authors' code two for adjectives.
     """
 
     def __init__(self, beta=0.25, beta_on="commitment", neighbours=1):
@@ -182,16 +86,16 @@ class VectorQuantizer(nn.Module):
         if self.neighbours == 1:
             found = nearest_code(rows, codebook)
         else:
-            mode = "donot_use_mm_for_euclid_dist"  # exact for near ties
-            distances = (torch.cdist(part, codebook, compute_mode=mode) for part in rows.to(codebook.dtype).split(1024))
+            chunks = rows.to(codebook.dtype).split(max(1, 2**24 // len(codebook)))
+            distances = (torch.cdist(part, codebook, compute_mode="donot_use_mm_for_euclid_dist") for part in chunks)
             found = torch.cat([part.topk(self.neighbours, largest=False).indices for part in distances])
         return found.view(*features.shape[:-1], self.neighbours).movedim(-1, 1)
 
     def forward(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().
 
-        In training z_q carries the decoder's gradient straight through to z; in evaluation it is
-        exactly the code, so that decoding by indices gives the same image. Always float32.
+        In training z_q carries the decoder's gradient straight through to z; in evaluation it is exactly the code, so
+        that decoding by indices gives the same image. Always float32.
         """
         with torch.autocast(z.device.type, enabled=False):
             codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
@@ -207,64 +111,55 @@ class VectorQuantizer(nn.Module):
         return z_q, indices, loss
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # §3.3 step 2, Eq. 3: the modifying graph, and the graph convolutions that transfer codes along it
 
 
-class _SymmetricProduct(torch.autograd.Function):
-    """Â H for a constant symmetric sparse Â in compressed rows: the gradient is the same product, no transpose kept."""
+class SymmetricProduct(torch.autograd.Function):
+    """Â H for a constant symmetric Â in compressed rows; its gradient is the same product."""
 
     @staticmethod
     def forward(ctx, row_start, column, value, nodes):
         ctx.adjacency = row_start, column, value
-        # A weighted sum of looked-up rows: embedding bags' kernels take half the time of sparse matrices' on CPUs.
+        # A row of Â H is a weighted sum of H's rows: an embedding bag, which is faster than torch's sparse matrices.
         return F.embedding_bag(column, nodes, row_start, mode="sum", per_sample_weights=value, include_last_offset=True)
 
     @staticmethod
     def backward(ctx, gradient):
-        return None, None, None, _SymmetricProduct.apply(*ctx.adjacency, gradient.contiguous())
+        return None, None, None, SymmetricProduct.apply(*ctx.adjacency, gradient.contiguous())
 
 
 class NormalizedAdjacency(nn.Module):
     """Â = D^{-1/2} (A + I) D^{-1/2} of an undirected graph, sparse (Kipf & Welling 2017).
 
-    Args:
-        edges: (E, 2) int64 node indices, each undirected edge once; repeats count once, as the
-            paper's A is binary.
-        nodes: number of nodes N.
-        weights: (E,) entries of A instead of ones, each edge then given once; the authors' code has
-            the times a pair occurs.
-    Raises:
-        ValueError: if an edge names a node outside 0 … N−1 or joins a node to itself.
-    """
+    edges: (E, 2) int64 node indices, each undirected edge once; repeats count once, as the paper's A is binary.
+    nodes: number of nodes N.
+    weights: (E,) entries of A instead, repeats summed; the authors' code has the times a pair occurs.
+    Raises RuntimeError if an edge names a node outside 0 … N−1.
 
-    WITH_WEIGHTED_BAGS = ("cpu", "cuda")  # elsewhere every edge's message is scattered
+    >>> NormalizedAdjacency([(0, 2), (1, 2)], nodes=3)(torch.eye(3)).diagonal()
+    tensor([0.5000, 0.5000, 0.3333])
+    """
 
     def __init__(self, edges, nodes, weights=None):
         super().__init__()
         edges = torch.as_tensor(edges, dtype=torch.int64).reshape(-1, 2)
-        if len(edges) and (edges.min() < 0 or edges.max() >= nodes or (edges[:, 0] == edges[:, 1]).any()):
-            raise ValueError(f"edges must join two different nodes of 0 … {nodes - 1}")
         loops = torch.arange(nodes)[:, None].expand(-1, 2)
-        pairs, place = torch.cat([edges, edges.flip(1), loops]).unique(dim=0, return_inverse=True)  # sorted by row, then column
-        value = torch.ones(len(pairs), dtype=torch.float64)
-        if weights is not None:
-            weights = torch.as_tensor(weights, dtype=torch.float64)
-            value[place] = torch.cat([weights, weights, torch.ones(nodes, dtype=torch.float64)])
-        entries = torch.bincount(pairs[:, 0], minlength=nodes)
-        scale = torch.bincount(pairs[:, 0], value, minlength=nodes).rsqrt()
-        self.nodes = nodes
-        self.register_buffer("row", pairs[:, 0].contiguous())  # (2E + N,)
-        self.register_buffer("column", pairs[:, 1].contiguous())  # (2E + N,)
-        self.register_buffer("row_start", F.pad(entries.cumsum(0), (1, 0)))  # (N + 1,)
-        self.register_buffer("value", (value * scale[pairs[:, 0]] * scale[pairs[:, 1]]).float())  # (2E + N,)
+        entries = torch.ones(len(edges)) if weights is None else torch.as_tensor(weights)
+        entries = torch.cat([entries, entries, torch.ones(nodes)]).double()
+        index = torch.cat([edges, edges.flip(1), loops]).T  # (2, 2E + N)
+        with_loops = torch.sparse_coo_tensor(index, entries, (nodes, nodes), check_invariants=True).coalesce()  # A + I
+        (row, column), value = with_loops.indices(), with_loops.values()
+        if weights is None:
+            value = torch.ones_like(value)
+        scale = torch.zeros(nodes).double().index_add(0, row, value).rsqrt()  # D^{-1/2}
+        self.register_buffer("row_start", F.pad(row.bincount(minlength=nodes).cumsum(0), (1, 0)))  # (N + 1,)
+        self.register_buffer("column", column)  # (2E + N,)
+        self.register_buffer("value", (value * scale[row] * scale[column]).float())  # (2E + N,)
 
     def forward(self, nodes):
         """(N, D) → Â nodes, (N, D)."""
-        value = self.value.to(nodes.dtype)
-        if nodes.device.type in self.WITH_WEIGHTED_BAGS:
-            return _SymmetricProduct.apply(self.row_start, self.column, value, nodes)
-        return torch.zeros_like(nodes).index_add(0, self.row, value[:, None] * nodes[self.column])
+        return SymmetricProduct.apply(self.row_start, self.column, self.value.to(nodes.dtype), nodes)
 
 
 class GraphConvolution(nn.Module):
@@ -277,7 +172,7 @@ class GraphConvolution(nn.Module):
 
     def forward(self, nodes, adjacency):
         """nodes: (N, in_features); adjacency: a module or function (N, D) → (N, D)."""
-        # The product with Â on the narrower side; of a constant, it needs no backward pass.
+        # Â goes where there are fewer features to multiply, and before W where the nodes are constant: no gradient.
         if self.weight.shape[0] < self.weight.shape[1] or not nodes.requires_grad:
             return adjacency(nodes) @ self.weight
         return adjacency(nodes @ self.weight)  # (N, out_features)
@@ -286,12 +181,15 @@ class GraphConvolution(nn.Module):
 class CodebookTransfer(nn.Module):
     """Eq. 3, the graph convolution-based codebook transfer network: H ← ReLU(Â H W), three times.
 
-    Args:
-        widths: (d, …, D) features of the language model's vectors, of each hidden layer and of
-            the codes; four numbers make the paper's three convolutions.
-        adjacency: a NormalizedAdjacency; `nn.Identity()` makes the paper's MLP (Tables 2 and 3).
-        last_relu: whether a ReLU follows the last layer too, as in Eq. 3; the authors' code has none.
-        dropout: share of hidden features zeroed in training; the authors' code has 0.5.
+    widths: (d, …, D) features of the language model's vectors, of each hidden layer and of the codes; four numbers
+        make the paper's three convolutions.
+    adjacency: a NormalizedAdjacency; `nn.Identity()` makes the paper's MLP (Tables 2 and 3).
+    last_relu: whether a ReLU follows the last layer too, as in Eq. 3; the authors' code has none.
+    dropout: share of hidden features zeroed in training; the authors' code has 0.5.
+
+    >>> adjacency = NormalizedAdjacency([(0, 2), (0, 3), (1, 3)], nodes=4)
+    >>> CodebookTransfer((300, 512, 512, 64), adjacency)(torch.randn(4, 300)).shape
+    torch.Size([4, 64])
     """
 
     def __init__(self, widths, adjacency, last_relu=True, dropout=0.0):
@@ -309,46 +207,49 @@ class CodebookTransfer(nn.Module):
         return F.relu(nodes) if self.last_relu else nodes
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # §3.3 step 3: two codebooks, each for its half of the channels
 
 
 class Codebook(nn.Module):
     """The codes of every codebook: vectors, sent through a transfer network where there is one.
 
-    Every system of the paper is a choice of these three arguments: learned codes are trained
-    vectors without transfer; VQCT's are frozen word vectors through CodebookTransfer.
+    Every system of the paper is a choice of these three arguments: learned codes are trained vectors without
+    transfer; VQCT's are frozen word vectors through CodebookTransfer.
 
-    Args:
-        vectors: (ΣK, d) starting codes, or the language model's word vectors.
-        sizes: (K_1, …) codes of each codebook: (adjectives, nouns) in VQCT.
-        trained: whether the vectors are parameters.
-        transfer: a module (ΣK, d) → (ΣK, D), or None for the vectors themselves.
+    vectors: (ΣK, d) starting codes, or the language model's word vectors.
+    sizes: (K_1, …) codes of each codebook: (adjectives, nouns) in VQCT.
+    trained: whether the vectors are parameters.
+    transfer: a module (ΣK, d) → (ΣK, D), or None for the vectors themselves.
+    Raises RuntimeError from the forward pass, if the sizes do not add up to the vectors.
 
-    In evaluation mode the codes are computed once and kept until `train()`, `load_state_dict` or a
-    move to another device or type; they carry no gradient then.
+    In evaluation mode the codes are computed once and kept until `train()`, `load_state_dict` or a move to another
+    device or type; they carry no gradient then.
+
+    >>> transfer = CodebookTransfer((300, 512, 512, 64), NormalizedAdjacency([(0, 1), (0, 2)], nodes=3))
+    >>> adjectives, nouns = Codebook(torch.randn(3, 300), sizes=(1, 2), transfer=transfer)()
+    >>> nouns.shape
+    torch.Size([2, 64])
     """
 
     def __init__(self, vectors, sizes, trained=False, transfer=None):
         super().__init__()
-        if sum(sizes) != len(vectors):
-            raise ValueError(f"{len(vectors)} vectors cannot make codebooks of {tuple(sizes)} codes")
         self.sizes = tuple(sizes)
         if trained:
             self.vectors = nn.Parameter(vectors.clone())
         else:
             self.register_buffer("vectors", vectors.clone())
         self.transfer = transfer
-        self._cached = None
+        self._kept = None
 
     def forward(self):
         """→ a tuple of (K_i, D) codebooks."""
         if self.training:
             return self._generate()
-        if self._cached is None:
+        if self._kept is None:
             with torch.no_grad():
-                self._cached = tuple(codes.detach() for codes in self._generate())
-        return self._cached
+                self._kept = tuple(codes.detach() for codes in self._generate())
+        return self._kept
 
     def _generate(self):
         with torch.autocast(self.vectors.device.type, enabled=False):
@@ -356,16 +257,16 @@ class Codebook(nn.Module):
             return codes.split(self.sizes)
 
     def train(self, mode=True):
-        self._cached = None
+        self._kept = None
         return super().train(mode)
 
     def _load_from_state_dict(self, *args):
-        self._cached = None
+        self._kept = None
         super()._load_from_state_dict(*args)
 
-    def _apply(self, fn, recurse=True):
-        self._cached = None
-        return super()._apply(fn, recurse)
+    def _apply(self, function, recurse=True):
+        self._kept = None
+        return super()._apply(function, recurse)
 
 
 class Output(NamedTuple):
@@ -379,19 +280,23 @@ class Output(NamedTuple):
 class VQModel(nn.Module):
     """Encoder, codebooks and decoder: (ẑ_a, ẑ_n) = E(x), each quantized by its own codebook (step 3).
 
-    Args:
-        config: a ModelConfig.
-        prior: mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d) and `edges` (E, 2) of
-            adjective and noun index, as prior.py writes; may be None when `codebook_size` is set.
-    Raises:
-        ValueError: if the resolution does not divide, or the choice of codes needs a missing prior.
+    config: a ModelConfig.
+    prior: mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d) and `edges` (E, 2) of adjective and noun
+        index, as prior.py writes; may be None when `codebook_size` is set.
+    Raises ValueError if the resolution does not divide, or the choice of codes needs a missing prior.
+
+    >>> prior = {"adjective_vectors": torch.randn(70, 100), "noun_vectors": torch.randn(61, 100), "edges": [(0, 0)]}
+    >>> model = VQModel(ModelConfig(**NETWORKS["tiny"]), prior).eval()
+    >>> indices = model.encode(torch.zeros(1, 3, 64, 64))  # (1, 2, 8, 8), of adjectives and nouns
+    >>> model.decode(indices).shape
+    torch.Size([1, 3, 64, 64])
     """
 
     def __init__(self, config, prior=None):
         super().__init__()
         factor = 2 ** (len(config.multipliers) - 1)
         if config.resolution % factor or config.resolution < factor:
-            raise ValueError(f"resolution {config.resolution} is not a multiple of {factor}, the network's downsampling factor")
+            raise ValueError(f"resolution {config.resolution} is not a multiple of {factor}, the encoder's reduction")
         self.config = config
         self.codebook = make_codebook(config, prior)
         transfer = self.codebook.transfer
@@ -401,7 +306,8 @@ class VQModel(nn.Module):
         self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
         self.to_codes = nn.Conv2d(config.z_channels, total, 1)
         self.from_codes = nn.Conv2d(total, config.z_channels, 1)
-        keep_variance(self.to_codes), keep_variance(self.from_codes)
+        keep_variance(self.to_codes)
+        keep_variance(self.from_codes)
         neighbours = [config.adjective_neighbours, 1] if len(self.codebook.sizes) == 2 else [1]
         self.quantizers = nn.ModuleList(
             make_quantizer(config, self.code_dim, size, count) for size, count in zip(self.codebook.sizes, neighbours)
@@ -412,6 +318,19 @@ class VQModel(nn.Module):
         """(h, w) positions of an image's tokens."""
         side = self.config.resolution // 2 ** (len(self.config.multipliers) - 1)
         return side, side
+
+    @property
+    def sizes(self):
+        """Codes of each of the M tokens of a position."""
+        return self.per_token(self.codebook.sizes)
+
+    def per_token(self, values):
+        """One value for each codebook → a list of one for each of the M tokens of a position."""
+        return [value for value, quantizer in zip(values, self.quantizers) for _ in range(quantizer.neighbours)]
+
+    def by_codebook(self, indices):
+        """(B, M, h, w) → a tuple of (B, n, h, w), the n indices of each codebook."""
+        return indices.split([quantizer.neighbours for quantizer in self.quantizers], dim=1)
 
     def features(self, x):
         """(B, 3, H, W) → a tuple of (B, D, h, w) continuous features, one for each codebook."""
@@ -424,36 +343,34 @@ class VQModel(nn.Module):
 
     def forward(self, x):
         """(B, 3, H, W) in [-1, 1] → Output."""
-        quantized = [quantizer(z, codebook) for quantizer, z, codebook in zip(self.quantizers, self.features(x), self.codebook())]
-        z_q, indices, losses = zip(*quantized)
+        parts = zip(self.quantizers, self.features(x), self.codebook())
+        z_q, indices, losses = zip(*(quantizer(z, codebook) for quantizer, z, codebook in parts))
         # each loss is a mean over its own channels, so two codebooks weigh twice what one does
         return Output(self.decode_features(z_q), torch.cat(indices, dim=1), sum(losses))
 
+    def nearest_indices(self, features):
+        """Sequence of (B, D, h, w) continuous features, one for each codebook → (B, M, h, w) int64, their codes."""
+        parts = zip(self.quantizers, features, self.codebook())
+        return torch.cat([quantizer.indices(z, codebook) for quantizer, z, codebook in parts], dim=1)
+
     def encode(self, x):
         """(B, 3, H, W) in [-1, 1] → (B, M, h, w) int64 indices, those of `forward`."""
-        return self.snap(self.features(x))
-
-    def snap(self, features):
-        """Sequence of (B, D, h, w) continuous features, one for each codebook → (B, M, h, w) int64, their codes."""
-        quantized = zip(self.quantizers, features, self.codebook())
-        return torch.cat([quantizer.indices(z, codebook) for quantizer, z, codebook in quantized], dim=1)
+        return self.nearest_indices(self.features(x))
 
     def decode(self, indices):
         """(B, M, h, w) int64 → (B, 3, H, W); in evaluation mode what `forward` gives for these codes."""
-        return self.decode_features(look_up(index, codebook) for codebook, index in zip(self.codebook(), self.by_codebook(indices)))
-
-    def by_codebook(self, indices):
-        """(B, M, h, w) → a tuple of (B, n, h, w), the n indices of each codebook."""
-        return indices.split([quantizer.neighbours for quantizer in self.quantizers], dim=1)
+        parts = zip(self.by_codebook(indices), self.codebook())
+        return self.decode_features(look_up(index, codebook) for index, codebook in parts)
 
     def anneal(self, progress):
-        """Set the quantizers' temperature for a share `progress` of training, 0 … 1, by a cosine from 1 to its end."""
+        """Set the quantizers' temperature by a cosine from 1 to its end; progress: the part of training done, 0 … 1."""
         end = self.config.temperature_end
-        for quantizer in (quantizer for quantizer in self.quantizers if hasattr(quantizer, "temperature")):
-            quantizer.temperature = end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
+        for quantizer in self.quantizers:
+            if hasattr(quantizer, "temperature"):
+                quantizer.temperature = end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
 
 
@@ -471,10 +388,6 @@ class ResidualBlock(nn.Module):
         self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    @property
-    def last(self):
-        return self.conv2
-
     def forward(self, x):
         hidden = self.conv1(F.silu(self.norm1(x)))  # (B, out, H, W)
         hidden = self.conv2(F.silu(self.norm2(hidden)))  # (B, out, H, W)
@@ -489,10 +402,6 @@ class AttentionBlock(nn.Module):
         self.norm = group_norm(channels)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.project = nn.Conv2d(channels, channels, 1)
-
-    @property
-    def last(self):
-        return self.project
 
     def forward(self, x):
         query, key, value = self.query_key_value(self.norm(x)).flatten(2).mT.chunk(3, dim=-1)  # (B, HW, C)
@@ -525,27 +434,23 @@ class Upsample(nn.Module):
 def keep_variance(network):
     """Initialise convolutions to keep their input's variance, and residual branches to zero.
 
-    torch's default shrinks the signal by √3 at each convolution, which costs a network of thirty its first
-    hundreds of steps; the paper and VQGAN leave the choice open.
+    torch's default shrinks the signal by √3 at each convolution, which costs a network of thirty its first hundreds
+    of steps; the paper and VQGAN leave the choice open.
     """
-    for module in network.modules():
+    for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
             nn.init.zeros_(module.bias)
-    for module in network.modules():  # in a second pass, as a block comes before its convolutions
-        if isinstance(module, (ResidualBlock, AttentionBlock)):
-            nn.init.zeros_(module.last.weight)
+            if name.endswith(("conv2", "project")):  # the last of a residual branch
+                nn.init.zeros_(module.weight)
 
 
 class Encoder(nn.Module):
     """Image to continuous features, ẑ = E(x).
 
-    Args:
-        channels: width of the first level.
-        multipliers: width of each level in units of `channels`; each level after the first halves
-            the resolution, so (1, 1, 2, 2, 4) is f16.
-        blocks: residual blocks per level.
-        z_channels: channels of the output.
+    channels: width of the first level; multipliers: width of each level in units of it. Each level after the first
+        halves the resolution, so (1, 1, 2, 2, 4) is f16.
+    blocks: residual blocks per level; z_channels: channels of the output.
     """
 
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
@@ -598,17 +503,12 @@ class Decoder(nn.Module):
             return self.to_image(hidden.to(self.to_image.weight.dtype))
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # §4.1, the losses of VQ-GAN: the adversary and the perceptual distance
 
 
 class Discriminator(nn.Module):
-    """PatchGAN (Isola et al. 2017): one logit for each overlapping patch.
-
-    Args:
-        channels: width of the first layer.
-        layers: strided convolutions; three see patches of 70×70 pixels.
-    """
+    """PatchGAN (Isola et al. 2017): one logit for each overlapping patch, of 70×70 pixels for three inner `layers`."""
 
     def __init__(self, channels=64, layers=3):
         super().__init__()
@@ -617,7 +517,8 @@ class Discriminator(nn.Module):
         for layer in range(1, layers + 1):
             wider = channels * min(2**layer, 8)
             stride = 2 if layer < layers else 1
-            modules += [nn.Conv2d(width, wider, 4, stride, padding=1, bias=False), nn.BatchNorm2d(wider), nn.LeakyReLU(0.2)]
+            modules += [nn.Conv2d(width, wider, 4, stride, padding=1, bias=False), nn.BatchNorm2d(wider)]
+            modules += [nn.LeakyReLU(0.2)]
             width = wider
         self.layers = nn.Sequential(*modules, nn.Conv2d(width, 1, 4, padding=1))
         for module in self.modules():
@@ -636,67 +537,72 @@ def hinge_loss(real_logits, fake_logits):
     return 0.5 * (F.relu(1.0 - real_logits).mean() + F.relu(1.0 + fake_logits).mean())
 
 
-def across(x, how):
-    """A tensor of every process of torch.distributed, joined without gradient; x itself where there is one process.
+def distributed():
+    """Whether torch.distributed joins several processes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
-    Args:
-        how: "mean" or "max", elementwise; "rows": concatenated along the first axis; "first": the first process's.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+
+def all_reduce(x, how="mean"):
+    """The "mean" or "max" of a tensor over all processes, without gradient; x itself where there is one process."""
+    if not distributed():
         return x
-    count, x = torch.distributed.get_world_size(), x.detach().clone()
-    if how == "rows":
-        parts = [torch.empty_like(x) for _ in range(count)]
-        torch.distributed.all_gather(parts, x)
-        return torch.cat(parts)
-    if how == "first":
-        torch.distributed.broadcast(x, 0)
-    else:
-        torch.distributed.all_reduce(x, torch.distributed.ReduceOp.MAX if how == "max" else torch.distributed.ReduceOp.SUM)
-    return x / count if how == "mean" else x
+    x = x.detach().clone()
+    operations = {"mean": torch.distributed.ReduceOp.SUM, "max": torch.distributed.ReduceOp.MAX}
+    torch.distributed.all_reduce(x, operations[how])
+    return x / torch.distributed.get_world_size() if how == "mean" else x
+
+
+def all_gather(x):
+    """Every process's rows, concatenated along the first axis, without gradient."""
+    if not distributed():
+        return x
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    return torch.cat(parts)
 
 
 def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gradient):
     """λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4) at the decoder's last layer, at most 1e4 (VQGAN Eq. 7).
 
-    Args:
-        x_hat: (B, 3, H, W) reconstruction, still attached to its graph.
-        last_weight: the weight that produced it.
-        reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses at
-            x_hat. Taken there once, they serve both λ and the generator's own backward pass.
-    Returns:
-        () without gradient; of the mean gradients, where several processes share a batch.
+    x_hat: (B, 3, H, W) reconstruction, still attached to its graph; last_weight: the weight that produced it.
+    reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses at x_hat. Taken there once,
+        they serve both λ and the generator's own backward pass.
+    Returns () without gradient; where several processes share a batch, their gradients are averaged first.
     """
     norms = []
     for gradient in (reconstruction_gradient, adversarial_gradient):
         (at_weight,) = torch.autograd.grad(x_hat, last_weight, gradient, retain_graph=True)
-        norms.append(across(at_weight, "mean").norm())
+        norms.append(all_reduce(at_weight).norm())
     return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4)
 
 
 class LPIPS(nn.Module):
     """Learned perceptual distance v0.1 (Zhang et al. 2018) on a frozen torchvision trunk.
 
-    Features of seven or five layers are normalised to unit length over channels, their squared
-    differences weighted by published non-negative 1×1 heads, and averaged over positions.
+    Features of five or seven layers are normalised to unit length over channels, their squared differences weighted
+    by published non-negative 1×1 heads, and averaged over positions.
 
-    Args:
-        trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
-        trunk_state: torchvision's ImageNet state dict; None leaves random weights.
-        head_state: published heads, keys `lin{i}.model.1.weight`; None weights channels equally.
+    trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
+    trunk_state: torchvision's ImageNet state dict; None leaves random weights.
+    head_state: published heads, keys `lin{i}.model.1.weight`; None weights channels equally.
+
+    >>> LPIPS("squeeze")(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64))
+    tensor([0., 0.])
     """
 
-    TAPS = {"vgg": (3, 8, 15, 22, 29), "squeeze": (1, 4, 7, 9, 10, 11, 12)}  # indices into `features`
+    TRUNKS = {  # network, the layers of its `features` that are compared, and their channels
+        "vgg": (torchvision.models.vgg16, (3, 8, 15, 22, 29), (64, 128, 256, 512, 512)),
+        "squeeze": (torchvision.models.squeezenet1_1, (1, 4, 7, 9, 10, 11, 12), (64, 128, 256, 384, 384, 512, 512)),
+    }
 
     def __init__(self, trunk="vgg", trunk_state=None, head_state=None):
         super().__init__()
-        self.taps = self.TAPS[trunk]
-        network = {"vgg": torchvision.models.vgg16, "squeeze": torchvision.models.squeezenet1_1}[trunk](weights=None)
+        make, self.taps, widths = self.TRUNKS[trunk]
+        network = make(weights=None)
         if trunk_state is not None:
             network.load_state_dict(trunk_state)
         self.features = network.features[: self.taps[-1] + 1]
         self.heads = nn.ModuleList()
-        widths = {"vgg": (64, 128, 256, 512, 512), "squeeze": (64, 128, 256, 384, 384, 512, 512)}[trunk]
         for i, width in enumerate(widths):
             head = nn.Conv2d(width, 1, 1, bias=False)
             nn.init.constant_(head.weight, 1.0 / width)
@@ -711,41 +617,34 @@ class LPIPS(nn.Module):
         """Frozen: always in evaluation mode."""
         return super().train(False)
 
-    @staticmethod
-    def _difference(x, y, head):
-        """Two (B, C, H, W) features → (B,); in float32, as nearly equal directions are subtracted."""
-        with torch.autocast(x.device.type, enabled=False):
-            difference = F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)
-            return head(difference.square()).mean(dim=(1, 2, 3))
-
     def forward(self, x, y):
         """Two (B, 3, H, W) images in [-1, 1] → (B,) distances ≥ 0, differentiable in both."""
         x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
-        distance = 0.0
+        distance, heads = 0.0, iter(self.heads)
         for i, layer in enumerate(self.features):
-            x, y = layer(x), layer(y)
+            x, y = layer(x), layer(y)  # (B, C, h, w)
             if i in self.taps:
-                distance = distance + self._difference(x, y, self.heads[self.taps.index(i)])
+                with torch.autocast(x.device.type, enabled=False):  # nearly equal directions are subtracted
+                    difference = F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)
+                    distance = distance + next(heads)(difference.square()).mean(dim=(1, 2, 3))
         return distance
 
 
-# ---------------------------------------------------------------------------------------------
-# Tables 1 and 6: the quantizers that VQCT is compared with, each with VectorQuantizer's interface:
-# forward(z, codebook) → z_q, indices, loss; indices(z, codebook), those of forward in evaluation; `neighbours`, the codes
-# averaged at a position; and, where training anneals it, `temperature`
+# ----------------------------------------------------------------------------------------------------------------------
+# Tables 1 and 6: the quantizers that VQCT is compared with, each with VectorQuantizer's interface: forward(z, codebook)
+# → z_q, indices, loss; indices(z, codebook), those of forward in evaluation; `neighbours`, the codes averaged at a
+# position; and, where training anneals it, `temperature`
 
 
 class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights while training, the likeliest code in evaluation.
 
-    DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it: a 1×1 convolution gives K logits a
-    position, so the codebook is only decoded from; the loss is KL(softmax(logits) ‖ uniform), summed
-    over codes and averaged over positions.
+    DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it: a 1×1 convolution gives K logits a position, so the
+    codebook does not choose the codes; the loss is KL(softmax(logits) ‖ uniform), summed over codes and averaged over
+    positions.
 
-    Args:
-        dim: channels of ẑ; size: codes K.
-        kl_weight: of that loss; 5e-4 is the layer's default in VQ-GAN's code.
-        straight_through: hard weights forward, soft ones backward; otherwise soft both ways.
+    dim: channels of ẑ; size: codes K; kl_weight: of that loss; 5e-4 is the layer's default in VQ-GAN's code.
+    straight_through: hard weights forward, soft ones backward; otherwise soft both ways.
 
     `temperature` of the weights is the trainer's to anneal, DALL-E's from 1 to 1/16.
     """
@@ -775,26 +674,27 @@ class GumbelQuantizer(nn.Module):
 
 
 @torch.no_grad()
-def draw(logits):
-    """(N, K) → (N,) int64, each row one draw from softmax(logits), by the Gumbel trick: no check that waits for the device."""
-    return (logits - torch.empty_like(logits).exponential_().log()).argmax(1)
+def gumbel_argmax(logits, generator=None):
+    """(…, K) → (…) int64, each a draw from softmax(logits), by the Gumbel trick, which does not synchronise a GPU."""
+    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
 class ClusteredQuantizer(VectorQuantizer):
     """CVQ: online clustering (Zheng & Vedaldi 2023). Codes that are not chosen move to features of the batch.
 
-    With n_k the batch's share of code k, N_k ← γ N_k + (1 − γ) n_k and α_k = exp(−10 K N_k / (1 − γ) − 1e-3),
-    each training pass moves e_k ← (1 − α_k) e_k + α_k ẑ_k. The anchor ẑ_k is a feature of the batch, drawn
-    with probability softmax(−‖ẑ − e_k‖²) over features (the paper's "probabilistic random").
+    With n_k the batch's share of code k, N_k ← γ N_k + (1 − γ) n_k and α_k = exp(−10 K N_k / (1 − γ) − 1e-3), each
+    training pass moves e_k ← (1 − α_k) e_k + α_k ẑ_k. The anchor ẑ_k is a feature of the batch, drawn with
+    probability softmax(−‖ẑ − e_k‖²) over features (the paper's "probabilistic random").
 
-    Args:
-        size: codes K.
-        decay: γ.
-        contrastive_weight: of the optional loss that, for each code, holds the nearest N/K features
-            against the far half, by cosine at temperature 0.07.
-        others: as VectorQuantizer.
+    size: codes K; decay: γ.
+    contrastive_weight: of the optional loss that, for each code, holds the nearest N/K features against the far half,
+        by cosine at temperature 0.07.
+    others: as VectorQuantizer.
 
     The codebook must be a leaf parameter (or views of one), since it is written to.
+
+    >>> codebook = nn.Parameter(torch.randn(512, 64))
+    >>> z_q, indices, loss = ClusteredQuantizer(size=512)(torch.randn(2, 64, 8, 8), codebook)
     """
 
     def __init__(self, size, decay=0.99, contrastive_weight=0.0, **eq2):
@@ -807,9 +707,9 @@ class ClusteredQuantizer(VectorQuantizer):
         z_q, indices, loss = super().quantize(z, codebook, indices)
         if self.training:
             features = z.movedim(1, -1).flatten(0, -2)  # (N, D)
-            if self.contrastive_weight > 0:
-                loss = loss + self.contrastive_weight * self.contrast(features, codebook.clone())  # the original is about to change
-            self.re_anchor(features.detach(), indices, codebook.data)  # autograd need not know: nothing saved for it depends on the codes
+            if self.contrastive_weight > 0:  # of a copy, as the original is about to change
+                loss = loss + self.contrastive_weight * self.contrast(features, codebook.clone())
+            self.re_anchor(features.detach(), indices, codebook.data)  # nothing saved for autograd depends on the codes
         return z_q, indices, loss
 
     @torch.no_grad()
@@ -818,11 +718,13 @@ class ClusteredQuantizer(VectorQuantizer):
         size = len(codebook)
         share = torch.zeros_like(self.usage)  # (K,), not by bincount, which waits for the device
         share.index_add_(0, indices.flatten(), share.new_full((indices.numel(),), 1 / indices.numel()))
-        self.usage.lerp_(across(share, "mean"), 1 - self.decay)
-        features = across(features, "rows")
+        self.usage.lerp_(all_reduce(share), 1 - self.decay)
+        features = all_gather(features)
         alpha = torch.exp(-10 * size * self.usage / (1 - self.decay) - 1e-3)[:, None]  # (K, 1)
-        anchors = torch.cat([features[draw(-torch.cdist(codes, features).square())] for codes in codebook.split(1024)])
-        codebook.copy_(across(codebook.lerp(anchors, alpha), "first"))
+        drawn = [gumbel_argmax(-torch.cdist(codes, features).square()) for codes in codebook.split(1024)]
+        codebook.lerp_(features[torch.cat(drawn)], alpha)
+        if distributed():
+            torch.distributed.broadcast(codebook, 0)  # each process drew other anchors
 
     @staticmethod
     def contrast(features, codebook, temperature=0.07):
@@ -838,19 +740,16 @@ class ClusteredQuantizer(VectorQuantizer):
 class RegularizedQuantizer(VectorQuantizer):
     """Reg-VQ: regularized quantization (Zhang et al. 2023). Three terms keep the codes in use while training.
 
-    (1) Prior distribution: KL(p̄ ‖ uniform) of the batch's mean token distribution p̄, a position's own
-    being softmax(−‖ẑ − e_k‖² / τ). (2) Stochastic mask: a random share of positions takes a code drawn from
-    its distribution by the Gumbel trick, the others the nearest. (3) Probabilistic contrastive loss: a
-    position's feature and code are pulled together against the codes of other positions by cosine at
-    temperature 0.07, the pull weakened by w = exp(−‖e_drawn − e_nearest‖² / mean), the noise of the draw.
+    (1) Prior distribution: KL(p̄ ‖ uniform) of the batch's mean token distribution p̄, a position's own being
+    softmax(−‖ẑ − e_k‖² / τ). (2) Stochastic mask: a random share of positions takes a code drawn from its
+    distribution by the Gumbel trick, the others the nearest. (3) Probabilistic contrastive loss: a position's feature
+    and code are pulled together against the codes of other positions by cosine at temperature 0.07, the pull weakened
+    by w = exp(−‖e_drawn − e_nearest‖² / mean), the noise of the draw.
 
-    Args:
-        kl_weight: of (1); mask_ratio: of (2); contrastive_weight: of (3).
-        others: as VectorQuantizer.
+    kl_weight: of (1); mask_ratio: of (2); contrastive_weight: of (3); others: as VectorQuantizer.
 
-    Our choice, not the paper's: the softmax over squared distances, w, the temperature 0.07, at most
-    1,024 positions in (3), and the defaults of all three arguments. `temperature` τ is the trainer's to
-    anneal.
+    Our choice, not the paper's: the softmax over squared distances, w, the temperature 0.07, at most 1,024 positions
+    in (3), and the defaults of all three arguments. `temperature` τ is the trainer's to anneal.
     """
 
     def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):
@@ -865,7 +764,7 @@ class RegularizedQuantizer(VectorQuantizer):
         features, nearest = z.movedim(1, -1).flatten(0, -2), indices.flatten()  # (N, D), (N,)
         logits = -torch.cdist(features, codebook).square() / self.temperature  # (N, K)
         masked = torch.rand(len(nearest), device=z.device) < self.mask_ratio
-        chosen = torch.where(masked, draw(logits), nearest)
+        chosen = torch.where(masked, gumbel_argmax(logits), nearest)
         z_q, _, loss = super().quantize(z, codebook, chosen.view(indices.shape))
         loss = loss + self.kl_weight * self.divergence_from_uniform(logits)
         return z_q, indices, loss + self.contrastive_weight * self.contrast(features, codebook, chosen, nearest)
@@ -886,82 +785,75 @@ class RegularizedQuantizer(VectorQuantizer):
         pull = torch.exp(-noise / mean.clamp_min(1e-12))
         cosine = F.normalize(features, dim=1) @ F.normalize(codes, dim=1).T / temperature  # (P, P)
         own = torch.eye(len(features), dtype=torch.bool, device=features.device)
-        same = (chosen[:, None] == chosen[None]) & ~own  # the same code elsewhere is no counter-example
+        same = (chosen[:, None] == chosen[None]) & ~own  # the same code elsewhere is no negative
         logits = torch.where(own, cosine * pull[:, None], cosine).masked_fill(same, -torch.inf)
         return F.cross_entropy(logits, torch.arange(len(features), device=features.device))
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Tables 1 to 6: every system is a ModelConfig, a choice of quantizer, of codes and of their transfer
 
 
+# fmt: off
 QUANTIZERS = {  # `quantizer` → what makes it: (ModelConfig, channels D, codes K, arguments of VectorQuantizer) → module
     "nearest": lambda config, dim, size, eq2: VectorQuantizer(**eq2),
     "gumbel": lambda config, dim, size, eq2: GumbelQuantizer(dim, size, config.kl_weight, config.straight_through),
-    "cvq": lambda config, dim, size, eq2: ClusteredQuantizer(size, config.usage_decay, config.contrastive_weight, **eq2),
-    "regvq": lambda config, dim, size, eq2: RegularizedQuantizer(config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2),
+    "cvq": lambda config, dim, size, eq2: ClusteredQuantizer(
+        size, config.usage_decay, config.contrastive_weight, **eq2),
+    "regvq": lambda config, dim, size, eq2: RegularizedQuantizer(
+        config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2),
 }
+
+
+def option(default, reason, **more):
+    """A dataclass field with the reason for it. For its flag, `more` may hold: choices; least (by default 1 for whole
+    numbers, 0 for others); most; each, the type of several values."""
+    return field(default=default, metadata={"reason": reason, **more})
 
 
 @dataclass
 class ModelConfig:
     """Shape of the network and origin of its codes; the defaults are the paper's f16 network."""
 
-    resolution: int = option(256, "pixels per side; the paper resizes every data set to 256")
+    resolution: int = option(256, "pixels per side; the paper resizes every data set to 256", least=24)
     channels: int = option(128, "width of the first level of encoder and decoder (VQGAN)")
-    multipliers: tuple = option((1, 1, 2, 2, 4), "width of each level; levels − 1 halvings, so five levels are f16")
+    multipliers: tuple = option((1, 1, 2, 2, 4), "width of each level; five levels halve four times: f16")
     blocks: int = option(2, "residual blocks per level (VQGAN)")
     z_channels: int = option(256, "channels between network and codes (VQGAN)")
-    code_dim: int = option(256, "channels of all codes of a position together; the paper splits them between its codebooks")
-    codes: str = option(
-        "words", "where codes start: the prior's words, random vectors, or VQ-VAE's ±1/K", choices=("words", "random", "uniform")
-    )
-    vector_scale: str = option(
-        "rms", "word vectors over their root mean square, standardised, or as they come", choices=("rms", "standard", "none")
-    )
-    codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: together (SCB), or no prior at all", choices=(1, 2))
-    codebook_size: int = option(0, "codes when there is no prior; 0 takes the prior's adjectives and nouns")
+    code_dim: int = option(256, "channels of all codes of a position together, split between the codebooks")
+    codes: str = option("words", "where codes start: the prior's words, random vectors, or VQ-VAE's ±1/K",
+                        choices=("words", "random", "uniform"))
+    vector_scale: str = option("rms", "word vectors over their root mean square, standardised, or as they come",
+                               choices=("rms", "standard", "none"))
+    codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: together (SCB), or no prior", choices=(1, 2))
+    codebook_size: int = option(0, "codes of a codebook without a prior; 0: the prior's words", least=0, most=2**24)
     trained: bool = option(False, "train the starting vectors themselves")
-    transfer: str = option(
-        "gcn", "how vectors become codes: graph convolutions, the same without graph, not at all", choices=("gcn", "mlp", "none")
-    )
-    transfer_layers: int = option(3, "layers of the transfer network (paper: three; authors' code: two)")
-    transfer_width: int = option(512, "features of its hidden layers; the width of CLIP's token vectors")
-    transfer_dropout: float = option(0.0, "share of its hidden features zeroed in training (authors' code: 0.5)")
-    last_relu: bool = option(True, "ReLU after its last layer too, as in Eq. 3 (authors' code: none)")
-    weighted_edges: bool = option(False, "A counts how often a pair occurs, as in the authors' code; the paper's is binary")
+    transfer: str = option("gcn", "how vectors become codes: graph convolutions, the same without graph, not at all",
+                           choices=("gcn", "mlp", "none"))
+    transfer_layers: int = option(3, "layers of the transfer network (authors' code: 2)")
+    transfer_width: int = option(512, "features of its hidden layers, as CLIP's vectors have")
+    transfer_dropout: float = option(0.0, "share of them zeroed in training (authors' code: 0.5)", most=0.99)
+    last_relu: bool = option(True, "ReLU after the last layer too, as in Eq. 3 (authors' code: none)")
+    weighted_edges: bool = option(False, "A counts a pair's occurrences (authors' code); the paper's is binary")
     quantizer: str = option("nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ", choices=tuple(QUANTIZERS))
     beta: float = option(0.25, "weight of the commitment term of Eq. 2")
-    beta_on: str = option("commitment", "the term that beta weighs: Eq. 2's, or the authors' code's", choices=("commitment", "codebook"))
-    adjective_neighbours: int = option(1, "nearest adjectives whose mean is a position's adjective code (authors' code: two)")
-    kl_weight: float = option(
-        5e-4, "weight of the divergence from uniform codes: gumbel's per position (VQ-GAN's code), regvq's per batch (0.1)"
-    )
+    beta_on: str = option("commitment", "the term that beta weighs: Eq. 2's, or the authors' code's",
+                          choices=("commitment", "codebook"))
+    adjective_neighbours: int = option(1, "nearest adjectives whose mean is a position's (authors' code: 2)")
+    kl_weight: float = option(5e-4, "gumbel, regvq: weight of the divergence from uniform codes (regvq's: 0.1)")
     straight_through: bool = option(True, "gumbel: hard codes forward, soft weights backward; else soft both ways")
-    temperature_end: float = option(1 / 16, "gumbel, regvq: temperature at the end of training, by a cosine from 1 (DALL-E)")
-    usage_decay: float = option(0.99, "cvq: decay γ of each code's running usage")
-    mask_ratio: float = option(0.3, "regvq: share of positions whose code is drawn, not nearest")
+    temperature_end: float = option(1 / 16, "gumbel, regvq: at the end, by a cosine from 1 (DALL-E)", least=1e-6)
+    usage_decay: float = option(0.99, "cvq: decay γ of each code's running usage", most=0.9999)
+    mask_ratio: float = option(0.3, "regvq: share of positions whose code is drawn, not nearest", most=1)
     contrastive_weight: float = option(0.0, "cvq, regvq: weight of their contrastive losses (regvq's: 0.01)")
 
 
 NETWORKS = {  # what the presets change of ModelConfig
     "f16": {},
-    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=16, transfer_width=128),
+    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=16,
+                 transfer_width=128),
 }
-
-
-def make_quantizer(config, dim, size, neighbours):
-    """The quantizer that a ModelConfig names, for one codebook of `size` codes of `dim` channels.
-
-    Raises:
-        ValueError: if the choices exclude each other.
-    """
-    if neighbours > size or neighbours > 1 and config.quantizer != "nearest":
-        raise ValueError(f"the mean of {neighbours} neighbours needs as many codes and quantizer 'nearest', not {config.quantizer}")
-    if config.quantizer == "cvq" and (not config.trained or config.transfer != "none"):
-        raise ValueError("quantizer 'cvq' moves the codes themselves, so they must be trained and without transfer")
-    eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
-    return QUANTIZERS[config.quantizer](config, dim, size, eq2)
+# fmt: on
 
 
 def needs_prior(config):
@@ -969,16 +861,28 @@ def needs_prior(config):
     return config.codes == "words" or config.transfer == "gcn" or not config.codebook_size
 
 
+def make_quantizer(config, dim, size, neighbours):
+    """The quantizer that a ModelConfig names, for one codebook of `size` codes of `dim` channels.
+
+    Raises ValueError if the choices exclude each other.
+    """
+    if neighbours > size or neighbours > 1 and config.quantizer != "nearest":
+        raise ValueError(f"a mean of {neighbours} neighbours needs as many codes, and quantizer 'nearest'")
+    if config.quantizer == "cvq" and (not config.trained or config.transfer != "none"):
+        raise ValueError("quantizer 'cvq' moves the codes themselves, so they must be trained and without transfer")
+    eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
+    return QUANTIZERS[config.quantizer](config, dim, size, eq2)
+
+
 def make_codebook(config, prior=None):
     """The Codebook that a ModelConfig describes; see VQModel for its arguments and errors."""
-    if needs_prior(config) and prior is None:
-        raise ValueError(f"codes from '{config.codes}' with transfer '{config.transfer}' need a prior of adjectives and nouns")
+    words, sizes = None, (config.codebook_size,) * config.codebooks
     if needs_prior(config):
-        words = torch.cat([torch.as_tensor(prior[f"{part}_vectors"], dtype=torch.float32) for part in PARTS])
-        sizes = (len(prior["adjective_vectors"]), len(prior["noun_vectors"]))
+        if prior is None:
+            raise ValueError(f"codes from '{config.codes}' with transfer '{config.transfer}' need a prior")
+        parts = [torch.as_tensor(prior[name], dtype=torch.float32) for name in ("adjective_vectors", "noun_vectors")]
+        words, sizes = torch.cat(parts), tuple(map(len, parts))  # (ΣK, d)
         sizes = sizes if config.codebooks == 2 else (sum(sizes),)
-    else:
-        words, sizes = None, (config.codebook_size,) * config.codebooks
     dim = config.code_dim // len(sizes)
     input_dim = dim if config.transfer == "none" or words is None else words.shape[1]
     if config.codes == "words":
@@ -992,9 +896,10 @@ def make_codebook(config, prior=None):
         widths = (vectors.shape[1], *(config.transfer_width,) * (config.transfer_layers - 1), dim)
         adjacency = nn.Identity()
         if config.transfer == "gcn":
-            first_noun = len(prior["adjective_vectors"])
-            edges = torch.as_tensor(prior["edges"], dtype=torch.int64).reshape(-1, 2) + torch.tensor([0, first_noun])
-            adjacency = NormalizedAdjacency(edges, sum(sizes), prior["edge_counts"] if config.weighted_edges else None)
+            edges = torch.as_tensor(prior["edges"], dtype=torch.int64).reshape(-1, 2)
+            edges = edges + torch.tensor([0, len(prior["adjective_vectors"])])  # nouns come after adjectives
+            weights = prior["edge_counts"] if config.weighted_edges else None
+            adjacency = NormalizedAdjacency(edges, sum(sizes), weights)
         transfer = CodebookTransfer(widths, adjacency, config.last_relu, config.transfer_dropout)
     return Codebook(vectors, sizes, config.trained, transfer)
 
@@ -1011,16 +916,14 @@ def rescale(vectors, how):
     return vectors
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # §4.4, the second stage: a model of the tokens of an image
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention over positions, then two linear layers.
 
-    Args:
-        width: features; heads: attention heads, dividing it.
-        modulated: whether a signal shifts, scales and gates both branches (DiT's adaLN-zero, Peebles & Xie 2023).
+    Where `modulated`, a signal shifts, scales and gates both branches (DiT's adaLN-zero, Peebles & Xie 2023).
     """
 
     def __init__(self, width, heads, modulated=False, dropout=0.0):
@@ -1029,19 +932,17 @@ class Block(nn.Module):
         self.norm1, self.norm2 = (nn.LayerNorm(width, elementwise_affine=not modulated) for _ in range(2))
         self.query_key_value, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.modulation = None
-        if modulated:
-            self.modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
-            nn.init.zeros_(self.modulation[1].weight)
-            nn.init.zeros_(self.modulation[1].bias)
+        self.modulation = nn.Sequential(nn.SiLU(), zero(nn.Linear(width, 6 * width))) if modulated else None
 
     def attend(self, x, causal, cache, start):
         """(B, T, W) → (B, T, W). With a cache (2, B, H, N, d), x is position `start` and sees all before it."""
-        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.query_key_value(x).chunk(3, dim=-1))
+        parts = self.query_key_value(x).chunk(3, dim=-1)
+        query, key, value = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)  # (B, H, T, d)
         if cache is not None:
-            cache[0, :, :, start : start + x.shape[1]], cache[1, :, :, start : start + x.shape[1]] = key, value
-            key, value = cache[:, :, :, : start + x.shape[1]]  # (B, H, start + T, d)
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal and cache is None)  # (B, H, T, d)
+            stop = start + x.shape[1]
+            cache[0, :, :, start:stop], cache[1, :, :, start:stop] = key, value
+            key, value = cache[:, :, :, :stop]  # (B, H, start + T, d)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal and cache is None)
         return self.dropout(self.project(attended.transpose(1, 2).flatten(2)))
 
     def forward(self, x, signal=None, causal=False, cache=None, start=0):
@@ -1052,6 +953,13 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(signal).chunk(6, dim=-1)
         x = x + gate1 * self.attend(self.norm1(x) * (1 + scale1) + shift1, causal, cache, start)
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
+
+
+def zero(layer):
+    """A layer with its weights set to zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 class Positions(nn.Module):
@@ -1070,12 +978,10 @@ class Positions(nn.Module):
 class Condition(nn.Module):
     """What is known of an image, as features at each position: nothing, its class, or its label map.
 
-    Of a label map each position sees the labels in and around it, and by a block of attention all others.
+    Convolutions let each position see the labels in and around it, a block of attention the whole label map.
 
-    Args:
-        kind: "none", "class" or "segmentation".
-        count: classes, or labels of the map.
-        grid, width, heads: as of TokenTransformer.
+    kind: "none", "class" or "segmentation"; count: of classes, or labels of the map.
+    grid, width, heads: as of TokenTransformer.
     """
 
     def __init__(self, kind, count, grid, width, heads=8):
@@ -1085,14 +991,15 @@ class Condition(nn.Module):
         if kind == "class":
             self.embedding = nn.Embedding(count, width)
         elif kind == "segmentation":
-            self.embedding = nn.Sequential(nn.Conv2d(count, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, width, 3, padding=1))
+            convolutions = [nn.Conv2d(inside, width, 3, padding=1) for inside in (count, width)]
+            self.embedding = nn.Sequential(convolutions[0], nn.GELU(), convolutions[1])
             self.positions, self.block = Positions(grid, width), Block(width, heads)
-            for layer in (self.block.project, self.block.mlp[2]):  # at first each position sees its own surroundings alone
-                nn.init.zeros_(layer.weight)
-                nn.init.zeros_(layer.bias)
+            zero(self.block.project)  # at first each position sees its own surroundings alone
+            zero(self.block.mlp[2])
 
     def forward(self, known, batch, drop=None):
-        """known: None, classes (B,) int64 with −1 unknown, or label shares (B, L, h, w); drop: (B,) bool → (B, N or 1, W)."""
+        """known: None, classes (B,) int64 with −1 unknown, or label shares (B, L, h, w); drop: (B,) bool
+        → (B, N or 1, W)."""
         absent = self.absent.expand(batch, 1, -1)
         if self.kind == "none" or known is None:
             return absent
@@ -1109,8 +1016,7 @@ class CodeEmbedding(nn.Module):
 
     With the map, codes that lie close begin alike, and what is learned of one serves its neighbours.
 
-    Args:
-        size: codes; width: features; codes: (size, D) vectors that are known of them, or None.
+    size: codes; width: features; codes: (size, D) vectors that are known of them, or None.
     """
 
     def __init__(self, size, width, codes=None):
@@ -1134,50 +1040,50 @@ class CodeEmbedding(nn.Module):
 class TokenTransformer(nn.Module):
     """p(tokens | condition) in raster order, one step per position (§4.4; Esser et al. 2021 for one codebook).
 
-    The tokens of the position before enter together, as the sum of their embeddings. Of a position, the
-    adjective is predicted first and the noun given it, so that their joint distribution is modelled.
+    The tokens of the position before enter together, as the sum of their embeddings. Of a position, the adjective is
+    predicted first and the noun given it, so that their joint distribution is modelled.
 
-    Args:
-        sizes: codes of each of the M tokens of a position.
-        grid: (h, w) positions.
-        condition: Condition of the same width.
-        joint: whether a token's prediction sees those before it at its position; a control without.
-        codes: M tensors (K_i, D), the tokenizer's codes, as a first idea of which tokens are alike; or None.
+    sizes: codes of each of the M tokens of a position; grid: (h, w) positions.
+    condition: Condition of the same width.
+    joint: whether a token's prediction sees those before it at its position; a control without.
+    codes: M tensors (K_i, D), the tokenizer's codes, as a first idea of which tokens are alike; or None.
+
+    >>> gpt = TokenTransformer((70, 61), (8, 8), Condition("class", 16, (8, 8), 64), width=64, depth=2).eval()
+    >>> adjective, noun = gpt.loss(torch.zeros(2, 2, 8, 8, dtype=torch.int64), torch.tensor([3, 5]))  # nats
+    >>> sample_tokens(gpt, 2, torch.tensor([3, 5]), top_p=0.9).shape
+    torch.Size([2, 2, 8, 8])
     """
 
     def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, joint=True, codes=None):
         super().__init__()
         self.sizes, self.grid, self.width, self.joint = tuple(sizes), tuple(grid), width, joint
         self.condition, self.positions = condition, Positions(grid, width)
-        codes = codes or [None] * len(sizes)
-        self.embeddings = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in zip(sizes, codes))
+        pairs = list(zip(sizes, codes or [None] * len(sizes)))
+        self.embeddings = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in pairs)
         self.start = nn.Parameter(0.02 * torch.randn(width))
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout) for _ in range(depth))
-        self.heads = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)) for _ in sizes)
-        self.outputs = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in zip(sizes, codes))
+        heads_of_tokens = (nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width)) for _ in sizes)
+        self.heads = nn.ModuleList(heads_of_tokens)
+        self.outputs = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in pairs)
         for output in self.outputs:  # no code is much likelier than another before anything is learned
             if output.map is not None:
                 nn.init.zeros_(output.map)
 
     def cache(self, batch):
         """Room for keys and values of every position: depth tensors (2, B, H, N, d)."""
-        heads, (height, width) = self.blocks[0].heads, self.grid
-        shape = (2, batch, heads, height * width, self.width // heads)
+        heads = self.blocks[0].heads
+        shape = (2, batch, heads, math.prod(self.grid), self.width // heads)
         return [self.start.new_empty(shape) for _ in self.blocks]
 
     def before(self, tokens):
-        """(B, M, T) tokens of some positions → (B, T, W), what the positions after them see of them."""
+        """(B, M, T) tokens of some positions → (B, T, W), the sum of their embeddings."""
         return sum(embedding(tokens[:, i]) for i, embedding in enumerate(self.embeddings))
 
     def hidden(self, previous, condition, cache=None, start=0):
-        """Features from which positions start … start + T − 1 are predicted.
+        """Features (B, T, W) from which positions start … start + T − 1 are predicted.
 
-        Args:
-            previous: (B, T, W) of `before`, or `self.start` at position 0.
-            condition: (B, N or 1, W) of Condition.
-        Returns:
-            (B, T, W).
+        previous: (B, T, W) of `before`, or `self.start` at position 0; condition: (B, N or 1, W) of Condition.
         """
         here = slice(start, start + previous.shape[1])
         condition = condition if condition.shape[1] == 1 else condition[:, here]
@@ -1201,16 +1107,16 @@ class TokenTransformer(nn.Module):
         return [self.logits(hidden, tokens, i) for i in range(len(self.sizes))]
 
     def loss(self, tokens, known=None, drop=None, generator=None):
-        """Mean negative log-likelihood of each of the M tokens of a position → list of () tensors, nats; draws nothing (Denoiser's does)."""
-        return [F.cross_entropy(part.float().mT, tokens[:, i].flatten(1)) for i, part in enumerate(self(tokens, known, drop))]
+        """Mean negative log-likelihood of each of a position's M tokens → list of () tensors, nats; draws nothing."""
+        logits = self(tokens, known, drop)
+        return [F.cross_entropy(part.float().mT, tokens[:, i].flatten(1)) for i, part in enumerate(logits)]
 
 
 def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One index from each row of (B, K) logits → (B,).
 
-    Args:
-        temperature: 0 takes the likeliest.
-        top_k: only so many of the likeliest, 0 all; top_p: the fewest of the likeliest with so much probability together.
+    Temperature 0 takes the likeliest; top_k, only so many of the likeliest (0: all); top_p, the fewest of the
+    likeliest with so much probability together (Holtzman et al. 2020).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -1222,77 +1128,69 @@ def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
         probability = ordered.softmax(dim=-1)
         ordered = ordered.masked_fill(probability.cumsum(dim=-1) - probability >= top_p, -math.inf)
         logits = torch.full_like(logits, -math.inf).scatter(-1, order, ordered)
-    # the largest of p over an exponential variate is distributed as p, and no check of p waits for the device
-    return (logits.softmax(dim=-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(dim=-1)
+    return gumbel_argmax(logits, generator)
 
 
 @torch.no_grad()
-def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=None, cached=True, **choice):
-    """Draw images as tokens, position by position.
+def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=None, **choice):
+    """Draw images as tokens, position by position, keeping keys and values of those drawn.
 
-    Args:
-        model: TokenTransformer in evaluation mode.
-        known: of Condition, for `batch` images.
-        given: (B, M, h, w) int64, −1 where a token is to be drawn; others stay.
-        scale: of classifier-free guidance; 1 is the conditional model itself (Ho & Salimans 2022).
-        cached: whether keys and values are kept; without, every position is computed anew each time, to check and time the cache.
-        choice: temperature, top_k and top_p of `draw_tokens`.
-    Returns:
-        (B, M, h, w) int64.
+    model: TokenTransformer in evaluation mode; known: of Condition, for `batch` images.
+    given: (B, M, h, w) int64, −1 where a token is to be drawn; others stay.
+    scale: of classifier-free guidance; 1 is the conditional model itself (Ho & Salimans 2022).
+    choice: temperature, top_k and top_p of `draw_tokens`.
+    Returns (B, M, h, w) int64.
     """
     guided = scale != 1 and known is not None
-    height, width = model.grid
-    tokens = torch.zeros(batch, len(model.sizes), height * width, dtype=torch.int64, device=model.start.device)
+    copies, positions = 2 if guided else 1, math.prod(model.grid)
+    tokens = torch.zeros(batch, len(model.sizes), positions, dtype=torch.int64, device=model.start.device)
     given = torch.full_like(tokens, -1) if given is None else given.flatten(2)
     condition = model.condition(known, batch)
     if guided:  # the second half of the batch goes without the condition
         condition = torch.cat([condition, model.condition(None, batch).expand_as(condition)])
-    rows = batch * (1 + guided)
-    cache, start = model.cache(rows) if cached else None, model.start.expand(rows, 1, -1)
-    for n in range(height * width):
-        both = tokens.repeat(1 + guided, 1, 1)
-        if cached:
-            previous = start if n == 0 else model.before(both[:, :, n - 1 : n])
-            hidden = model.hidden(previous, condition, cache, n)
-        else:
-            hidden = model.hidden(torch.cat([start, model.before(both[:, :, :n])], dim=1), condition)[:, -1:]
+    cache, previous = model.cache(copies * batch), model.start.expand(copies * batch, 1, -1)
+    for n in range(positions):
+        hidden = model.hidden(previous, condition, cache, n)  # (B, 1, W), or twice as many rows
+        here = tokens[:, :, n : n + 1]  # (B, M, 1), a view that fills as tokens are drawn
         for i in range(len(model.sizes)):
-            logits = model.logits(hidden, tokens[:, :, n : n + 1].repeat(1 + guided, 1, 1), i)[:, 0]
+            logits = model.logits(hidden, here.repeat(copies, 1, 1), i)[:, 0]
             if guided:
-                with_it, without = logits.chunk(2)
-                logits = without + scale * (with_it - without)
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + scale * (conditional - unconditional)
             drawn = draw_tokens(logits, generator=generator, **choice)
             tokens[:, i, n] = torch.where(given[:, i, n] < 0, drawn, given[:, i, n])
-    return tokens.unflatten(2, (height, width))
+        previous = model.before(here.repeat(copies, 1, 1))
+    return tokens.unflatten(2, model.grid)
 
 
 class Denoiser(nn.Module):
     """The noise in a noisy grid of continuous features ẑ, from which tokens are taken as the nearest codes.
 
-    A transformer of modulated blocks (DiT) on the grid's positions, trained to predict ε (Ho et al. 2020) under
-    the cosine schedule z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021), t from 0 to 1.
+    A transformer of modulated blocks (DiT) on the grid's positions, trained to predict ε (Ho et al. 2020) under the
+    cosine schedule z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021), t from 0 to 1.
 
-    Args:
-        channels: of ẑ, all codebooks together.
-        grid, condition, width, depth, heads, dropout: as of TokenTransformer.
+    channels: of ẑ, all codebooks together.
+    grid, condition, width, depth, heads, dropout: as of TokenTransformer.
 
     `mean` and `std`, (C, 1, 1), scale ẑ to about unit variance; whoever trains sets them.
+
+    >>> denoiser = Denoiser(16, (8, 8), Condition("none", 0, (8, 8), 64), width=64, depth=2).eval()
+    >>> sample_features(denoiser, 2, steps=4).shape
+    torch.Size([2, 16, 8, 8])
     """
 
-    LAST = 0.98  # beyond it almost nothing of ẑ is left, and an error in ε grows thirtyfold
+    LAST = 0.98  # of t; beyond it almost nothing of ẑ is left, and an error in ε grows thirtyfold
 
     def __init__(self, channels, grid, condition, width=256, depth=6, heads=8, dropout=0.0):
         super().__init__()
         self.grid, self.width, self.channels = tuple(grid), width, channels
         self.condition, self.positions = condition, Positions(grid, width)
-        self.enter, self.leave = nn.Linear(channels, width), nn.Linear(width, channels)
+        self.enter, self.leave = nn.Linear(channels, width), zero(nn.Linear(width, channels))
         self.time = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.blocks = nn.ModuleList(Block(width, heads, modulated=True, dropout=dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
-        nn.init.zeros_(self.leave.weight)
-        nn.init.zeros_(self.leave.bias)
 
     def forward(self, z_t, t, condition):
         """z_t: (B, C, h, w); t: (B,) in [0, 1]; condition: (B, N or 1, W) of Condition → ε, (B, C, h, w)."""
@@ -1309,7 +1207,8 @@ class Denoiser(nn.Module):
         z = (z - self.mean) / self.std
         t = torch.rand(len(z), device=z.device, generator=generator) * self.LAST
         noise = torch.randn(z.shape, device=z.device, generator=generator)
-        z_t = (t * math.pi / 2).cos()[:, None, None, None] * z + (t * math.pi / 2).sin()[:, None, None, None] * noise
+        angle = (t * math.pi / 2)[:, None, None, None]
+        z_t = angle.cos() * z + angle.sin() * noise
         return [F.mse_loss(self(z_t, t, self.condition(known, len(z), drop)), noise)]
 
 
@@ -1317,45 +1216,38 @@ class Denoiser(nn.Module):
 def sample_features(model, batch, known=None, given=None, mask=None, scale=1.0, steps=50, generator=None):
     """Draw grids of features by DDIM (Song et al. 2021), deterministic after the first noise.
 
-    Args:
-        model: Denoiser in evaluation mode.
-        known: of Condition, for `batch` images.
-        given: (B, C, h, w) features to keep where mask, of that shape or (B, 1, h, w), is True; at each step they get its noise.
-        scale: of classifier-free guidance.
-        steps: evaluations of the network (twice as many with guidance).
-    Returns:
-        (B, C, h, w).
+    model: Denoiser in evaluation mode; known: of Condition, for `batch` images.
+    given: (B, C, h, w) features to keep where mask, of that shape or (B, 1, h, w), is True; noised as each step is.
+    scale: of classifier-free guidance; steps: evaluations of the network (twice as many with guidance).
+    Returns (B, C, h, w).
     """
-    device, guided = model.mean.device, scale != 1 and known is not None
-    draw = lambda: torch.randn(batch, model.channels, *model.grid, generator=generator, device=device)
+    device, shape = model.mean.device, (batch, model.channels, *model.grid)
     condition, absent = model.condition(known, batch), model.condition(None, batch)
-    z_t, times = draw(), torch.linspace(model.LAST, 0, steps + 1, device=device) * math.pi / 2
-    for now, then in zip(times[:-1], times[1:]):
+    z_t = torch.randn(shape, generator=generator, device=device)
+    angles = torch.linspace(model.LAST, 0, steps + 1, device=device) * math.pi / 2
+    for now, then in zip(angles[:-1], angles[1:]):
         if given is not None:
-            z_t = torch.where(mask, now.cos() * (given - model.mean) / model.std + now.sin() * draw(), z_t)
+            noise = torch.randn(shape, generator=generator, device=device)
+            z_t = torch.where(mask, now.cos() * (given - model.mean) / model.std + now.sin() * noise, z_t)
         t = (now / (math.pi / 2)).expand(batch)
         noise = model(z_t, t, condition)
-        if guided:
-            without = model(z_t, t, absent)
-            noise = without + scale * (noise - without)
-        z = ((z_t - now.sin() * noise) / now.cos()).clamp(-5, 5)  # of a unit normal nothing lies beyond
+        if scale != 1 and known is not None:
+            unconditional = model(z_t, t, absent)
+            noise = unconditional + scale * (noise - unconditional)
+        z = ((z_t - now.sin() * noise) / now.cos()).clamp(-5, 5)  # features have unit variance
         noise = (z_t - now.cos() * z) / now.sin()
         z_t = then.cos() * z + then.sin() * noise
     z = z_t * model.std + model.mean
     return z if given is None else torch.where(mask, given, z)
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Published weights: VQGAN's, in the names of taming-transformers
 
 
-def taming_names(config):
-    """A function from a parameter's name here to those in taming-transformers whose concatenation it is, or () for none.
-
-    Args:
-        config: ModelConfig; the network's levels and blocks.
-    """
-    levels, middle = range(len(config.multipliers)), ["mid.block_1", "mid.attn_1", "mid.block_2"]
+def taming_layers(config):
+    """Names in taming-transformers of the layers of Encoder and Decoder, in order; config: ModelConfig."""
+    middle, levels = ["mid.block_1", "mid.attn_1", "mid.block_2"], range(len(config.multipliers))
     down, up = [], []
     for level in levels:
         for block in range(config.blocks):
@@ -1365,63 +1257,61 @@ def taming_names(config):
         for block in range(config.blocks + 1):
             up += [f"up.{level}.block.{block}"] + ([f"up.{level}.attn.{block}"] if level == levels[-1] else [])
         up += [f"up.{level}.upsample"] if level > 0 else []
-    layers = {"encoder": ["conv_in", *down, *middle, "norm_out", "", "conv_out"], "decoder": ["conv_in", *middle, *up, "norm_out"]}
+    encoder, decoder = ["conv_in", *down, *middle, "norm_out", "", "conv_out"], ["conv_in", *middle, *up, "norm_out"]
+    return {"encoder": encoder, "decoder": decoder}
+
+
+def taming_names(name, layers):
+    """A parameter's name here → its names there, whose tensors are concatenated; layers: of taming_layers."""
     whole = {"to_codes": "quant_conv", "from_codes": "post_quant_conv", "decoder.to_image": "decoder.conv_out"}
     inner = {"query_key_value": ("q", "k", "v"), "project": ("proj_out",), "shortcut": ("nin_shortcut",)}
-
-    def names(name):
-        """One name of ours → theirs, each for a part along the first axis."""
-        if name == "codebook.vectors":
-            return ("quantize.embedding.weight",)
-        module, _, kind = name.rpartition(".")
-        if module in whole:
-            return (f"{whole[module]}.{kind}",)
-        network, _, rest = module.partition(".layers.")
-        if network not in layers:
-            return ()
-        index, _, part = rest.partition(".")
-        return tuple(".".join(filter(None, (network, layers[network][int(index)], theirs, kind))) for theirs in inner.get(part, (part,)))
-
-    return names
+    module, _, kind = name.rpartition(".")
+    if module in whole or module == "codebook":
+        return [f"{whole[module]}.{kind}" if module in whole else "quantize.embedding.weight"]
+    network, _, rest = module.partition(".layers.")
+    if network not in layers:
+        return []
+    index, _, part = rest.partition(".")
+    parts = [network, layers[network][int(index)]]
+    return [".".join(filter(None, (*parts, theirs, kind))) for theirs in inner.get(part, (part,))]
 
 
 def load_taming(model, discriminator, state):
-    """Copy the encoder, decoder and discriminator of a taming-transformers VQ-GAN (Esser et al. 2021), by its state dict.
+    """Copy the networks of a taming-transformers VQ-GAN (Esser et al. 2021), by its state dict.
 
     The 1×1 convolutions beside the codes are taken where they have the shape of ours, and learned codes where they
     are of one codebook of the same shape, so a VQ-GAN of ours computes what theirs does.
 
-    Args:
-        model: VQModel; discriminator: Discriminator or None.
-        state: dict name → tensor.
-    Returns:
-        names of our parameters that were not taken; a discriminator is taken whole or not at all.
-    Raises:
-        ValueError: naming the first parameter of encoder or decoder that is missing or of another shape.
+    model: VQModel; discriminator: Discriminator or None; state: dict name → tensor.
+    Returns names of our parameters that were not taken; a discriminator is taken whole or not at all.
+    Raises ValueError naming a parameter of encoder or decoder that is missing or of another shape.
     """
-    learned = isinstance(model.codebook.vectors, nn.Parameter) and len(model.codebook.sizes) == 1
-    names = taming_names(model.config)
-    names_but_codes = lambda name: () if name.startswith("codebook") else names(name)
-    taken, left = _renamed(model, names if learned else names_but_codes, state)
+    layers, learned = taming_layers(model.config), isinstance(model.codebook.vectors, nn.Parameter)
+    names = {name: taming_names(name, layers) for name in model.state_dict()}
+    if not learned or len(model.codebook.sizes) > 1:
+        names.pop("codebook.vectors")
+    taken, left = renamed(model, names, state)
     for name in left:
         if name.startswith(("encoder", "decoder")):
-            shapes = {key: tuple(state[key].shape) for key in names(name) if key in state}
-            raise ValueError(f"{names(name)[0]} is {shapes or 'missing'}, this network wants {tuple(model.state_dict()[name].shape)}")
+            shapes = [tuple(state[key].shape) for key in names[name] if key in state]
+            wanted = tuple(model.state_dict()[name].shape)
+            raise ValueError(f"{names[name][0]} is {shapes or 'missing'}, this network wants {wanted}")
     model.load_state_dict(taken, strict=False)
     if discriminator is not None:  # its layers are numbered alike
         theirs = "loss.discriminator.main."
-        taken, missing = _renamed(discriminator, lambda name: (theirs + name.removeprefix("layers."),), state)
+        names = {name: [theirs + name.removeprefix("layers.")] for name in discriminator.state_dict()}
+        taken, missing = renamed(discriminator, names, state)
         if missing or sum(name.startswith(theirs) for name in state) > len(taken):
             return [*left, "discriminator"]
         discriminator.load_state_dict(taken)
     return left
 
 
-def _renamed(network, names, state):
-    """Of a network's parameters those that `state` holds under other names and in the same shape, and the names of the rest."""
+def renamed(network, names, state):
+    """Of a network's parameters those that `state` holds under other names in the same shape; names of the rest."""
     taken, left = {}, []
     for name, value in network.state_dict().items():
-        found = [state[key] for key in names(name) if key in state]
+        found = [state[key] for key in names.get(name, ()) if key in state]
         found = torch.cat(found) if len(found) > 1 else found[0] if found else None
         if found is not None and found.shape == value.shape:
             taken[name] = found
@@ -1430,70 +1320,36 @@ def _renamed(network, names, state):
     return taken, left
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Show the work: python vqct.py
-
-
-@torch.no_grad()
-def show_network(preset):
-    """Print what each part of a preset's network takes and gives, with a prior as large as the authors', and its parameters."""
-    prior = {"adjective_vectors": torch.randn(1949, 512), "noun_vectors": torch.randn(4258, 512), "edges": torch.zeros(0, 2)}
-    model, discriminator = VQModel(ModelConfig(**NETWORKS[preset]), prior).eval(), Discriminator()
-    x = torch.randn(1, 3, model.config.resolution, model.config.resolution)
-    z, codes = model.encoder(x), model.codebook()
-    features = model.to_codes(z).chunk(len(codes), dim=1)
-    z_q = torch.cat([quantizer(*pair)[0] for quantizer, *pair in zip(model.quantizers, features, codes)], dim=1)
-    hidden = model.from_codes(z_q)
-    x_hat = model.decoder(hidden)
-    print(f"{preset}")
-    for name, module, given, made in (
-        ("encoder", model.encoder, [x], [z]),
-        ("to_codes", model.to_codes, [z], features),
-        ("codebook", model.codebook, [model.codebook.vectors], codes),
-        ("quantizers", model.quantizers, [*features, *codes], [z_q]),
-        ("from_codes", model.from_codes, [z_q], [hidden]),
-        ("decoder", model.decoder, [hidden], [x_hat]),
-        ("discriminator", discriminator, [x_hat], [discriminator(x_hat)]),
-    ):
-        shapes = [" ".join("×".join(map(str, each.shape)) for each in part) for part in (given, made)]
-        print(f"  {name:14} {shapes[0]:46} → {shapes[1]:24} {sum(each.numel() for each in module.parameters()):12,} parameters")
 
 
 @torch.no_grad()
 def show_equations():
     """Print Eq. 3, 1 and 2 on a graph of four words, small enough to check by hand."""
-    words, nodes = ("orange", "sharp", "breast", "beak"), torch.tensor([[1.0, 0.0], [-2.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
-    adjacency = NormalizedAdjacency([(0, 2), (0, 3), (1, 3)], 4)
-    transfer = CodebookTransfer((2, 2, 2, 2), adjacency)
+    words = ("orange", "sharp", "breast", "beak")
+    nodes = torch.tensor([[1.0, 0.0], [-2.0, 1.0], [1.0, 1.0], [0.0, 2.0]])
+    transfer = CodebookTransfer((2, 2, 2, 2), NormalizedAdjacency([(0, 2), (0, 3), (1, 3)], 4))
     layers = [nodes]
     for layer in transfer.layers:
         nn.init.eye_(layer.weight)
-        layers.append(F.relu(layer(layers[-1], adjacency)))
+        layers.append(F.relu(layer(layers[-1], transfer.adjacency)))
     print("\nEq. 3 on the pairs orange breast, orange beak, sharp beak, with W = I in all three layers")
-    print(f"  {'':8} {'degree + 1':12}{'row of Â':30}" + "".join(f"{name:16}" for name in ("H0", "H1", "H2", "H3 = code")))
-    for word, degree, row, *vectors in zip(words, (3, 2, 2, 3), adjacency(torch.eye(4)), *layers):
+    print(f"  {'':8}{'row of Â':30}" + "".join(f"{name:16}" for name in ("H0", "H1", "H2", "H3 = code")))
+    for word, row, *vectors in zip(words, transfer.adjacency(torch.eye(4)), *layers):
         cells = " ".join(f"{value:.3f}" for value in row)
-        print(f"  {word:8} {degree:<12}{cells:30}" + "".join(f"{f'{a:.3f} {b:.3f}':16}" for a, b in vectors))
-    print(f"  by hand, orange: (1, 0)/√(3·3) + (1, 1)/√(3·2) + (0, 2)/√(3·3) = {1 / 3 + 6**-0.5:.3f} {2 / 3 + 6**-0.5:.3f}")
-    print("  by hand, sharp: (−2, 1)/√(2·2) + (0, 2)/√(2·3) = (−1.000, 1.316), of which ReLU leaves 0.000 1.316")
-    codebooks = Codebook(nodes, (2, 2), transfer=transfer).eval()()
-    assert torch.equal(torch.cat(codebooks), layers[-1])
-    z = torch.tensor([[1.0, 1.5], [0.0, 2.0]])  # ẑ_a and ẑ_n of one position
+        print(f"  {word:8}{cells:30}" + "".join(f"{f'{a:.3f} {b:.3f}':16}" for a, b in vectors))
+    print("  by hand, degrees + 1 being 3, 2, 2, 3: the first layer gives orange")
+    print(f"  (1, 0)/√(3·3) + (1, 1)/√(3·2) + (0, 2)/√(3·3) = {1 / 3 + 6**-0.5:.3f} {2 / 3 + 6**-0.5:.3f}")
     print("\nEq. 1 and 2 on one position, whose channels are split in two (step 3)")
-    for name, part, codes, listed in zip(("ẑ_a", "ẑ_n"), z, codebooks, (words[:2], words[2:])):
+    z = torch.tensor([[1.0, 1.5], [0.0, 2.0]])  # ẑ_a and ẑ_n
+    for name, part, codes, listed in zip(("ẑ_a", "ẑ_n"), z, layers[-1].split(2), (words[:2], words[2:])):
         distance, index = (part - codes).square().sum(1), nearest_code(part[None], codes).item()
         loss = VectorQuantizer(beta=0.25)(part.view(1, 2, 1, 1), codes)[2].item()
         apart = ", ".join(f"{value:.3f} from {word}" for value, word in zip(distance, listed))
         print(f"  {name} = {part.tolist()} lies ‖ẑ − e‖² = {apart}: s = {index}, {listed[index]}")
-        print(f"    codebook and commitment terms, means over 2 channels: (1 + β) {distance[index]:.3f} / 2 = {loss:.4f} with β = 0.25")
-
-
-def main():
-    """Print the networks of both presets, then the paper's equations on numbers."""
-    for preset in NETWORKS:
-        show_network(preset)
-    show_equations()
+        print(f"    codebook and commitment terms, means over channels: (1 + β) {distance[index]:.3f} / 2 = {loss:.4f}")
 
 
 if __name__ == "__main__":
-    command(main)
+    show_equations()

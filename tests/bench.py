@@ -10,6 +10,7 @@ faiss-cpu, vector-quantize-pytorch and pytorch-fid are measured where they are i
 """
 
 import argparse
+import functools
 import importlib
 import itertools
 import math
@@ -24,39 +25,20 @@ import nltk
 import numpy as np
 import scipy.linalg
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 import vqct  # noqa: E402
 from evaluate import fid  # noqa: E402
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
-from train import Config, Trainer, pick_device  # noqa: E402
-from vqct import (
-    LPIPS,
-    CodebookTransfer,
-    Condition,
-    NormalizedAdjacency,
-    TokenTransformer,
-    VectorQuantizer,
-    VQModel,
-    nearest_code,
-    sample_tokens,
-)  # noqa: E402
+from vqct import (CodebookTransfer, Condition, NormalizedAdjacency, TokenTransformer, VectorQuantizer,  # noqa: E402
+                  draw_tokens, nearest_code, sample_tokens)
 
 DEVICE = torch.device("cpu")
 
 
-# ---------------------------------------------------------------------------------------------
-# Timing
-
-
-def wait():
-    if DEVICE.type != "cpu":
-        torch.accelerator.synchronize()
-
-
 def seconds(function, *arguments):
+    wait = torch.accelerator.synchronize if DEVICE.type != "cpu" else lambda: None
     wait()
     start = time.perf_counter()
     function(*arguments)
@@ -65,7 +47,7 @@ def seconds(function, *arguments):
 
 
 def compare(what, ours, peers, make=tuple, rounds=7):
-    """Print how much longer each of `peers`, a dict name → function or reason why not, takes than `ours` on what `make` gives."""
+    """Print how much longer than `ours` `peers`, name → function or reason why not, take on what `make` gives."""
     times, forms = {}, {"ours": ours, **{name: peer for name, peer in peers.items() if callable(peer)}}
     for form in forms.values():
         form(*make())  # warm
@@ -76,12 +58,9 @@ def compare(what, ours, peers, make=tuple, rounds=7):
     for name, peer in peers.items():
         if callable(peer):
             ratios = [theirs / own for theirs, own in zip(times[name], times["ours"])]
-            least = min(times[name]) / min(times["ours"])
-            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f}), of least times {least:.2f}"
-            print(f"  against {name}, {show(times[name])}: {spread}")
-        else:
-            print(f"  against {name}: {peer}")
-    return times
+            spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+            peer = f"{show(times[name])}: {spread}, of least times {min(times[name]) / min(times['ours']):.2f}"
+        print(f"  against {name}: {peer}")
 
 
 def show(times):
@@ -110,30 +89,24 @@ def installed(name, make):
         return f"{name} is not installed"
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Eq. 1
 
 
 def full_distances(z, codebook):
     """Nearest codes by the whole distance matrix, as the field writes it."""
-    distances = z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
-    return distances.argmin(1)
+    return (z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
 
 
-def tiled_product(rows, codes):
+def tiled_product(rows, codes, z, codebook):
     """The bare matrix product in tiles, which nothing is done with."""
-
-    def product(z, codebook):
-        for part in z.split(rows):
-            for tile in codebook.split(codes):
-                part @ tile.T
-
-    return product
+    for part, tile in itertools.product(z.split(rows), codebook.split(codes)):
+        part @ tile.T
 
 
 def best_tiling(make):
     tilings = itertools.product((256, 512, 1024, 4096, 16384), (512, 2048, 4096, 16384))
-    timed = {tiling: min(seconds(tiled_product(*tiling), *make()) for _ in range(3)) for tiling in tilings}
+    timed = {tiling: min(seconds(tiled_product, *tiling, *make()) for _ in range(3)) for tiling in tilings}
     return min(timed, key=timed.get)
 
 
@@ -148,20 +121,16 @@ def faiss_index(faiss):
     return search if DEVICE.type == "cpu" else "faiss-cpu is for the CPU"
 
 
-def whole_layer(codes, dim):
+def whole_layer(codes, dim, module):
     """vector-quantize-pytorch's layer in evaluation mode, with the search, look-up and loss of ours."""
+    layer = module.VectorQuantize(dim=dim, codebook_size=codes).eval().to(DEVICE)
 
-    def make(module):
-        layer = module.VectorQuantize(dim=dim, codebook_size=codes).eval().to(DEVICE)
+    @torch.no_grad()
+    def quantize(z, codebook):
+        layer._codebook.embed.copy_(codebook[None])
+        return layer(z[None])
 
-        @torch.no_grad()
-        def quantize(z, codebook):
-            layer._codebook.embed.copy_(codebook[None])
-            return layer(z[None])
-
-        return quantize
-
-    return make
+    return quantize
 
 
 def bench_nearest(dim=256):
@@ -170,32 +139,30 @@ def bench_nearest(dim=256):
     make = lambda: (torch.randn(rows, dim, device=DEVICE), torch.randn(codes, dim, device=DEVICE))
     tiling = best_tiling(make)
     peers = {
-        f"the bare product in tiles of {tiling[0]} × {tiling[1]}": tiled_product(*tiling),
+        f"the bare product in tiles of {tiling[0]} × {tiling[1]}": functools.partial(tiled_product, *tiling),
         "the full distance matrix": full_distances,
         "torch.cdist and argmin": lambda z, codebook: torch.cdist(z, codebook).argmin(1),
         "faiss IndexFlatL2": installed("faiss", faiss_index),
     }
-    times = compare(f"nearest code, {rows:,} features of {dim} channels, {codes:,} codes", nearest_code, peers, make)
-    product = statistics.median(times[next(iter(peers))])
-    for name in ("ours", *(name for name, peer in peers.items() if callable(peer))):
-        print(f"  {name}: {statistics.median(times[name]) / product:.2f} × the product")
+    compare(f"nearest code, {rows:,} features of {dim} channels, {codes:,} codes", nearest_code, peers, make)
     data = make()
     for form in (nearest_code, full_distances):
         print(f"  extra memory of {form.__name__}: {extra_memory(form, *data) / 2**20:,.1f} MiB")
     agree = (nearest_code(*data) == full_distances(*data)).double().mean().item()
     print(f"  the same code as by the full matrix for {agree:.4%}; the rest are ties to its rounding")
     layer = VectorQuantizer().eval()
-    peers = {"vector-quantize-pytorch's": installed("vector_quantize_pytorch", whole_layer(codes, dim))}
+    peer = installed("vector_quantize_pytorch", functools.partial(whole_layer, codes, dim))
     ours = torch.no_grad()(lambda z, codebook: layer(z.T[None, :, :, None], codebook))
-    compare("the whole quantizer in evaluation mode, the same sizes", ours, peers, make, rounds=3)
-    grown = []
+    title = "the whole quantizer in evaluation mode, the same sizes"
+    compare(title, ours, {"vector-quantize-pytorch's": peer}, make, rounds=3)
+    grown = {}
     for count in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
         data = torch.randn(4096, dim, device=DEVICE), torch.randn(count, dim, device=DEVICE)
-        grown.append(f"{count:,} codes {show([seconds(nearest_code, *data) for _ in range(5)])}")
-    print("  4,096 features, " + ", ".join(grown))
+        grown[count] = [seconds(nearest_code, *data) for _ in range(5)]
+    print("  4,096 features, " + ", ".join(f"{count:,} codes {show(times)}" for count, times in grown.items()))
 
 
-# ---------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # A training step
 
 
@@ -206,8 +173,10 @@ def explicit_attention(self, x):
     return x + self.project((value @ weights.mT).reshape(x.shape))
 
 
+@mock.patch.object(vqct, "nearest_code", full_distances)
+@mock.patch.object(vqct.AttentionBlock, "forward", explicit_attention)
 def taming_step(trainer, x):
-    """A step as taming-transformers makes it: a forward pass for each of the two optimizers, both terms of λ from the loss down."""
+    """A step as taming-transformers makes it: a forward pass for each optimizer, both terms of λ from the loss down."""
     model, discriminator, last = trainer.model, trainer.discriminator, trainer.model.decoder.to_image.weight
     model.train()
     discriminator.requires_grad_(False)
@@ -227,25 +196,12 @@ def taming_step(trainer, x):
     trainer.discriminator_optimizer.step()
 
 
-def plain(function):
-    """A function under the plain forms of search and attention."""
-
-    def run(*arguments):
-        with (
-            mock.patch.object(vqct, "nearest_code", full_distances),
-            mock.patch.object(vqct.AttentionBlock, "forward", explicit_attention),
-        ):
-            return function(*arguments)
-
-    return run
-
-
+@mock.patch.object(train, "load_lpips", lambda *files: vqct.LPIPS())
 def make_trainer(resolution, **more):
     """VQ-GAN with its adversary from the start; LPIPS's published weights change no timing, so random ones do."""
     sizes = dict(codes="uniform", codebooks=1, codebook_size=16384, trained=True, transfer="none")
-    config = Config(resolution=resolution, gan_start=0, lr=1e-5, preset="f16", **sizes, **more)
-    with mock.patch.object(train, "load_lpips", lambda config: LPIPS()):
-        return Trainer(config, None, DEVICE)
+    config = train.Config(resolution=resolution, gan_start=0, lr=1e-5, preset="f16", **sizes, **more)
+    return train.Trainer(config, None, DEVICE)
 
 
 def bench_step():
@@ -260,7 +216,7 @@ def bench_step():
         network.to(memory_format=torch.contiguous_format)
     make = lambda size=resolution: (torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1,)
     step = lambda trainer: lambda x: trainer.train_step([x.contiguous(memory_format=torch.channels_last)])
-    taming = plain(lambda x: taming_step(theirs, x))
+    taming = functools.partial(taming_step, theirs)
     title = f"training step with LPIPS and adversary, f16 network, 16,384 codes, {batch} images of {resolution}²"
     for name, trainer in trainers.items():
         compare(f"{title}, {name}", step(trainer), {"as taming-transformers steps, float32": taming}, make, rounds=9)
@@ -276,58 +232,44 @@ def bench_step():
     print(" ours and theirs, float32")
 
 
-# ---------------------------------------------------------------------------------------------
-# Eq. 3
-
-
-class PlainSparse(torch.nn.Module):
-    """torch.sparse.mm with its own backward."""
-
-    def __init__(self, adjacency):
-        super().__init__()
-        size = (adjacency.nodes, adjacency.nodes)
-        entries = torch.stack([adjacency.row, adjacency.column])
-        self.register_buffer("matrix", torch.sparse_coo_tensor(entries, adjacency.value, size, check_invariants=True).coalesce())
-
-    def forward(self, nodes):
-        return torch.sparse.mm(self.matrix, nodes)
+# ----------------------------------------------------------------------------------------------------------------------
+# The other rows
 
 
 def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
     """The transfer network on a graph of the paper's size, forward and backward."""
-    rng = np.random.default_rng(0)
+    nodes, rng = adjectives + nouns, np.random.default_rng(0)
     pairs = rng.choice(adjectives * nouns, edges, replace=False)
-    adjacency = NormalizedAdjacency(np.stack([pairs // nouns, adjectives + pairs % nouns], 1), adjectives + nouns).to(DEVICE)
-    dense = torch.zeros(adjacency.nodes, adjacency.nodes, device=DEVICE)
-    dense[adjacency.row, adjacency.column] = adjacency.value
-    scatter = lambda nodes: torch.zeros_like(nodes).index_add(0, adjacency.row, adjacency.value[:, None] * nodes[adjacency.column])
-    products = {"ours": adjacency, "the dense formula": lambda nodes: dense @ nodes, "a scatter of every edge": scatter}
-    products["torch.sparse.mm with its own backward"] = PlainSparse(adjacency)
+    ours = NormalizedAdjacency(np.stack([pairs // nouns, adjectives + pairs % nouns], 1), nodes).to(DEVICE)
     network = CodebookTransfer((512, 512, 512, 256), torch.nn.Identity()).to(DEVICE)
-    vectors = torch.randn(adjacency.nodes, 512, device=DEVICE)
+    column, row = ours.column, torch.arange(nodes, device=DEVICE).repeat_interleave(ours.row_start.diff())
 
-    def passes(product):
-        def run():
-            nodes = vectors
-            for layer in network.layers:
-                nodes = F.relu(layer(nodes, product) if product is adjacency else product(nodes @ layer.weight))
-            network.zero_grad()
-            nodes.square().sum().backward()
-            return [layer.weight.grad.clone() for layer in network.layers]
+    def products(value):
+        """Name → what multiplies by Â, of entries in value's type."""
+        matrix = torch.sparse_coo_tensor(torch.stack([row, column]), value, (nodes, nodes), check_invariants=True)
+        matrix, dense = matrix.coalesce(), matrix.to_dense()
+        return {
+            "ours": ours,
+            "the dense formula": lambda x: dense @ x,
+            "a scatter of every edge": lambda x: torch.zeros_like(x).index_add(0, row, value[:, None] * x[column]),
+            "torch.sparse.mm with its own backward": lambda x: torch.sparse.mm(matrix, x),
+        }
 
-        return run
+    def gradients(product, x):
+        for layer in network.layers:
+            x = torch.relu(layer(x, product) if product is ours else product(x @ layer.weight))
+        network.zero_grad()
+        x.square().sum().backward()
+        return torch.cat([layer.weight.grad.flatten() for layer in network.layers])
 
-    forms = {name: passes(product) for name, product in products.items()}
-    compare(f"transfer network, {adjectives:,} + {nouns:,} nodes, {edges:,} edges, forward and backward", forms.pop("ours"), forms)
-    network, vectors, dense, adjacency = network.double(), vectors.double(), dense.double(), adjacency.double()
-    products["torch.sparse.mm with its own backward"].double()
-    found = [torch.cat([part.flatten() for part in passes(product)()]) for product in products.values()]
-    worst = max(((other - found[0]).norm() / found[0].norm()).item() for other in found[1:])
+    vectors = torch.randn(nodes, 512, device=DEVICE)
+    forms = {name: functools.partial(gradients, product, vectors) for name, product in products(ours.value).items()}
+    title = f"transfer network, {adjectives:,} + {nouns:,} nodes, {edges:,} edges, forward and backward"
+    compare(title, forms.pop("ours"), forms)
+    network.double(), ours.double()
+    first, *others = (gradients(product, vectors.double()) for product in products(ours.value).values())
+    worst = max(((other - first).norm() / first.norm()).item() for other in others)
     print(f"  gradients differ by at most {worst:.1e} in float64, relative")
-
-
-# ---------------------------------------------------------------------------------------------
-# The other rows
 
 
 def bench_frechet(dim=2048):
@@ -339,40 +281,48 @@ def bench_frechet(dim=2048):
         return np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b) - 2 * np.trace(root.real)
 
     rng = np.random.default_rng(0)
-    mix = rng.standard_normal((dim, dim)) / math.sqrt(dim)
+    mix, moments = rng.standard_normal((dim, dim)) / math.sqrt(dim), lambda x: (x.mean(0), np.cov(x, rowvar=False))
+    peers = {"scipy.linalg.sqrtm of the product": by_sqrtm}
+    peers["pytorch-fid"] = installed("pytorch_fid.fid_score", lambda module: lambda a, b: (
+        module.calculate_frechet_distance(*moments(a), *moments(b))))
     for images in (3 * dim, dim // 4):
         make = lambda: (rng.standard_normal((images, dim)) @ mix, 0.1 + rng.standard_normal((images, dim)) @ mix)
-        moments = lambda a, b: (a.mean(0), np.cov(a, rowvar=False), b.mean(0), np.cov(b, rowvar=False))
-        peers = {"scipy.linalg.sqrtm of the product": by_sqrtm}
-        peers["pytorch-fid"] = installed(
-            "pytorch_fid.fid_score", lambda module: lambda a, b: module.calculate_frechet_distance(*moments(a, b))
-        )
-        compare(f"Fréchet distance of {images:,} and {images:,} features of {dim:,} channels", fid, peers, make, rounds=3)
+        compare(f"Fréchet distance, twice {images:,} features of {dim:,} channels", fid, peers, make, rounds=3)
         a, b = make()
         print(f"  they differ by {abs(fid(a, b) / by_sqrtm(a, b) - 1):.1e}, relative")
 
 
 def bench_tokenise():
     """Images to indices with the codes kept in evaluation mode, and computed anew each time."""
-    from train import DemoDataset, make_prior, portable, resolve
-
-    config = resolve({})
-    model = VQModel(config, portable(make_prior(config, DemoDataset("train", 64)))).eval().to(DEVICE)
+    config = train.resolve({})
+    prior = train.make_prior(config, train.DemoDataset("train", 64)).tensors()
+    model = vqct.VQModel(config, prior).eval().to(DEVICE)
 
     def anew(x):
-        model.codebook._cached = None
+        model.codebook.train(False)  # forgets the codes
         return model.encode(x)
 
+    make, peers = lambda: (torch.rand(8, 3, 64, 64, device=DEVICE) * 2 - 1,), {"without the codebook kept": anew}
     with torch.no_grad():
-        make = lambda: (torch.rand(8, 3, 64, 64, device=DEVICE) * 2 - 1,)
-        compare("tokenising 8 images of the demo, tiny preset", model.encode, {"without the codebook kept": anew}, make, rounds=15)
+        compare("tokenising 8 images of the demo, tiny preset", model.encode, peers, make, rounds=15)
+
+
+@torch.no_grad()
+def sample_without_cache(model, batch):
+    """sample_tokens by a pass over all positions so far for every token."""
+    tokens = torch.zeros(batch, len(model.sizes), math.prod(model.grid), dtype=torch.int64, device=DEVICE)
+    condition, start = model.condition(None, batch), model.start.expand(batch, 1, -1)
+    for n in range(tokens.shape[2]):
+        hidden = model.hidden(torch.cat([start, model.before(tokens[:, :, :n])], dim=1), condition)[:, -1:]
+        for i in range(len(model.sizes)):
+            tokens[:, i, n] = draw_tokens(model.logits(hidden, tokens[:, :, n : n + 1], i)[:, 0])
 
 
 def bench_sampling(batch=8):
     """Drawing 256 positions of two tokens, with keys and values kept and without."""
     model = TokenTransformer((903, 2888), (16, 16), Condition("none", 0, (16, 16), 256)).eval().to(DEVICE)
-    peers = {"without a cache": lambda: sample_tokens(model, batch, cached=False)}
-    compare(f"{batch} samples of 256 positions, 6 blocks of width 256", lambda: sample_tokens(model, batch), peers, rounds=3)
+    ours, theirs = (functools.partial(form, model, batch) for form in (sample_tokens, sample_without_cache))
+    compare(f"{batch} samples of 256 positions, 6 blocks of width 256", ours, {"without a cache": theirs}, rounds=3)
 
 
 def straightforward_prior(captions):
@@ -394,26 +344,19 @@ def straightforward_prior(captions):
 
 def bench_prior(corpus, size=20_000):
     """Counting captions against the straightforward algorithm, and how the time grows with the corpus."""
-    speech = WordNetSpeech()
-    captions = list(itertools.islice(read_captions(corpus), 5 * size))
-    ours = lambda: count_corpus(captions[:size], speech, False, CORES)
-    peers = {"the straightforward algorithm": lambda: straightforward_prior(captions[:size])}
-    compare(f"prior of {min(size, len(captions)):,} captions on {CORES} cores", ours, peers, rounds=3)
-    grown = []
-    for count in (len(captions) // 10, len(captions) // 5, len(captions) // 2, len(captions)):
-        grown.append(f"{count:,} captions {seconds(count_corpus, captions[:count], speech, False, CORES):.2f} s")
+    if not corpus:
+        return print("\nprior: give a --corpus")
+    speech, captions = WordNetSpeech(), list(itertools.islice(read_captions(corpus), 5 * size))
+    ours = lambda: count_corpus(captions[:size], speech)
+    theirs = lambda: straightforward_prior(captions[:size])
+    title = f"prior of {min(size, len(captions)):,} captions on {CORES} cores"
+    compare(title, ours, {"the straightforward algorithm": theirs}, rounds=3)
+    counts = (len(captions) // share for share in (10, 5, 2, 1))
+    grown = (f"{count:,} captions {seconds(count_corpus, captions[:count], speech):.2f} s" for count in counts)
     print("  " + ", ".join(grown))
 
 
-ROWS = {
-    "nearest": bench_nearest,
-    "step": bench_step,
-    "transfer": bench_transfer,
-    "frechet": bench_frechet,
-    "tokenise": bench_tokenise,
-    "sampling": bench_sampling,
-    "prior": bench_prior,
-}
+ROWS = {name.removeprefix("bench_"): row for name, row in [*globals().items()] if name.startswith("bench_")}
 
 
 def main():
@@ -423,14 +366,14 @@ def main():
     parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to measure (default: all)")
     parser.add_argument("--corpus", default="", help="captions, for the prior's builder")
     args = parser.parse_args()
-    DEVICE = pick_device(args.device)
+    DEVICE = train.pick_device(args.device)
     if DEVICE.type == "cuda":
         torch.cuda.set_device(DEVICE)
-    name = torch.cuda.get_device_name(DEVICE) if DEVICE.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}")
-    for row, bench in ROWS.items():
-        if not args.only or row in args.only:
-            bench(*[args.corpus] * (row == "prior")) if row != "prior" or args.corpus else print("\nprior: give a --corpus")
+    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine()
+    print(f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    for name, row in ROWS.items():
+        if not args.only or name in args.only:
+            row(args.corpus) if name == "prior" else row()
 
 
 if __name__ == "__main__":

@@ -1,146 +1,110 @@
 """Two gloo processes on the CPU do what one does with the whole batch."""
 
-import json
-import math
 import os
-import subprocess
-import sys
-from pathlib import Path
+import socket
 
 import pytest
 import torch
+from torch.multiprocessing import ProcessExitedException, start_processes
 
-from conftest import ROOT, small_prior
+from conftest import small_prior
 from evaluate import reconstruct
-from synthesize import Loss
-from test_train import TINY
-from train import TrainBatches, Trainer, parallel, portable, resolve
-from vqct import ClusteredQuantizer, Condition, TokenTransformer
+from prior import UserError
+from test_train import CPU, few_birds_and_a_folder_of_its_own, lines_of, run_tiny, tiny  # noqa: F401, a fixture
+from train import Run, Trainer, average_gradients, launch, processes, rank, train_batches
+from vqct import ClusteredQuantizer, Condition, TokenTransformer, all_gather
 
-CHOICES = {
-    "vqvae": dict(method="vqvae"),
-    "vqct": dict(method="vqct-vqvae"),
-    "vqct, accumulated": dict(method="vqct-vqvae", accumulate=2),
-    "vqct with adversary": dict(gan_weight=0.8, gan_start=0),
-}
+METHODS = dict(method="vqvae"), dict(method="vqct-vqvae"), dict(method="vqct-vqvae", accumulate=2), dict(gan_start=0)
 
 
-def gradients(choice, prior, share, shares):
-    """Gradients of one float64 step on a share of sixteen images, and the step's metrics."""
-    config = resolve({**TINY, **CHOICES[choice], "seed": 1})
-    trainer = Trainer(config, prior, torch.device("cpu"))
-    trainer.parallel_model = parallel(trainer.model.double(), torch.device("cpu"))
-    if trainer.discriminator is not None:  # by its running statistics: gloo cannot join those of a batch
-        trainer.parallel_discriminator = parallel(trainer.discriminator.double().eval(), torch.device("cpu"))
-    x = torch.rand(16, 3, config.resolution, config.resolution, generator=torch.manual_seed(0), dtype=torch.float64) * 2 - 1
-    micro = x.view(config.accumulate, shares, -1, *x.shape[1:])[:, share]
-    trainer.generator_optimizer.step = lambda: None
-    metrics = trainer.train_step(list(micro))
-    grads = {name: parameter.grad for name, parameter in trainer.model.named_parameters() if parameter.grad is not None}
-    return grads, metrics, trainer.statistics()["codes_used"]
+def gradients(choice):
+    """Gradients of one float64 step on this process's share of sixteen images, the step's metrics, and codes in use."""
+    trainer = Trainer(tiny(**choice, seed=1), small_prior().tensors(), CPU)
+    for network in filter(None, (trainer.model, trainer.discriminator)):
+        network.double().eval()  # the discriminator by its running statistics: gloo cannot join those of a batch
+    x = torch.rand(16, 3, 32, 32, generator=torch.manual_seed(0), dtype=torch.float64) * 2 - 1
+    metrics = trainer.train_step(list(x.view(trainer.config.accumulate, processes(), -1, 3, 32, 32)[:, rank()]))
+    return {name: parameter.grad for name, parameter in trainer.model.named_parameters()}, metrics, trainer.usage()
 
 
-def second_stage(share, shares):
+def second_stage():
     """Gradients of a float64 transformer's loss on a share of eight grids of tokens."""
     torch.manual_seed(0)
     model = TokenTransformer((7, 5), (2, 3), Condition("none", 0, (2, 3), 16), width=16, depth=1, heads=2).double()
-    tokens = torch.randint(0, 5, (8, 2, 2, 3)).chunk(shares)[share]
-    losses = parallel(Loss(model), torch.device("cpu"))
-    sum(losses(tokens)).backward()
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
+    sum(model.loss(torch.randint(0, 5, (8, 2, 2, 3)).chunk(processes())[rank()])).backward()
+    average_gradients(model)
+    return [parameter.grad for parameter in model.parameters()]
 
 
-def cluster(share, shares):
-    """CVQ's codes and usage after a pass over a share of 32 features."""
+def codes_and_order():
+    """CVQ's usage of codes after a pass over a share of 32 features, the images of three steps, and CVQ's codes."""
     torch.manual_seed(0)
-    quantizer, codebook = ClusteredQuantizer(6), torch.nn.Parameter(torch.randn(6, 3))
-    z = torch.randn(2, 3, 4, 4).chunk(shares)[share]
-    torch.manual_seed(share)
-    quantizer(z, codebook)
-    return codebook.detach(), quantizer.usage
+    quantizer, codebook, z = ClusteredQuantizer(6), torch.nn.Parameter(torch.randn(6, 3)), torch.randn(2, 3, 4, 4)
+    torch.manual_seed(rank())
+    quantizer(z.chunk(processes())[rank()], codebook)
+    keys = torch.tensor(list(train_batches(10, 4 // processes(), 3, 6, seed=0))).transpose(0, 1)  # (images, steps, 2)
+    return [quantizer.usage, all_gather(keys), codebook.detach()][: 1 + processes()]  # in two, the codes of the first
 
 
-def evaluation(prior):
+def evaluation():
     """Scores, indices and features of seven images, of all processes together."""
-    torch.manual_seed(0)
-    model = Trainer(resolve(TINY), prior, torch.device("cpu")).model.eval()
+    run, trainer = Run.__new__(Run), Trainer(tiny(), small_prior().tensors(), CPU)
+    run.config, run.device, run.model = trainer.config, CPU, trainer.model.eval()
     images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
-    dataset = [{"image": image, "index": index, "label": 0} for index, image in enumerate(images)]
-    inception = lambda x: x.float().mean(dim=(2, 3))  # any features
-    scores, indices, features = reconstruct(model, dataset, torch.device("cpu"), 2, torch.zeros(3, 32, 32), inception)
-    return {name: torch.tensor(value) for name, value in {**scores, "indices": indices, "features": features}.items()}
+    any_features = lambda x: x.float().mean(dim=(2, 3))
+    scores, *more = reconstruct(run, [{"image": image} for image in images], torch.zeros(3, 32, 32), any_features)
+    return list(map(torch.tensor, (*scores.values(), *more)))
 
 
-def work(share, shares, folder, prior):
-    """What each of two processes does; the first saves it."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=share, world_size=shares)
-    found = {choice: gradients(choice, prior, share, shares) for choice in CHOICES}
-    found["second stage"], found["cluster"] = second_stage(share, shares), cluster(share, shares)
-    found["evaluation"] = evaluation(prior)
-    found["keys"] = list(TrainBatches(10, 2, 3, 6, seed=0))
-    torch.save(found, Path(folder) / f"{share}.pt")
-    torch.distributed.destroy_process_group()
+def in_two(function):
+    """Call a function in two processes that are told what torchrun tells them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:  # a port
+        place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
+
+    def process(share):
+        torch.set_num_threads(1)
+        torch.cuda.is_available = lambda: False  # gloo
+        os.environ.update(place, RANK=str(share), LOCAL_RANK=str(share))
+        launch(function)
+
+    start_processes(process, nprocs=2, start_method="fork")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(work, (2, str(folder), portable(small_prior())), nprocs=2)
-    return [torch.load(folder / f"{share}.pt", weights_only=True) for share in range(2)]
+    folder, shared = tmp_path_factory.mktemp("two"), (second_stage, codes_and_order, evaluation)
+    found = lambda: {"steps": list(map(gradients, METHODS)), **{shares.__name__: shares() for shares in shared}}
+    in_two(lambda: torch.save(found(), folder / f"{rank()}.pt"))
+    return [torch.load(folder / f"{share}.pt") for share in range(2)]
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_two_processes_have_the_gradients_of_one(found, prior, choice):
-    expected, metrics, codes_used = gradients(choice, portable(prior), 0, 1)
-    for process in found:
-        grads, _, used = process[choice]
-        assert grads.keys() == expected.keys() and used == codes_used
-        worst = max((grads[name] - value).norm() / value.norm().clamp_min(1e-12) for name, value in expected.items())
-        assert worst < 1e-8, (choice, worst)
-    mean = {name: sum(process[choice][1][name] for process in found) / 2 for name in metrics}
-    assert all(math.isclose(mean[name], value, rel_tol=1e-6) for name, value in metrics.items())  # logits are float32
+@pytest.mark.parametrize("choice", range(len(METHODS)))
+def test_two_processes_have_the_gradients_of_one(found, choice):
+    expected, metrics, usage = gradients(METHODS[choice])
+    steps = [process["steps"][choice] for process in found]
+    for theirs, _, used in steps:
+        apart = [((theirs[name] - value).norm(), value.norm()) for name, value in expected.items()]
+        assert used == usage and all(difference <= 1e-8 * norm + 1e-16 for difference, norm in apart)
+    for name, value in metrics.items():  # with float32 logits
+        assert sum(step[1][name] for step in steps).item() / 2 == pytest.approx(value.item(), rel=1e-6), name
 
 
-def test_two_processes_share_a_second_stage(found):
-    for process in found:
-        for name, value in second_stage(0, 1).items():
-            assert torch.allclose(process["second stage"][name], value, rtol=1e-8, atol=1e-12), name
+@pytest.mark.parametrize("function, precision", [(second_stage, 1e-8), (codes_and_order, 1e-6), (evaluation, 1e-4)])
+def test_two_processes_share_the_work(found, function, precision):
+    first, second = (process[function.__name__] for process in found)
+    assert all(map(torch.equal, first, second))
+    for value, expected in zip(first, function()):
+        torch.testing.assert_close(value, expected, rtol=precision, atol=1e-12)
 
 
-def test_two_processes_keep_the_same_codes(found):
-    (codes, usage), (others, other_usage) = (process["cluster"] for process in found)
-    assert torch.equal(codes, others) and torch.equal(usage, other_usage)
-    assert torch.allclose(usage, cluster(0, 1)[1])  # each code's share of the whole batch
-
-
-def test_two_processes_take_the_batches_of_one(found):
-    together = [first + second for first, second in zip(*(process["keys"] for process in found))]
-    assert together == list(TrainBatches(10, 4, 3, 6, seed=0))
-
-
-def test_two_processes_evaluate_each_image_once(found):
-    expected = evaluation(portable(small_prior()))
-    for process in found:
-        for name, value in expected.items():
-            assert process["evaluation"][name].shape == value.shape and torch.allclose(process["evaluation"][name], value, rtol=1e-4), name
-
-
-def test_torchrun_trains_and_resumes(tmp_path):
-    flags = "--preset tiny --steps 4 --eval-every 2 --log-every 1 --eval-images 4 --batch-size 2 --gan-start 2 --resolution 32".split()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(ROOT / "train.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = lambda *more: subprocess.run([*command, "--out", "run", *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    done = run(*flags)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done: run/last.pt") == 1 and "step 4/4" in done.stderr  # one of them speaks
-    alone = subprocess.run(
-        [sys.executable, command[-1], "--out", "run", "--resume", "--steps", "6"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert alone.returncode == 2 and "was trained by 2 processes" in alone.stderr
-    done = run(*flags)
-    assert done.returncode != 0 and done.stderr.count("run 'run' exists already") == 1 and "Traceback (most" not in done.stdout
-    done = run("--resume", "--steps", "6")
-    assert done.returncode == 0 and "resumed at step 4" in done.stdout, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+def test_torchrun_trains_and_resumes(capfd):
+    in_two(lambda: run_tiny("run", steps=4))
+    assert list(map(str.count, capfd.readouterr(), ("done: ", "step 4/4 validation"))) == [1, 1]  # one of them speaks
+    with pytest.raises(UserError, match="was trained by 2 processes"):
+        run_tiny("run", "--resume", steps=6)
+    with pytest.raises(ProcessExitedException, match="exit code 2"):
+        in_two(lambda: run_tiny("run", steps=6))
+    assert capfd.readouterr().err.count("error: run 'run' exists") == 1
+    in_two(lambda: run_tiny("run", "--resume", steps=6))
+    assert "resumed at step 4" in capfd.readouterr().out
+    assert [line["step"] for line in lines_of("run")] == [1, 2, 3, 4, 5, 6]

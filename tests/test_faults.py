@@ -1,37 +1,41 @@
-"""Nothing lost, nothing silent: killed processes, damaged files, bad numbers and bad input.
-
-pytest -m slow        the long form: twenty kills instead of three
-"""
+"""Nothing lost, nothing silent: killed processes, damaged files, bad numbers, bad input. -m slow: many more kills."""
 
 import json
+import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
+import select
 import shutil
 import signal
-import subprocess
 import sys
 import time
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import evaluate as evaluate_module
+import evaluate
 import prior as prior_module
-import synthesize as synthesize_module
-import train as train_module
-from conftest import ROOT, run_training, small_prior
-from prior import Prior, UserError, WordNetSpeech
-from test_train import TINY, lines_of
-from train import Trainer, fitting, load_checkpoint, load_run, noted_signals, read_image, resolve
+import synthesize
+import train
+from conftest import small_prior
+from prior import Prior, UserError, read_tensors
+from train import Run, Trainer, load_checkpoint, read_image
 
-FLAGS = [f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in TINY.items()]
-MARKED = pytest.mark.slow
+LONG = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGKILL)]
+STAGE = "train --steps=100 --batch-size=4 --width=16 --depth=1 --heads=2 --log-every=1 --eval-every=25".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def as_a_process():
+    """On one thread, so that all processes take sums in the same order; afterwards Ctrl-C is pytest's again."""
+    threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads), signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture(scope="module")
@@ -39,57 +43,66 @@ def photographs(tmp_path_factory):
     """A folder of 24 small pictures with label maps beside it, and a prior."""
     folder, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
     for split, count in (("train", 16), ("val", 8)):
-        for index in range(count):
-            for kind, shape in (("images", (6, 6, 3)), ("maps", (6, 6))):
-                path = folder / kind / split / f"{index}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(rng.integers(0, 256 if kind == "images" else 4, shape, np.uint8)).resize((48, 40), 0).save(path)
+        for kind, shape, most in (("images", (6, 6, 3), 256), ("maps", (6, 6), 4)):
+            (folder / kind / split).mkdir(parents=True)
+            for index in range(count):
+                image = Image.fromarray(rng.integers(0, most, shape, np.uint8)).resize((48, 40), 0)
+                image.save(folder / kind / split / f"{index}.png")
     small_prior().save(folder / "prior.npz")
     return folder
 
 
-def flags_for(photographs, out, *more):
-    """Flags of train.py for the photographs."""
-    data = [
-        "--dataset=folder",
-        f"--data={photographs / 'images'}",
-        f"--prior={photographs / 'prior.npz'}",
-        "--preset=tiny",
-        "--discriminator-layers=1",
-    ]
-    return [*FLAGS, *data, f"--out={out}", "--steps=60", *more]
+def flags(photographs, out, *more, **choices):
+    """Flags of train.py for the photographs and a small network; a choice that is None is left out."""
+    small = dict(resolution=32, channels=8, multipliers="1,2", blocks=1, z_channels=8, code_dim=8, transfer_width=16)
+    often = dict(steps=24, batch_size=4, lr=2e-3, schedule="constant", log_every=1, eval_every=4, eval_images=4)
+    data = dict(dataset="folder", data=photographs / "images", prior=photographs / "prior.npz", preset="tiny")
+    choices = {**small, **often, **data, "gan_start": 3, "discriminator_layers": 1, "out": out, **choices}
+    return [*(f"--{name.replace('_', '-')}={x}" for name, x in choices.items() if x is not None), *more]
 
 
-def begin(photographs, out, *more, **options):
-    """A process of train.py on the photographs, as a user starts it."""
-    return launch("train.py", *flags_for(photographs, out, *more), **options)
+@pytest.fixture(scope="module")
+def whole(photographs, tmp_path_factory):
+    """A run that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train.main(flags(photographs, out))
+    return out
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the processes here have: sums must be taken in the same order."""
-    count = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(count)
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
-def launch(*arguments, **options):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    return subprocess.Popen([sys.executable, str(ROOT / arguments[0]), *arguments[1:]], env=environment, **pipes, **options)
+def begin(folder, main, arguments):
+    """A process of a script, in a group of its own as a shell's; what it prints goes to a file."""
+    log, (ended, alive) = folder / "log", os.pipe()
+
+    def process():
+        os.setsid()
+        sys.stdout = sys.stderr = open(log, "w", buffering=1)
+        prior_module.command(lambda: main(arguments))
+
+    begun = multiprocessing.get_context("fork").Process(target=process)
+    begun.start()
+    begun.log, begun.ended = log, ended
+    os.close(alive)  # `ended` can be read when no process has this any more
+    return begun
 
 
 def finish(process, code=0):
-    """stderr of a process that must end with a status, and without a traceback."""
-    out, error = process.communicate(timeout=240)
-    assert process.returncode == code and "Traceback" not in error, (process.returncode, out, error)
-    return error
+    """What a process printed that must end with a status, without a traceback, and its own processes with it."""
+    process.join(100)
+    text = process.log.read_text()
+    assert process.exitcode == code and "Traceback" not in text, text
+    assert select.select([process.ended], [], [], 10)[0], "a process of it goes on"
+    return text
 
 
-def wait_for(path, process, lines=1):
+def wait_for(process, path, lines=1):
     """Wait until a file has so many lines, or the process is over."""
-    while process.poll() is None and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
+    while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n") >= lines):
         time.sleep(0.005)
 
 
@@ -99,7 +112,17 @@ def equal(a, b):
         return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else np.array_equal(a, b)
+
+
+def lines_of(run):
+    """metrics.jsonl, without what a clock measured."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name != "images/s"} for line in lines]
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_same_run(first, second):
@@ -107,522 +130,341 @@ def assert_same_run(first, second):
     for name in ("last.pt", "best.pt"):
         states = [load_checkpoint(run / name) for run in (first, second)]
         for state in states:
-            state["config"].pop("out", None), state["config"].pop("workers", None), state.pop("tokenizer", None)
+            state["config"] = {key: x for key, x in state["config"].items() if key not in ("out", "workers")}
         assert equal(*states)
-    assert lines_of(first) == lines_of(second)
-    assert not [path for path in second.iterdir() if path.name.startswith(".")]
+    assert lines_of(first) == lines_of(second) and files_of(first).keys() == files_of(second).keys()
 
 
-@pytest.fixture(scope="module")
-def whole(photographs, tmp_path_factory):
-    """A run that nothing interrupted, and a second stage of it."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    train_module.main(flags_for(photographs, out))
-    return out
-
-
-# ---------------------------------------------------------------------------------------------
-# Kill and resume
-
-
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=MARKED)])
-def test_a_run_killed_again_and_again_is_the_uninterrupted_one(whole, photographs, tmp_path, kills):
-    out, rng, killed = tmp_path / "run", random.Random(kills), 0
-    again = lambda: ["--resume"] if (out / "last.pt").exists() else ["--overwrite"] * out.exists()
-    while killed < kills:
-        process, log = begin(photographs, out, *again()), out / "metrics.jsonl"
-        if killed % 4:  # most in the middle of training, the others whenever
-            wait_for(log, process, 1 + (log.read_bytes().count(b"\n") if log.exists() else 0))
-            time.sleep(rng.uniform(0, 0.3))
-        else:
-            time.sleep(rng.uniform(1, 6))
-        process.kill()
-        process.communicate()
-        for name in ("last.pt", "best.pt"):
-            if (out / name).exists():
-                assert torch.isfinite(load_checkpoint(out / name)["model"]["encoder.layers.0.weight"]).all()
-        if process.returncode == 0:  # it was faster
-            assert_same_run(whole, out)
-            shutil.rmtree(out)
-        else:
-            killed += 1
-    if not (out / "last.pt").exists() or load_checkpoint(out / "last.pt")["step"] < 60:
-        train_module.main(flags_for(photographs, out, *again()))
-    assert_same_run(whole, out)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=MARKED)])
-def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(whole, photographs, tmp_path, number):
-    out = tmp_path / "run"
-    process = begin(photographs, out, "--workers=1")
-    wait_for(out / "metrics.jsonl", process, 6)
-    os.killpg(process.pid, number)  # as a terminal does: the loader's worker is signalled too
-    error = finish(process, 128 + number)
-    step = load_checkpoint(out / "last.pt")["step"]
-    assert f"stopped by {signal.Signals(number).name} after step {step}, which is saved" in error and 5 <= step < 60
-    train_module.main(flags_for(photographs, out, "--resume"))
-    assert_same_run(whole, out)
-
-
-def test_a_second_signal_ends_at_once():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
-    with noted_signals() as noted:
-        signal.raise_signal(signal.SIGINT)
-        assert noted == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, *[pytest.param(signal.SIGKILL, marks=MARKED)] * 4])
-def test_a_second_stage_that_is_stopped_goes_on_as_if_it_was_not(whole, tmp_path, number):
-    flags = "train --steps=40 --batch-size=4 --width=16 --depth=1 --heads=2 --log-every=1 --eval-every=10 --dropout=0.1".split()
-    folder = whole / "synthesis" / "gpt-none"
-    synthesize_module.main([str(whole), *flags, "--overwrite"])
-    folder.rename(tmp_path / "whole")
-    process = launch("synthesize.py", str(whole), *flags)
-    wait_for(folder / "metrics.jsonl", process, 3)
-    time.sleep(random.uniform(0, 0.2))
-    process.send_signal(number)
-    process.communicate()
-    assert process.returncode in (128 + number, -number)
-    synthesize_module.main([str(whole), *flags, "--resume"])
-    assert_same_run(tmp_path / "whole", folder)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=MARKED), pytest.param(signal.SIGKILL, marks=MARKED)])
-def test_a_prior_that_is_cut_leaves_nothing_and_is_made_anew(speech, tmp_path, number):
-    words = [("red", "small", "long", "bright"), ("wing", "tail", "beak", "head", "breast")]
-    captions = [f"a {a} bird with a {b} {n} and a {a} {m}" for a in words[0] for b in words[0] for n in words[1] for m in words[1]]
-    (tmp_path / "corpus.txt").write_text("\n".join(captions * 120))
-    out = tmp_path / "prior.npz"
-    arguments = ("prior.py", str(tmp_path / "corpus.txt"), "--embeddings=random", "--workers=2", f"--out={out}")
-    process = launch(*arguments)
-    time.sleep(3)  # of about seven
-    os.killpg(process.pid, number)
-    _, error = process.communicate()
-    assert process.returncode in (128 + number, -number) and "Traceback" not in error
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.txt"]
-    if number == signal.SIGKILL:
-        finish(launch(*arguments))
-        finish(launch(*arguments[:-1], f"--out={tmp_path / 'again.npz'}"))
-        assert out.read_bytes() == (tmp_path / "again.npz").read_bytes()
-
-
-# ---------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def test_a_changed_byte_is_found_or_changes_nothing(whole, tmp_path):
-    data, rng, found = (whole / "last.pt").read_bytes(), random.Random(0), 0
-    state = load_checkpoint(whole / "last.pt")
-    for _ in range(60):
-        damaged, place = bytearray(data), rng.randrange(len(data))
-        damaged[place] ^= 1 << rng.randrange(8)
-        (tmp_path / "last.pt").write_bytes(damaged)
-        try:
-            assert equal(load_checkpoint(tmp_path / "last.pt"), state)  # it lay between the records
-        except UserError as error:
-            assert "\n" not in str(error) and "last.pt" in str(error)
-            found += 1
-    assert found > 40
-
-
-class Hostile:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
-def test_other_checkpoints_are_refused_in_a_line(whole, tmp_path, capsys):
-    state = load_checkpoint(whole / "last.pt")
-
-    def kept(**changed):
-        (tmp_path / "run").mkdir(exist_ok=True)
-        torch.save({**state, **changed}, tmp_path / "run" / "last.pt")
-        return tmp_path / "run"
-
-    with pytest.raises(UserError, match="is of checkpoint version 0, this code reads 1"):
-        load_run(kept(version=0), "cpu")
-    for changed in ({"channels": 16}, {"method": "vqgan", "codes": "uniform", "codebooks": 1}, {"colour": "red"}):
-        with pytest.raises(UserError, match="last.pt' holds other than its configuration says: "):
-            load_run(kept(config={**state["config"], **changed}), "cpu")
-    with pytest.raises(UserError, match="holds other than its configuration says"):
-        load_run(kept(prior=None), "cpu")
-    with pytest.raises(UserError, match="cannot be read as a checkpoint"):
-        load_run(kept(model=Hostile(tmp_path / "it_ran")), "cpu")
-    assert not (tmp_path / "it_ran").exists()
-    assert load_run(kept(), "cpu")[3] == 60
-
-
-def test_a_checkpoint_decodes_alone(whole, tmp_path):
-    """On another machine, with no other file: the codes, their words and the network are in it."""
-    (tmp_path / "last.pt").write_bytes((whole / "last.pt").read_bytes())
-    (model, _, prior, _), (here, *_) = load_run(tmp_path, "cpu"), load_run(whole, "cpu")
-    x = torch.rand(2, 3, 32, 32) * 2 - 1
-    with torch.no_grad():
-        assert torch.equal(model.decode(model.encode(x)), here(x).x_hat) and prior["noun_words"] == list("ABCDEFGHI")
-
-
-def test_a_full_disk_is_a_line_and_keeps_the_last_checkpoint(photographs, whole, tmp_path):
-    """A limit on the size of files that the first checkpoint, before the optimizers have state, just meets."""
-    last = load_checkpoint(whole / "last.pt")
-    torch.save({**last, "generator_optimizer": {}, "discriminator_optimizer": {}}, tmp_path / "small.pt")
-    limit = (tmp_path / "small.pt").stat().st_size + 60_000
-    assert limit < (whole / "last.pt").stat().st_size
-    out = tmp_path / "run"
-    error = finish(begin(photographs, out, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))), 2)
-    assert error.splitlines()[-1].startswith("error: ") and "File too large" in error
-    assert load_checkpoint(out / "last.pt")["step"] == 0 and not [path for path in out.iterdir() if path.name.startswith(".")]
-    train_module.main(flags_for(photographs, out, "--resume"))
-    assert_same_run(whole, out)
-
-
-def test_a_full_disk_keeps_the_run_that_was_to_be_replaced(photographs, whole, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(whole, out, ignore=shutil.ignore_patterns("synthesis"))
-    before = {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000))
-    assert "File too large" in finish(begin(photographs, out, "--overwrite", preexec_fn=limit), 2)
-    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before and list(tmp_path.iterdir()) == [out]
-
-
-def test_weights_that_are_not_finite_are_not_saved(photographs, tmp_path):
-    out = run_training(choices(photographs, tmp_path / "run", method="vqgan", steps=1))
-    before, state = (out / "last.pt").read_bytes(), load_checkpoint(out / "last.pt")
-    trainer = Trainer(train_module.Config(**state["config"]), None, torch.device("cpu"))
-    trainer.model.decoder.to_image.bias.data[0] = float("nan")
-    with pytest.raises(UserError, match="decoder.to_image.bias is not finite after step 0, so '.*last.pt' is kept as it was"):
-        train_module.save_checkpoint(out / "last.pt", trainer)
-    assert (out / "last.pt").read_bytes() == before
-
-
-def test_damaged_metrics_and_strange_files_do_not_stop_a_resumed_run(whole, photographs, tmp_path):
-    out = tmp_path / "run"
-    train_module.main(flags_for(photographs, out, "--steps=8"))
-    with open(out / "metrics.jsonl", "ab") as file:
-        file.write(b'\xff\xfe\n5\n{}\n{"step": 9, "lo')
-    (out / ".my-notes").write_text("mine")
-    (out / ".last-abcd_123.pt").write_text("half of a checkpoint")
-    train_module.main(flags_for(photographs, out, "--resume"))
-    assert (out / ".my-notes").exists() and not (out / ".last-abcd_123.pt").exists()
-    (out / ".my-notes").unlink()
-    assert len(lines_of(out)) == 60
-
-
-def test_a_changed_byte_of_a_prior_is_a_line_or_changes_nothing(prior, tmp_path):
-    prior.save(tmp_path / "prior.npz")
-    data, rng, found = (tmp_path / "prior.npz").read_bytes(), random.Random(0), 0
-    for _ in range(300):
-        damaged = bytearray(data)
-        damaged[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        (tmp_path / "damaged.npz").write_bytes(damaged)
-        try:
-            read = Prior.load(tmp_path / "damaged.npz")
-            assert (read.edges == prior.edges).all() and (read.noun_vectors == prior.noun_vectors).all()
-        except UserError as error:
-            assert "\n" not in str(error)
-            found += 1
-    assert found > 100
-    with pytest.raises(UserError, match="is a device; name a file"), prior_module.whole_file("/dev/null"):
-        pass
-
-
-# ---------------------------------------------------------------------------------------------
-# Numbers
-
-
-def choices(photographs, out, **more):
-    data = dict(dataset="folder", data=str(photographs / "images"), prior=str(photographs / "prior.npz"), preset="tiny")
-    return resolve({**TINY, **data, "out": str(out), "steps": 6, **more})
-
-
-def test_the_step_and_the_term_that_broke_are_named(photographs, tmp_path, monkeypatch):
-    written = Trainer.reconstruction_loss
-
-    def broken(self, x_hat, x):
-        loss, terms = written(self, x_hat, x)
-        return loss, {**terms, "pixel": terms["pixel"] + (math_inf if self.step == 3 else 0)}
-
-    math_inf = float("inf")
-    monkeypatch.setattr(Trainer, "reconstruction_loss", broken)
-    with pytest.raises(UserError, match="pixel is not finite at step 4; the last good checkpoint is '.*last.pt'; try a smaller --lr"):
-        run_training(choices(photographs, tmp_path / "run", log_every=5))
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] in (0, 4)
-
-
-def test_a_gradient_that_is_not_finite_is_found_behind_finite_losses(photographs, tmp_path, monkeypatch):
-    written = train_module.Trainer.__init__
-
-    def hooked(self, *arguments):
-        written(self, *arguments)
-        weight = self.model.encoder.layers[0].weight
-        weight.register_hook(lambda gradient: gradient * (float("nan") if self.step == 2 else 1))
-
-    monkeypatch.setattr(train_module.Trainer, "__init__", hooked)
-    with pytest.raises(UserError, match="^gradient is not finite at step 3"):
-        run_training(choices(photographs, tmp_path / "run", eval_every=3, log_every=100))
-    state = load_checkpoint(tmp_path / "run" / "last.pt")  # not overwritten by what broke
-    assert state["step"] == 0 and all(torch.isfinite(value).all() for value in state["model"].values() if value.is_floating_point())
-
-
-def one_of_each(prior, adjectives, nouns, edges):
-    chosen = prior.edges[(prior.edges[:, 0] < adjectives) & (prior.edges[:, 1] < nouns)][:edges]
-    return Prior(
-        prior.adjective_words[:adjectives],
-        prior.adjective_vectors[:adjectives],
-        prior.noun_words[:nouns],
-        prior.noun_vectors[:nouns],
-        chosen.reshape(-1, 2),
-        np.ones(len(chosen), np.int64),
-        prior.provenance,
-    )
-
-
-@pytest.mark.parametrize("method", ["vqct", "vqgan", "gumbel", "cvq", "regvq"])
-@pytest.mark.parametrize("edge", ["constant images", "one image, batch 1", "one adjective", "no edges", "one code"])
-def test_losses_stay_finite_at_the_edges(photographs, prior, tmp_path, method, edge):
-    if edge in ("one adjective", "no edges") and method != "vqct":
-        pytest.skip("has no prior")
-    data = tmp_path / "images"
-    more = {"data": str(data), "gan_start": 0, "log_every": 1, "eval_every": 3, "steps": 3}
-    count = 1 if edge.startswith("one image") else 4
-    for split in ("train", "val"):
-        (data / split).mkdir(parents=True)
-        for index in range(count):
-            pixels = (
-                np.full((40, 40, 3), 128, np.uint8)
-                if edge == "constant images"
-                else np.random.default_rng(index).integers(0, 256, (40, 40, 3), np.uint8)
-            )
-            Image.fromarray(pixels).save(data / split / f"{index}.png")
-    if count == 1:
-        more["batch_size"] = 1
-    if edge in ("one adjective", "no edges", "one code"):
-        smaller = {"one adjective": (1, 9, 99), "no edges": (7, 9, 0), "one code": (1, 1, 1)}[edge]
-        one_of_each(prior, *smaller).save(tmp_path / "prior.npz")
-        more["prior"] = str(tmp_path / "prior.npz")
-    if edge == "one code" and method != "vqct":
-        more["codebook_size"] = 1
-    out = run_training(choices(photographs, tmp_path / "run", method=method, **more))
-    lines = lines_of(out)
-    assert len(lines) == 3 and all(np.isfinite(value).all() for line in lines for value in line.values())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_seed_repeats_a_run_of_files(photographs, tmp_path, workers):
-    first = run_training(choices(photographs, tmp_path / "a", workers=workers))
-    second = run_training(choices(photographs, tmp_path / "b", deterministic=True))
-    assert lines_of(first) == lines_of(second) and lines_of(first, "validation_psnr") == lines_of(second, "validation_psnr")
-    torch.use_deterministic_algorithms(False)
-
-
-# ---------------------------------------------------------------------------------------------
-# Bad input, and beside it the nearest good one
-
-
-def said(call, capsys, arguments):
-    """What a script prints on stderr for arguments that it must refuse."""
+def said(main, capsys, arguments):
+    """The one line that a script prints on stderr for arguments that it must refuse."""
     with pytest.raises(SystemExit) as ended:
-        prior_module.command(lambda: call(arguments))
-    error = capsys.readouterr().err.strip()
-    assert ended.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
+        prior_module.command(lambda: main(arguments))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
     return error
 
 
-BAD_FLAGS = [
-    ("--method=vqtc", "unknown method 'vqtc'; methods are vqct", "did you mean 'vqct'?"),
-    ("--dataset=coc", "invalid choice: 'coc'", "did you mean 'coco'?"),
-    ("--metod=vqct", "unrecognized arguments: --metod=vqct", "did you mean '--method'?"),
-    ("--transfer=gnc", "invalid choice: 'gnc'", "did you mean 'gcn'?"),
-    ("--steps=many", "--steps: invalid int value: 'many'", ""),
-    ("--multipliers=1,x", "'1,x' is not a list of whole numbers", ""),
-    ("--resolution=33", "resolution 33 is not a multiple of 2", ""),
-    ("--batch-size=17", "--batch-size 17 is more than the 16 training images", ""),
-    ("--prior=absent.npz", "--prior 'absent.npz' does not exist", ""),
-    ("--device=tpu", "--device tpu is not a device", ""),
-    ("--lr=inf", "--lr inf must be a finite number", ""),
-    ("--beta=nan", "--beta nan must be a finite number", ""),
-    ("--channels=0", "--channels 0 must be at least 1", ""),
-    ("--multipliers=1,0", "--multipliers (1, 0) must be whole numbers from 1 on", ""),
-    ("--seed=99999999999999999999", "must lie in [0, 2^62)", ""),
-    ("--codebook-size=99999999999999", "must be at most 2^24", ""),
-]
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_again_and_again_is_the_uninterrupted_one(whole, photographs, tmp_path, kills):
+    out, rng, killed = tmp_path / "run", random.Random(kills), 0
+    again = lambda: flags(photographs, out, *["--resume"] * (out / "last.pt").exists())
+    while killed < kills:
+        process, log = begin(tmp_path, train.main, again()), out / "metrics.jsonl"
+        if killed % 4:  # most in the middle of training, the others whenever
+            wait_for(process, log, 1 + (log.read_bytes().count(b"\n") if log.exists() else 0))
+        time.sleep(rng.uniform(0, 0.3 if killed % 4 else 1))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == 0:  # it was faster
+            assert_same_run(whole, out)
+            shutil.rmtree(out)
+    if not (out / "last.pt").exists() or load_checkpoint(out / "last.pt")["step"] < 24:
+        train.main(again())
+    assert_same_run(whole, out)
 
 
-@pytest.mark.parametrize("flag, message, hint", BAD_FLAGS)
-def test_a_bad_flag_is_one_line(photographs, tmp_path, capsys, flag, message, hint):
-    error = said(train_module.main, capsys, flags_for(photographs, tmp_path / "run", flag))
-    assert message in error and hint in error and len(error.splitlines()) == 1
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize("number", [signal.SIGINT, *LONG])
+@pytest.mark.parametrize("stage", ["first", "second"])
+def test_a_stage_that_is_stopped_goes_on_as_if_it_was_not(whole, run, photographs, tmp_path, stage, number):
+    folder, main, reference = tmp_path / "again", train.main, whole
+    arguments = flags(photographs, folder, workers=1)
+    if stage == "second":
+        folder, main, arguments = run / "synthesis" / "gpt-none", synthesize.main, [str(run), *STAGE]
+        main(arguments)
+        reference = folder.rename(tmp_path / "whole")
+    process = begin(tmp_path, main, arguments)
+    wait_for(process, folder / "metrics.jsonl", 6)
+    os.killpg(process.pid, number)  # as a terminal does
+    text = finish(process, -number if number == signal.SIGKILL else 128 + number)
+    step = load_checkpoint(folder / "last.pt")["step"]
+    if number != signal.SIGKILL:
+        assert f"stopped by {signal.Signals(number).name} after step {step}, saved" in text and step >= 5
+    main([*arguments, "--resume"])
+    assert_same_run(reference, folder)
 
 
-def test_the_nearest_good_flags_succeed(photographs, tmp_path):
-    near = ["--method=vqct", "--transfer=gcn", "--steps=1", "--multipliers=1,1,2", "--resolution=36", "--batch-size=16", "--device=cpu"]
-    train_module.main(flags_for(photographs, tmp_path / "run", *near))
-    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 1
+def test_a_second_signal_ends_a_run_at_once(photographs, tmp_path):
+    process = begin(tmp_path, train.main, flags(photographs, tmp_path / "run", accumulate=10**6, workers=1))
+    wait_for(process, process.log, 3)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):  # the first of either is noted
+        time.sleep(0.5)
+        assert process.is_alive()
+        os.kill(process.pid, number)
+    assert "stopped" not in finish(process, 130) and load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
 
 
-def test_folders_that_are_no_runs_are_left_alone(photographs, tmp_path, capsys):
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
-    torch.save({"weights": torch.ones(2)}, tmp_path / "thesis" / "last.pt")
-    good, where = flags_for(photographs, "absent"), f"--out={tmp_path / 'thesis'}"
-    assert "exists already" in said(train_module.main, capsys, [*good, where])
-    assert "is not a run of train.py" in said(train_module.main, capsys, [*good, where, "--overwrite"])
-    assert "is not a checkpoint of train.py" in said(train_module.main, capsys, [where, "--resume"])
-    assert "is not a checkpoint of train.py" in said(evaluate_module.main, capsys, [str(tmp_path / "thesis")])
-    assert "is not a checkpoint of train.py" in said(synthesize_module.main, capsys, [str(tmp_path / "thesis"), "train"])
-    (tmp_path / "file").write_text("a file")
-    assert "exists already" in said(train_module.main, capsys, [*good, f"--out={tmp_path / 'file'}"])
-    assert "'" in said(train_module.main, capsys, [*good, f"--out={tmp_path / 'file' / 'run'}"])
-    assert sorted(path.name for path in (tmp_path / "thesis").iterdir()) == ["chapter.txt", "last.pt"]
+@pytest.mark.parametrize("number", [signal.SIGINT, *LONG])
+@pytest.mark.parametrize("place", ["read", "write"])
+def test_a_prior_that_is_cut_is_made_anew_byte_for_byte(speech, tmp_path, monkeypatch, place, number):
+    """Cut while two processes tag captions, or in the middle of the file."""
+    corpus, out = tmp_path / "corpus.txt", tmp_path / "prior.npz"
+    corpus.write_text("a small red bird with a long red wing and a bright tail\nits long beak is red and small\n" * 6)
+    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda download: speech)
+    monkeypatch.setattr(prior_module, "CHUNK", 3)
+    arguments = f"{corpus} --embeddings=random --workers=2 --min-count=1 --out={out}".split()
 
+    def stuck(file, *_, **__):
+        if place == "write":
+            file.write(b"half of a prior")
+        print("stuck")
+        time.sleep(100)
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_no_permission_is_a_line(photographs, tmp_path, capsys):
-    (tmp_path / "closed").mkdir(mode=0o500)
-    assert "Permission denied" in said(train_module.main, capsys, flags_for(photographs, tmp_path / "closed" / "run"))
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("", "no captions|no adjective or noun|is empty"),
-        ("der rote Vogel sitzt auf dem Ast und singt\n" * 30, "no adjective is left of 30 captions: .* give a larger English corpus"),
-        ("it is what it is\n" * 30, "no adjective or noun|no adjective is left"),
-        ("a bird on a branch\n" * 30, "no adjective is left"),
-    ],
-)
-def test_a_corpus_without_words_is_a_line(speech, tmp_path, capsys, content, message):
-    (tmp_path / "corpus.txt").write_text(content)
-    out = tmp_path / "prior.npz"
-    arguments = [str(tmp_path / "corpus.txt"), "--embeddings=random", "--workers=1", f"--out={out}"]
-    error = said(prior_module.main, capsys, arguments)
-    assert re.search(message, error) and not out.exists()
-    (tmp_path / "corpus.txt").write_text("the red bird sits on a small branch\n" * 31)
+    with monkeypatch.context() as patch:
+        patch.setattr(*((np, "savez_compressed") if place == "write" else (prior_module, "count_captions")), stuck)
+        process = begin(tmp_path, prior_module.main, arguments)
+        wait_for(process, process.log)
+        os.killpg(process.pid, number)
+        finish(process, -number if number == signal.SIGKILL else 128 + number)
+    assert files_of(tmp_path).keys() == {"corpus.txt", "log", *["prior.npz.part"] * (place == "write")}
     prior_module.main(arguments)
-    assert len(Prior.load(out).noun_words) == 2
+    assert files_of(tmp_path).keys() == {"corpus.txt", "log", "prior.npz"}
+    prior_module.main([*arguments[:-1], f"--out={tmp_path / 'again.npz'}", "--workers=1"])
+    assert out.read_bytes() == (tmp_path / "again.npz").read_bytes()
 
 
-def test_a_tagger_from_a_pickle_is_not_loaded(tmp_path, monkeypatch):
-    import nltk
-
-    folder = tmp_path / "taggers" / "averaged_perceptron_tagger"
-    folder.mkdir(parents=True)
-    (folder / "averaged_perceptron_tagger.pickle").write_bytes(pickle.dumps(Hostile(tmp_path / "it_ran")))
-    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
-    with pytest.raises(UserError, match="nltk.downloader"):
-        WordNetSpeech()
-    assert not (tmp_path / "it_ran").exists()
-
-
-# ---------------------------------------------------------------------------------------------
-# Images
+def test_two_processes_do_not_work_in_one_folder(whole, photographs, tmp_path, capsys):
+    process, out = begin(tmp_path, train.main, flags(photographs, tmp_path / "run")), tmp_path / "run"
+    wait_for(process, out / "metrics.jsonl", 6)
+    os.kill(process.pid, signal.SIGSTOP)
+    for more, message in (("", "exists; go on"), ("--resume", "another process"), ("--overwrite", "another process")):
+        assert message in said(train.main, capsys, flags(photographs, out, *more.split()))
+    os.kill(process.pid, signal.SIGCONT)
+    finish(process)
+    assert_same_run(whole, out)
 
 
-def saved(path, image, **options):
-    image.save(path, **options)
-    return np.asarray(read_image(path))
+@pytest.mark.parametrize("name, read", [("last.pt", load_checkpoint), ("prior.npz", lambda x: vars(Prior.load(x)))])
+def test_a_changed_byte_is_found_or_changes_nothing(whole, tmp_path, name, read):
+    data, expected, rng, found = (whole / name).read_bytes(), read(whole / name), random.Random(0), 0
+    for _ in range(100):
+        damaged, place = bytearray(data), rng.randrange(len(data))
+        damaged[place] ^= 1 << rng.randrange(8)
+        (tmp_path / name).write_bytes(damaged)
+        try:
+            assert equal(read(tmp_path / name), expected)  # it lay between the records
+        except UserError as error:
+            assert "\n" not in str(error) and name in str(error)
+            found += 1
+    assert found > 30
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, read_tensors, Prior.load])
+def test_a_hostile_pickle_does_not_run(prior, tmp_path, monkeypatch, read):
+    monkeypatch.chdir(tmp_path)
+    hostile = type("Hostile", (), {"__reduce__": lambda self: (open, ("it_ran", "w"))})()
+    torch.save({"version": 2, "model": hostile}, "file.npz")
+    if read == Prior.load:
+        np.savez("file.npz", **{**vars(prior), "noun_words": np.array([hostile] * 9)})
+    with pytest.raises(UserError, match="file.npz"):
+        read("file.npz")
+    assert os.listdir() == ["file.npz"]
+
+
+@pytest.mark.parametrize("changed, message", [
+    ({}, None),
+    ({"version": 1}, "last.pt' is no checkpoint of this program, or damaged: it is of version 1, this code reads 2"),
+    ({"config": {"channels": 16}}, "last.pt' holds other than its configuration says: "),
+    ({"config": {"colour": "red"}}, "last.pt' holds other than its configuration says: "),
+    ({"prior": None}, "last.pt' holds other than its configuration says: "),
+])  # fmt: skip
+def test_other_checkpoints_are_refused_in_a_line(whole, tmp_path, capsys, changed, message):
+    state = load_checkpoint(whole / "last.pt")
+    torch.save({**state, **changed, "config": {**state["config"], **changed.get("config", {})}}, tmp_path / "last.pt")
+    if message:
+        assert message in said(lambda _: Run(tmp_path), capsys, ())
+    else:  # on another machine, with no other file: the codes, their words and the network are in it
+        there, here, x = Run(tmp_path), Run(whole), torch.rand(2, 3, 32, 32) * 2 - 1
+        with torch.no_grad():
+            assert torch.equal(there.model.decode(there.model.encode(x)), here.model(x).x_hat)
+        assert there.words == [list("abcdefg"), list("ABCDEFGHI")]
+
+
+def test_a_full_disk_is_a_line_and_keeps_the_last_checkpoint(whole, photographs, tmp_path):
+    """A limit on the size of files that the first checkpoint, before the optimizers have state, just meets."""
+    limit, out = int(0.9 * (whole / "last.pt").stat().st_size), tmp_path / "run"
+    limited = lambda arguments: (resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)), train.main(arguments))
+    error = finish(begin(tmp_path, limited, flags(photographs, out)), 2).splitlines()[-1]
+    assert re.match("error: '.*best.pt' cannot be written: .*File too large", error)
+    assert load_checkpoint(out / "last.pt")["step"] == 0 and not list(out.glob("*.part"))
+    (out / "last.pt.part").write_text("what a kill leaves")
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    train.main(flags(photographs, out, "--resume"))
+    assert_same_run(whole, out)
+
+
+@pytest.mark.parametrize("broken, at, log_every, step, kept", [
+    ("pixel", 3, 1, 3, 0), ("gradient", 3, 1, 3, 0), ("gradient", 6, 6, 6, 4), ("validation_psnr", 5, 99, 8, 4),
+    ("model", 7, 99, 7, 4),
+])  # fmt: skip
+def test_what_is_not_finite_is_not_saved(photographs, tmp_path, monkeypatch, broken, at, log_every, step, kept):
+    """A loss breaks; or a gradient and with it the weights, as a validation sees, or a signal that would save them."""
+    written = Trainer.reconstruction_loss
+
+    def loss(self, x_hat, x):
+        total, terms = written(self, x_hat, x)
+        if self.step == at - 1 and broken == "pixel":
+            terms["pixel"] = terms["pixel"] / 0
+        elif self.step == at - 1:
+            x_hat.register_hook(lambda gradient: gradient * float("nan"))
+            broken == "model" and signal.raise_signal(signal.SIGINT)
+        return total, terms
+
+    monkeypatch.setattr(Trainer, "reconstruction_loss", loss)
+    message = f"^{broken} is not finite (at|after) step {step}; '.*last.pt' is (as it was|kept); try a"
+    with pytest.raises(UserError, match=message):
+        train.main(flags(photographs, tmp_path / "run", log_every=log_every, gan_start=60))
+    state = load_checkpoint(tmp_path / "run" / "last.pt")
+    assert state["step"] == kept and all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("method, edge", [
+    *((m, e) for m in ("vqct", "vqgan", "gumbel", "cvq", "regvq") for e in ("constant", "one image", "one code")),
+    *(("vqct", edge) for edge in ("one adjective", "no edges", "strange shapes")),
+])  # fmt: skip
+def test_losses_stay_finite_at_the_edges(photographs, tmp_path, method, edge):
+    data, rng, count = tmp_path / "images", np.random.default_rng(0), 1 if edge == "one image" else 4
+    for split in ("train", "val"):
+        (data / split).mkdir(parents=True)
+        for index in range(count):
+            noise = Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8))
+            plain, strange = Image.new("RGB", (40, 40), "gray"), Image.new("L", (1 + 20_000 * (index % 2), 1))
+            {"constant": plain, "strange shapes": strange}.get(edge, noise).save(data / split / f"{index}.png")
+    sizes = {"one adjective": (1, 9, 9), "no edges": (7, 9, 0), "one code": (1, 1, 1)}.get(edge, (7, 9, 9))
+    words = [(np.array(list("ABCDEFGHI"[:n])), rng.standard_normal((n, 12), np.float32)) for n in sizes[:2]]
+    edges = np.argwhere(np.ones(sizes[:2]))[: sizes[2]]
+    Prior(*words[0], *words[1], edges, np.ones(len(edges), np.int64), {}).save(tmp_path / "prior.npz")
+    learned = dict(prior=None, transfer_width=None, codebook_size=1 if edge == "one code" else None)
+    of_method = dict(prior=tmp_path / "prior.npz") if method == "vqct" else learned
+    short = dict(data=data, batch_size=count, gan_start=0, eval_every=3, steps=3)
+    train.main(flags(photographs, tmp_path / "run", method=method, **short, **of_method))
+    lines = lines_of(tmp_path / "run")
+    assert len(lines) == 4 and all(np.isfinite(value).all() for line in lines for value in line.values())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_seed_repeats_a_run_and_overwriting_leaves_nothing_of_the_old(whole, run, photographs, workers):
+    for name in ("evaluation.json", "tokens-val.npz", "last.pt.part"):
+        (run / name).write_text("of the old run")
+    train.main(flags(photographs, run, "--overwrite", workers=workers))
+    assert_same_run(whole, run)
+
+
+@pytest.mark.parametrize("flag, message", [
+    ("--method=vqtc", "--method: invalid choice: 'vqtc' (choose from 'vqct', "), ("--metod=vqct", "ents: --metod=vqct"),
+    ("--steps=many", "--steps: invalid int value: 'many'"), ("--multipliers=1,x", "invalid tuple value: '1,x'"),
+    ("--multipliers=1,0", "1,0 does not lie between 1 and inf"), ("--channels=0", "0 does not lie between 1 and inf"),
+    ("--beta=nan", "nan does not lie between 0 and inf"), ("--lr=inf", "--lr: inf does not lie between 0 and "),
+    ("--seed=9999999999999999999", "--seed: 9999999999999999999 does not lie between 0 and 4611686018427387904"),
+    ("--codebook-size=99999999999999", "--codebook-size: 99999999999999 does not lie between 0 and 16777216"),
+    ("--codebook-size=9", "changes nothing with the other choices made"), ("--resolution=33", "is not a multiple of 2"),
+    ("--prior=absent.npz", "'absent.npz' is no prior: "), ("--device=tpu", "--device tpu: "),
+    ("--out=/dev/null", "name another --out"), ("--out=/dev/null/run", "Not a directory"),
+    ("--seed=4611686018427387904 --batch-size=17", None), ("--multipliers=1,1,2 --resolution=36 --device=cpu", None),
+])  # fmt: skip
+def test_a_bad_flag_is_one_line_that_leaves_nothing_and_a_good_one_is_not(photographs, tmp_path, capsys, flag, message):
+    arguments = flags(photographs, tmp_path / "run", *flag.split(), steps=1)
+    if message:
+        assert message in said(train.main, capsys, arguments) and not list(tmp_path.iterdir())
+    else:
+        train.main(arguments)
+
+
+@pytest.mark.parametrize("names, named", [("b.txt a.txt", "a.txt, b.txt"), (".notes", ".notes"), ("last.pt .x", ".x")])
+@pytest.mark.parametrize("is_run", [False, True])
+def test_a_folder_with_foreign_files_is_left_alone(whole, photographs, tmp_path, capsys, names, named, is_run):
+    out = tmp_path / "run"
+    shutil.copytree(whole, out) if is_run else out.mkdir()
+    for name in names.split():
+        (out / name).write_text("mine")
+    before = files_of(tmp_path)
+    said(train.main, capsys, flags(photographs, out))
+    assert f"holds {named}; " in said(train.main, capsys, flags(photographs, out, "--overwrite"))
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["last.pt", "chapter.txt"])
+@pytest.mark.parametrize("call", ["train --resume --out=thesis", "evaluate thesis", "synthesize thesis train"])
+def test_what_is_no_run_is_named(tmp_path, capsys, monkeypatch, call, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("thesis")
+    torch.save({"weights": torch.ones(2)}, f"thesis/{name}")
+    script, *more = call.split()
+    assert re.search("thesis(/last.pt)?' is no", said(globals()[script].main, capsys, more))
+    assert os.listdir("thesis") == [name]
 
 
 def test_images_of_every_kind_are_read_right(tmp_path):
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    gray = np.repeat(ramp[..., None], 3, 2)
-    assert (saved(tmp_path / "gray.png", Image.fromarray(ramp)) == gray).all()
-    assert (saved(tmp_path / "sixteen.png", Image.fromarray(ramp.astype(np.uint16) * 257)) == gray).all()
-    assert (saved(tmp_path / "sixteen.tif", Image.fromarray(ramp.astype(np.uint16) * 257)) == gray).all()
-    assert (saved(tmp_path / "palette.png", Image.fromarray(ramp).convert("P")) == gray).all()
-    assert (saved(tmp_path / "bits.png", Image.fromarray(ramp > 127)) == np.where(gray > 127, 255, 0)).all()
-    seen = np.dstack([gray, np.where(ramp < 128, 0, 255)]).astype(np.uint8)
-    assert (saved(tmp_path / "alpha.png", Image.fromarray(seen)) == np.where(gray < 128, 255, gray)).all()
-    assert (saved(tmp_path / "gray_alpha.png", Image.fromarray(seen[..., 2:])) == np.where(gray < 128, 255, gray)).all()
-    clear = Image.fromarray(ramp).convert("P")
-    assert (saved(tmp_path / "clear.png", clear, transparency=7) == np.where(gray == 7, 255, gray)).all()
-    red, blue = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
-    assert (saved(tmp_path / "moving.gif", red, save_all=True, append_images=[blue]) == (255, 0, 0)).all()
-    cyan = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
-    assert np.abs(saved(tmp_path / "cmyk.jpg", cyan, quality=100).astype(int) - (0, 255, 255)).max() <= 3
-    assert (saved(tmp_path / "dot.png", Image.new("RGB", (1, 1), "lime")) == (0, 255, 0)).all()
-    turned = Image.fromarray(gray)
-    exif = turned.getexif()
+    gray, seen = np.repeat(ramp[..., None], 3, 2), np.where(ramp < 128, 0, 255).astype(np.uint8)
+    picture, deep, turned = map(Image.fromarray, (ramp, ramp.astype(np.uint16) * 257, gray))
+    red, blue, cyan = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue"), (255, 0, 0, 0)
+    exif, on_white = turned.getexif(), np.where(gray < 128, 255, gray)
     exif[0x0112] = 6
-    assert (saved(tmp_path / "turned.png", turned, exif=exif) == np.rot90(gray, -1)).all()
+    for name, image, expected, options in (
+        ("gray.png", picture, gray, {}), ("deep.png", deep, gray, {}), ("deep.tif", deep, gray, {}),
+        ("palette.png", picture.convert("P"), gray, {}), ("bits.png", Image.fromarray(seen > 0), seen[..., None], {}),
+        ("clear.png", picture.convert("P"), np.where(gray == 7, 255, gray), {"transparency": 7}),
+        ("alpha.png", Image.fromarray(np.dstack([gray, seen])), on_white, {}),
+        ("gray_alpha.png", Image.fromarray(np.dstack([ramp, seen])), on_white, {}),
+        ("moving.gif", red, (255, 0, 0), {"save_all": True, "append_images": [blue]}),
+        ("cmyk.jpg", Image.new("CMYK", (16, 16), cyan), (0, 255, 255), {"quality": 100}),
+        ("turned.png", turned, np.rot90(gray, -1), {"exif": exif}),
+    ):  # fmt: skip
+        image.save(tmp_path / name, **options)
+        found = np.asarray(read_image(tmp_path / name, 16)).astype(int)
+        assert np.abs(found - expected).max() <= (3 if name == "cmyk.jpg" else 0), name
 
 
-def test_wide_and_tiny_images_train(photographs, prior, tmp_path):
-    data = tmp_path / "images"
-    for split in ("train", "val"):
-        (data / split).mkdir(parents=True)
-        Image.linear_gradient("L").resize((20_000, 8)).save(data / split / "wide.png")
-        Image.new("RGB", (1, 1), "red").save(data / split / "dot.png")
-    out = run_training(choices(photographs, tmp_path / "run", data=str(data), batch_size=2, steps=1, eval_every=1))
-    assert np.isfinite(lines_of(out, "validation_psnr")[0]["validation_psnr"])
+@pytest.mark.parametrize("content, message", [
+    (b"P5 9 9 255\n half", "truncated"), (b"P5 20000 20000 255\n", "bomb"), (b"Pf\n1 1\n-1.0\n0000", "floating-point"),
+    (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
+])  # fmt: skip
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_named(photographs, tmp_path, capsys, content, message, workers):
+    data, bad = shutil.copytree(photographs / "images", tmp_path / "images"), tmp_path / "images" / "train" / "bad.jpg"
+    bad.write_bytes(content)
+    error = said(train.main, capsys, flags(photographs, tmp_path / "run", data=data, batch_size=17, workers=workers))
+    assert f"image '{bad}' cannot be read: " in error and message in error
 
 
-def test_images_that_cannot_be_read_are_named(tmp_path, monkeypatch):
-    Image.effect_noise((64, 64), 50).save(tmp_path / "cut.jpg")
-    data = (tmp_path / "cut.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
-    (tmp_path / "text.png").write_text("not a picture")
-    Image.new("F", (4, 4)).save(tmp_path / "float.tif")
-    Image.new("L", (40, 40)).save(tmp_path / "bomb.png")
-    for name, message in (("cut.jpg", "truncated"), ("text.png", "cannot identify"), ("float.tif", "floating-point"), ("bomb.png", "bomb")):
-        if name == "bomb.png":
-            assert read_image(tmp_path / name).size == (40, 40)
-            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 700)  # Pillow's limit, and twice it is a bomb
-        with pytest.raises(UserError, match=f"{name}' cannot be read: .*{message}"):
-            read_image(tmp_path / name)
+@pytest.mark.parametrize("image, message", [
+    *((Image.new(mode, (48, 40)), "it is not one channel of whole numbers") for mode in ("F", "RGB")),
+    *((Image.fromarray(np.full((40, 48), label, np.uint16)), "more than a label map has") for label in (4096, 65_535)),
+])  # fmt: skip
+def test_label_maps_of_other_than_labels_are_a_line(photographs, run, tmp_path, capsys, image, message):
+    maps, stage = shutil.copytree(photographs / "maps", tmp_path / "maps"), [*STAGE, "--condition=segmentation"]
+    image.save(maps / "train" / "3.png", "TIFF")
+    assert message in said(synthesize.main, capsys, [str(run), *stage, f"--labels={maps}"])
+    assert not (run / "synthesis").exists()
+    synthesize.main([str(run), *stage, f"--labels={photographs / 'maps'}", "--steps=1"])
 
 
-def test_tokens_follow_the_images_they_were_made_of(photographs, tmp_path):
-    data = tmp_path / "images"
-    shutil.copytree(photographs / "images", data)
-    out = run_training(choices(photographs, tmp_path / "run", data=str(data), steps=1))
-    run = synthesize_module.Run(out)
-    before = synthesize_module.tokens_of(run, "val").indices
-    assert synthesize_module.tokens_of(run, "val").indices.equal(before)
-    shutil.copy(data / "train" / "0.png", data / "val" / "00.png")
-    after = synthesize_module.tokens_of(run, "val").indices
-    assert len(after) == len(before) + 1 and not after[1].equal(before[1])
-    shutil.rmtree(data)
-    assert synthesize_module.tokens_of(run, "val").indices.equal(after)
+def test_tokens_follow_what_they_were_made_of(photographs, run, tmp_path):
+    data, path = shutil.copytree(photographs / "images", tmp_path / "images"), run / "tokens-val.npz"
+    tokens = lambda *more: synthesize.tokens_of(Run(run, data=data), "val", *more)
+    before, made = tokens().indices, path.stat().st_mtime_ns
+    assert tokens().indices.equal(before) and path.stat().st_mtime_ns == made  # kept
+    path.write_bytes(path.read_bytes()[:-100])
+    assert tokens().indices.equal(before) and path.stat().st_mtime_ns > made  # made anew
+    assert len(tokens(2).indices) == 2 * len(before)
+    features = np.array(tokens(1, True).features)
+    os.truncate(run / "features-val.npy", 200)
+    assert np.array_equal(tokens(1, True).features, features)
+    shutil.copy(data / "train" / "0.png", data / "val" / "0.png")
+    changed = tokens().indices
+    assert not changed[0].equal(before[0]) and changed[1:].equal(before[1:])
+    assert not np.array_equal(tokens(1, True).features[0], features[0])
+    shutil.copy(run / "best.pt", run / "last.pt")
+    assert not tokens().indices.equal(changed)
 
 
-def test_label_maps_out_of_range_are_named(photographs, whole, tmp_path, capsys):
-    maps = tmp_path / "maps"
-    for path in (photographs / "maps").rglob("*.png"):
-        (maps / path.parent.name).mkdir(parents=True, exist_ok=True)
-        Image.open(path).save(maps / path.parent.name / path.name)
-    Image.fromarray(np.full((40, 48), 65_535, np.uint16)).save(maps / "train" / "3.png")
-    train_flags = "train --condition=segmentation --steps=1 --batch-size=4 --width=16 --depth=1 --heads=2".split()
-    error = said(synthesize_module.main, capsys, [str(whole), *train_flags, f"--labels={maps}", f"--data={photographs / 'images'}"])
-    assert "holds label 32,767 or more; labels are whole numbers from 0 to 4,095" in error
-    assert not (whole / "synthesis" / "gpt-segmentation").exists()
-    synthesize_module.main([str(whole), *train_flags, f"--labels={photographs / 'maps'}", "--overwrite"])
-
-
-# ---------------------------------------------------------------------------------------------
-# Evaluation
-
-
-def test_evaluation_changes_nothing_and_repeats_itself(whole, monkeypatch):
-    files = [path for path in whole.iterdir() if path.suffix in (".pt", ".npz", ".jsonl") or path.name == "config.json"]
-    before, results = {path: path.read_bytes() for path in files}, []
-    monkeypatch.setattr(evaluate_module, "load_inception", lambda path: (None, "none here"))
-    monkeypatch.setattr(evaluate_module, "load_perceptual", lambda *paths: (None, "none here"))
-    for _ in range(2):
-        evaluate_module.main([str(whole)])
-        results.append(json.loads((whole / "evaluation.json").read_text()))
-        assert {path: path.read_bytes() for path in files if path.name != "evaluation.json"} == before
-    assert results[0] == results[1]
-
-
-def test_metal_falls_back_to_the_cpu_and_checkpoints_are_archives_with_checksums(whole):
-    assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == "1"
-    with zipfile.ZipFile(whole / "last.pt") as archive:
-        assert archive.testzip() is None and all(entry.CRC for entry in archive.infolist() if entry.file_size > 64)
-    with pytest.raises(UserError, match="^'x' holds other than its configuration says: two"), fitting("x"):
-        raise ValueError("two\nlines")
+def test_evaluation_changes_nothing_and_repeats_itself(run, monkeypatch):
+    before = files_of(run)
+    monkeypatch.setattr(evaluate, "load_or_reason", lambda *_: (None, "none here"))
+    evaluate.main([str(run)])
+    after = files_of(run)
+    evaluate.main([str(run)])
+    assert {name for name in after if after[name] != before.get(name)} == {"evaluation.json", "reconstructions.png"}
+    assert files_of(run) == after

@@ -1,330 +1,271 @@
-"""Tokens of a run, their file, and the way back."""
+"""Tokens of a run, their file and the way back; the second stage and what it draws."""
 
 import json
 import math
+import re
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._pytree import tree_leaves
 
-from conftest import run_training
-from evaluate import to_bytes
+from evaluate import fid
 from prior import UserError
-from synthesize import (
-    Run,
-    StageTrainer,
-    SynthesisConfig,
-    draw_images,
-    known_of,
-    known_part,
-    likelihood,
-    load_stage,
-    main,
-    parse,
-    pin_words,
-    stage_folder,
-    tokens_of,
-    unigram_bits,
-    words_of,
-)
-from test_train import TINY
-from train import DemoDataset, load_run, psnr, resolve, to_images
+from synthesize import Drawing, StageTrainer, SynthesisConfig, Tokens, draw_images, evaluate_stage, known_of, known_part
+from synthesize import likelihood, load_stage, losses_of, main, pin_words, stage_folder, tokens_of, validation
+from test_evaluate import FEW, QUARTERS, own_folder, trained
+from train import DemoDataset, Run, psnr, to_bytes, to_images
+
+SMALL = "--device=cpu --steps=3 --width=16 --depth=1 --heads=2 --batch-size=8 --eval-every=2 --log-every=1".split()
+RUNS = {"vqct": "--method=vqct", "vqgan": "--method=vqgan", "official": "--recipe=official"}
 
 
-@pytest.fixture(scope="module", params=[{"method": "vqct"}, {"method": "vqgan"}, {"recipe": "official"}], ids=str)
-def run(request, tmp_path_factory):
-    sizes, DemoDataset.SIZES = DemoDataset.SIZES, {"train": 64, "val": 5}
-    yield run_training(resolve({**TINY, **request.param, "out": str(tmp_path_factory.mktemp("runs") / "run"), "steps": 2}))
-    DemoDataset.SIZES = sizes
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of each kind of tokenizer; the official one, with three tokens a position, has a second stage."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DemoDataset, "SIZES", FEW)
+        for name, flag in RUNS.items():
+            trained(folder / name, flag)
+        main([str(folder / "official"), "train", "--condition=segmentation", *SMALL])
+    return folder
 
 
-def test_tokens_decode_to_the_reconstruction(run, tmp_path, capsys):
-    main([str(run), "tokens", "--words", "1"])
-    printed = capsys.readouterr().out
-    model, config, prior, _ = load_run(run, torch.device("cpu"))
-    with np.load(run / "tokens.npz", allow_pickle=False) as file:
-        indices, labels, classes = file["indices"], file["labels"], file["classes"]
-    tokens = {"vqgan": 1, "vqct": 2}[config.method] + (config.recipe == "official")
-    assert indices.shape == (5, tokens, 16, 16) and len(classes) == 16
-    dataset = DemoDataset("val", 32)
-    assert labels.tolist() == [dataset.label(i) for i in range(5)]
-    if prior is not None:
-        *adjectives, noun = indices[1, :, 0, 0]
-        read = [prior["adjective_words"][index] for index in adjectives] + [prior["noun_words"][noun]]
-        assert printed.split("image 1\n")[1].startswith(" ".join(read))
-    main([str(run), "tokens", "--decode", str(run / "tokens.npz"), "--output", str(tmp_path)])
-    x = to_images(torch.stack([dataset[i]["image"] for i in range(5)]), torch.device("cpu"))
-    with torch.no_grad():
-        expected = to_bytes(model(x).x_hat)
-    decoded = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in sorted(tmp_path.iterdir())])
-    assert (decoded.int() - expected.int()).abs().max() <= 1  # batches round differently
+@pytest.fixture
+def run(runs, request, own_folder):
+    return Path(shutil.copytree(runs / getattr(request, "param", "official"), "run"))
 
 
-def test_foreign_token_files_are_named(run, tmp_path):
-    main([str(run), "tokens", "--output", str(tmp_path / "t.npz")])
-    with np.load(tmp_path / "t.npz") as file:
-        arrays = dict(file)
-    np.savez(tmp_path / "other.npz", **{**arrays, "tokenizer": "0" * 64})
-    np.savez(tmp_path / "large.npz", **{**arrays, "indices": arrays["indices"] + 5000})
-    (tmp_path / "text.npz").write_text("no")
-    for name, message in (
-        ("other", "another tokenizer"),
-        ("large", "not . tokens per position"),
-        ("text", "not a token file"),
-        ("absent", "does not exist"),
-    ):
-        with pytest.raises(UserError, match=message):
-            main([str(run), "tokens", "--decode", str(tmp_path / f"{name}.npz"), "--output", str(tmp_path / "x")])
-    with pytest.raises(UserError, match="images 0 … 4"):
-        main([str(run), "tokens", "--output", str(tmp_path / "t.npz"), "--words", "5"])
+every_run = pytest.mark.parametrize("run", RUNS, indirect=True)
+every_model = pytest.mark.parametrize("model", ["gpt", "ldm"])
 
 
-def test_words_are_a_grid():
-    indices = np.array([[[0, 1], [1, 0]], [[2, 0], [1, 1]]])
-    assert words_of(indices, [["red", "small"], ["wing", "eye", "breast"]]) == "red breast  small wing\nsmall eye   red eye"
+def go(command, *flags):
+    main(["run", command, "--device=cpu", *flags])
 
 
-# ---------------------------------------------------------------------------------------------
-# The second stage
-
-SMALL = "--width 16 --depth 1 --heads 2 --batch-size 8 --eval-every 2 --log-every 1".split()
-
-
-def stage(run, *flags):
-    """Train a second stage for three steps, once; → Run, load_stage(…), validation Tokens, SampleChoices."""
-    choices = parse([str(run), "sample", *flags, "--device", "cpu"]).choices
-    here = Run(run, choices)
+def stage(run, **which):
+    """A second stage, trained if it is not there → Run, load_stage(…), validation Tokens, Drawing."""
+    here, choices = Run(run, "cpu"), Drawing(**which)
     if not stage_folder(here, choices).exists():
-        main([str(run), "train", *flags, *SMALL, "--steps", "3"])
-    return here, load_stage(here, stage_folder(here, choices)), tokens_of(here, "val", 1, choices.model == "ldm"), choices
+        main(["run", "train", *(f"--{name}={value}" for name, value in which.items()), *SMALL])
+    return here, load_stage(here, stage_folder(here, choices)), tokens_of(here, "val", 1, True), choices
 
 
-@pytest.mark.parametrize("model", ["gpt", "ldm"])
-@pytest.mark.parametrize("condition", ["none", "class", "segmentation"])
-def test_every_second_stage_trains_and_completes(run, model, condition):
-    here, trained, tokens, choices = stage(run, "--model", model, "--condition", condition)
-    rows = torch.arange(4)
-    given = torch.where(known_part("top", here.model.grid), tokens.indices[rows], -1)
-    assert (given[:, :, :8] == tokens.indices[rows][:, :, :8]).all() and (given[:, :, 8:] == -1).all()
-    choices.guidance = 1.5
-    drawn = draw_images(here, trained, tokens, rows, choices, 0, given)
-    assert torch.equal(drawn[given >= 0], given[given >= 0]) and not torch.equal(drawn, tokens.indices[rows])
-    assert torch.equal(drawn, draw_images(here, trained, tokens, rows, choices, 0, given))  # by its seed
-    assert not torch.equal(drawn, draw_images(here, trained, tokens, rows, choices, 1, given))
+def images_of(run):
+    images = torch.stack([item["image"] for item in run.dataset("val")])
+    return images, to_images(images, run.device)  # (11, 3, 32, 32) each: uint8, and in [-1, 1]
 
 
-def test_a_resumed_second_stage_equals_an_uninterrupted_one(run):
-    folder = run / "synthesis" / "gpt-segmentation"
-    flags = ["--condition", "segmentation", "--dropout", "0.2", *SMALL]
-    main([str(run), "train", *flags, "--overwrite", "--steps", "4"])
-    whole = torch.load(folder / "last.pt", weights_only=True)
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    calls, step = [], StageTrainer.train_step
-    try:
-
-        def stop(self, *arguments):
-            calls.append(self.step)
-            if len(calls) == 4:
-                raise KeyboardInterrupt
-            return step(self, *arguments)
-
-        StageTrainer.train_step = stop
-        with pytest.raises(KeyboardInterrupt):
-            main([str(run), "train", *flags, "--overwrite", "--steps", "4"])
-    finally:
-        StageTrainer.train_step = step
-    main([str(run), "train", "--condition", "segmentation", "--resume"])
-    again = torch.load(folder / "last.pt", weights_only=True)
-    trainer = StageTrainer(
-        SynthesisConfig(**{**whole["config"], "steps": 1}),
-        here := Run(run),
-        whole["count"],
-        *[tokens_of(here, "val")] * 2,
-    )
-    trainer.train_step([[0, 1]])
-    assert not any(average.requires_grad for average in trainer.ema.parameters())  # no graph grows from step to step
-    for name in ("network", "ema"):
-        assert all(torch.equal(value, again[name][key]) for key, value in whole[name].items())
-    repeated = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timeless = lambda line: {name: value for name, value in line.items() if name not in ("images_per_second", "data_wait")}
-    assert list(map(timeless, repeated)) == list(map(timeless, lines)) and len(lines) == 6  # four steps, two validations
+@every_run
+def test_tokens_decode_to_the_reconstruction(run, capsys):
+    go("tokens", "--words=1")
+    here, printed, file = Run(run, "cpu"), capsys.readouterr().out, np.load("run/tokens-val.npz", allow_pickle=False)
+    tokens = {"vqgan": 1, "vqct": 2}[here.config.method] + (here.config.recipe == "official")
+    assert file["indices"].shape == (11, tokens, 8, 8) and file["classes"].tolist() == here.dataset("val").classes
+    assert file["labels"].tolist() == [item["label"] for item in here.dataset("val")]
+    words = here.model.per_token([file[f"{name}_words"] for name in here.names])
+    spell = lambda row, column: " ".join(listed[i] for listed, i in zip(words, file["indices"][1, :, row, column]))
+    cells = [re.split("  +", line) for line in printed.split("image 1\n")[1].splitlines()]
+    assert cells == [[spell(row, column) for column in range(8)] for row in range(8)]
+    go("tokens", "--decode=run/tokens-val.npz", "--output=images")
+    expected = to_bytes(here.model(images_of(here)[1]).x_hat.detach()).permute(0, 2, 3, 1).numpy()
+    decoded = np.stack([np.array(Image.open(path)) for path in sorted(Path("images").iterdir())])
+    assert np.abs(decoded.astype(int) - expected).max() <= 1  # batches round differently
 
 
-def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
-    here, trained, tokens, _ = stage(run, "--condition", "segmentation")
-    bits = likelihood(here, trained, tokens)
-    network, config, count, _ = trained
-    known = known_of(config, tokens, torch.tensor([2]), here.device, count)
-    with torch.no_grad():
-        logits = network(tokens.indices[2:3], known)
-    for i, part in enumerate(logits):
-        chosen = part[0].double().log_softmax(-1)[torch.arange(256), tokens.indices[2, i].flatten()]
-        assert math.isclose(bits[2, i], -chosen.sum().item() / math.log(2), rel_tol=1e-5)
-    train_set = tokens_of(here, "train")
-    uniform = unigram_bits(train_set._replace(indices=train_set.indices[:0]), tokens, here.sizes)
-    assert np.allclose(uniform, np.log2(here.sizes))
-    main([str(run), "evaluate"])
-    printed = capsys.readouterr().out
-    assert "| gpt | segmentation | " in printed and "FID: – (" in printed
-    saved = json.loads((run / "synthesis" / "gpt-segmentation" / "evaluation.json").read_text())
-    assert math.isclose(saved["bits_per_bit"], saved["bits_image"] / (256 * sum(map(math.log2, here.sizes))))
-    x = to_images(torch.stack([DemoDataset("val", 32)[i]["image"] for i in range(5)]), torch.device("cpu"))
-    with torch.no_grad():
-        assert math.isclose(saved["psnr"], psnr(here.model(x).x_hat, x).mean(), rel_tol=1e-5)
-    assert math.isclose(saved["bits_image"], bits.sum(1).mean(), rel_tol=1e-6) and 0 <= saved["own_map_wins"] <= 1
-
-
-def test_label_shares_are_those_of_each_positions_pixels(run):
-    here = Run(run)
-    tokens = tokens_of(here, "val")
-    shares = known_of(SynthesisConfig(condition="segmentation"), tokens, torch.arange(5), here.device, 15)
-    cells = tokens.segmentation[3].long().unfold(0, 2, 2).unfold(1, 2, 2)[5, 7].flatten()
-    assert shares.shape == (5, 15, 16, 16) and torch.allclose(shares[3, :, 5, 7], torch.bincount(cells, minlength=15) / 4)
-    assert torch.allclose(shares.sum(1), torch.ones(5, 16, 16))
-
-
-def test_words_are_pinned_and_pictures_drawn(run, tmp_path, capsys):
-    here, _, _, _ = stage(run, "--condition", "segmentation")
-    if here.prior is None:
-        pytest.skip("codes without words")
-    words = [here.prior["adjective_words"][3]] * (len(here.sizes) - 1) + [here.prior["noun_words"][5]]
-    shared = ["--condition", "segmentation", "--output", str(tmp_path / "s.png")]
-    main([str(run), "sample", *shared, "--pin", f"3,4={','.join(words)}", "--words", "--count", "1", "--repeat", "1"])
-    printed = capsys.readouterr().out
-    with Image.open(tmp_path / f"s-{run.name}-sample-1-for-image-0.png") as picture:
-        assert picture.size == (16 * 84, 16 * 84)
-    grid = printed.split("sample 1 for image 0, ")[1].splitlines()[1:17]
-    assert " ".join(words) in grid[3] and len(grid[3].split("  ")) >= 16
-    Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save(tmp_path / "mask.png")
-    main([str(run), "complete", *shared, "--part", str(tmp_path / "mask.png"), "--count", "3"])
-    with Image.open(tmp_path / "s.png") as picture:
-        assert picture.size == (190 + 3 * 132, 8 * 132)  # maps, originals, decoded, known parts, two completed, two samples
-    transparent = np.uint8(255 * (np.indices((32, 32))[1] < 8))
-    Image.fromarray(np.dstack([np.full_like(transparent, 255), transparent]), "LA").save(tmp_path / "alpha.png")
-    assert (
-        known_part(str(tmp_path / "alpha.png"), (4, 4)).tolist()
-        == known_part(str(tmp_path / "mask.png"), (4, 4)).tolist()
-        == [[True] + [False] * 3] * 4
-    )
-    for flags, message in (
-        (["--pin", "3,99=red"], "--pin 3,99=red"),
-        (["--pin", "3,4=zqxv"], "--pin 3,4=zqxv"),
-        (["--pin", "3,4=,zqxv"], "'zqxv' is no noun of this run's codebook; the nearest are")
-        if len(here.sizes) == 2
-        else (["--pin", "0,0="], "expected row,column=adjective1,adjective2,noun"),
-        (["--pin", f"3,4={words[-1]}"], "it is one for noun; the order is adj"),
-        (["--pin", f"3,4={words[0]}", f"3,4={words[0]}"], "has its words already"),
-        (["--part", "nowhere"], "neither top, bottom"),
-        (["--output", str(tmp_path)], "is a folder; name a file"),
-        (["--images", "77"], "images 0 … 4"),
-    ):
-        with pytest.raises(UserError, match=message):
-            main([str(run), "complete", *shared, *flags])
-
-
-def test_one_image_is_completed_as_several_are(run):
-    here, trained, tokens, choices = stage(run, "--model", "ldm", "--condition", "none")
-    given = torch.where(known_part("top", here.model.grid), tokens.indices[3:4], -1)
-    drawn = draw_images(here, trained, tokens, torch.tensor([3]), choices, 0, given)
-    assert drawn.shape == given.shape and torch.equal(drawn[given >= 0], given[given >= 0])
-
-
-@pytest.mark.parametrize("model", ["gpt", "ldm"])
-def test_a_word_in_its_place_stays(run, model):
-    here, trained, tokens, choices = stage(run, "--model", model, "--condition", "none")
-    if here.prior is None:
-        pytest.skip("codes without words")
-    nothing = torch.full_like(tokens.indices[:2], -1)
-    for words, stay in ((here.prior["adjective_words"][2], 0), ("," * (len(here.sizes) - 1) + here.prior["noun_words"][2], -1)):
-        given = pin_words(here, nothing, [f"1,2={words}"])
-        assert (given >= 0).sum() == 2 and (nothing == -1).all()
-        drawn = draw_images(here, trained, tokens, torch.arange(2), choices, 0, given)
-        assert (drawn[:, stay, 1, 2] == 2).all() and drawn.shape == nothing.shape
+def test_foreign_token_files_are_named(run):
+    go("tokens", "--output=mine.npz")
+    arrays = dict(np.load("mine.npz"))
+    np.savez("other.npz", **{**arrays, "tokenizer": "0" * 64})
+    np.savez("large.npz", **{**arrays, "indices": arrays["indices"] + 5000})
+    for name in ("other.npz", "large.npz", "absent.npz", "run/config.json"):
+        with pytest.raises(UserError, match=f"'{name}' is no token file of this run: "):
+            go("tokens", f"--decode={name}", "--output=images")
 
 
 def test_views_are_crops_and_flips_with_their_maps(run):
-    here = Run(run)
-    one, three = tokens_of(here, "val"), tokens_of(here, "val", 3)
-    made = (run / "tokens.npz").stat().st_mtime_ns
-    assert torch.equal(tokens_of(here, "val").indices, one.indices) and (run / "tokens.npz").stat().st_mtime_ns == made  # both are kept
-    dataset = DemoDataset("val", 32)
-    assert len(three.labels) == 15 and torch.equal(three.indices[:5], one.indices) and torch.equal(three.labels[5:10], one.labels)
+    here = Run(run, "cpu")
+    one, three, dataset = tokens_of(here, "val"), tokens_of(here, "val", 3), here.dataset("val")
+    assert torch.equal(three.indices[:11], one.indices) and torch.equal(three.labels, one.labels.repeat(3))
     dataset.with_segmentation = True
-    item = dataset[2, 5 + 2]  # the second view of image 2
-    with torch.no_grad():
-        assert torch.equal(here.model.encode(to_images(item["image"][None], here.device))[0], three.indices[7])
-    assert torch.equal(three.segmentation[7].long(), item["segmentation"].where(item["segmentation"] != dataset.unlabeled, -1))
-    assert any(torch.equal(three.segmentation[5 + i], one.segmentation[i].flip(-1)) for i in range(5))
+    item = dataset[2, 11 + 2]  # the second view of image 2
+    assert torch.equal(three.segmentation[13].long(), item["segmentation"])
+    assert torch.equal(three.indices[13], here.model.encode(to_images(item["image"][None], here.device))[0])
+    assert any(torch.equal(three.segmentation[11 + i], one.segmentation[i].flip(-1)) for i in range(11))
 
 
-def test_features_are_encoded_once(run):
-    here = Run(run)
-    tokens = tokens_of(here, "val", with_features=True)
-    (path,) = run.glob("features-????????????.npy")
-    made = path.stat().st_mtime_ns
-    again = tokens_of(here, "val", with_features=True)
-    assert path.stat().st_mtime_ns == made and np.array_equal(again.features, tokens.features)
-    x = to_images(torch.stack([DemoDataset("val", 32)[i]["image"] for i in range(5)]), here.device)
-    with torch.no_grad():
-        features = torch.cat(here.model.features(x), dim=1).numpy()
+def test_features_are_encoded_once_and_belong_to_their_tokens(run):
+    here, paths = Run(run, "cpu"), [run / "tokens-val.npz", run / "features-val.npy"]
+    tokens, made = tokens_of(here, "val", 1, True), [path.stat().st_mtime_ns for path in paths]
+    assert np.array_equal(tokens_of(here, "val", 1, True).features, tokens.features)
+    assert [path.stat().st_mtime_ns for path in paths] == made
+    features = torch.cat(here.model.features(images_of(here)[1]), dim=1).detach().numpy()
     assert np.allclose(tokens.features, features, atol=2e-3 * abs(features).max())  # half precision
     here.tokenizer = "0" * 64
-    tokens_of(here, "val", with_features=True)
-    assert not path.exists() and len(list(run.glob("features-????????????.npy"))) == 1  # those of another tokenizer are gone
+    tokens_of(here, "val", 3)
+    assert len(tokens_of(here, "val", 3, True).features) == 33  # not those of one view that were there
 
 
-def test_a_second_stage_belongs_to_its_tokenizer(run):
-    here, _, _, choices = stage(run, "--condition", "none")
+@pytest.mark.parametrize("what", ["tokens-val.npz", "features-val.npy", "data"])
+def test_a_cache_that_is_damaged_or_of_other_data_is_made_anew(run, what, monkeypatch):
+    here, path = Run(run, "cpu"), run / "tokens-val.npz"
+    indices, made = tokens_of(here, "val", 1, True).indices, path.stat().st_mtime_ns
+    if what == "data":
+        monkeypatch.setattr(DemoDataset, "fingerprint", lambda self: ["other files"])
+    else:
+        (run / what).write_bytes((run / what).read_bytes()[:500])
+    tokens = tokens_of(here, "val", 1, True)
+    assert path.stat().st_mtime_ns > made and torch.equal(tokens.indices, indices) and len(tokens.features) == 11
+
+
+def test_label_shares_are_those_of_each_positions_pixels():
+    maps = torch.tensor([[[0, 0, 1, 1], [0, 2, 1, 1], [-1, 0, 2, 9], [0, 0, 2, 2]]], dtype=torch.int16)
+    tokens, config = Tokens(torch.zeros(1, 1, 2, 2), torch.zeros(1), maps), SynthesisConfig(condition="segmentation")
+    shares = known_of(config, tokens, torch.tensor([0]), torch.device("cpu"), count=3)
+    assert (4 * shares[0]).tolist() == [[[3, 0], [3, 0]], [[0, 4], [0, 0]], [[1, 0], [0, 3]]]
+
+
+@every_run
+@every_model
+@pytest.mark.parametrize("condition", ["none", "class", "segmentation"])
+def test_every_second_stage_trains_and_completes(run, model, condition):
+    here, trained, tokens, choices = stage(run, model=model, condition=condition)
+    given = torch.where(known_part("top", here.model.grid), tokens.indices[:4], -1)
+    assert torch.equal(given[:, :, :4], tokens.indices[:4, :, :4]) and (given[:, :, 4:] == -1).all()
+    choices.guidance = 1.5
+    draw = lambda seed, rows: draw_images(here, trained, tokens, torch.tensor(rows), choices, seed, given[rows])
+    drawn = draw(0, [0, 1, 2, 3])
+    assert torch.equal(drawn[given >= 0], given[given >= 0]) and torch.equal(draw(0, [3])[:, :, :4], given[3:, :, :4])
+    assert torch.equal(drawn, draw(0, [0, 1, 2, 3])) and not torch.equal(drawn, draw(1, [0, 1, 2, 3]))  # by its seed
+    network = SimpleNamespace(loss=lambda x, *_: [torch.tensor(float(len(x)))])
+    assert losses_of(trained[1], here, trained[2], network, tokens, torch.tensor([3]))[0] == 1  # a batch of one image
+    assert len({str(validation(trained[1], here, trained[2], trained[0], tokens)) for _ in range(2)}) == 1  # one noise
     here.tokenizer = "0" * 64
     with pytest.raises(UserError, match="another state"):
         load_stage(here, stage_folder(here, choices))
-    with pytest.raises(UserError, match="no second stage 'absent' in .*; there is .*gpt-none"):
-        load_stage(here, run / "synthesis" / "absent")
 
 
-def test_flags_that_cannot_be_are_a_line(run, tmp_path):
-    stage(run, "--condition", "none")
-    for flags, message in (
-        (["train", "--condition", "class", "--heads", "5"], "must be a multiple of twice"),
-        (["train", "--condition", "class", "--log-every", "0"], "--log-every 0 must be at least 1"),
-        (["train", "--condition", "class", "--dropout", "1.5"], "--dropout 1.5 must lie"),
-        (["train", "--condition", "none"], "exists already; go on with --resume"),
-        (["train", "--condition", "none", "--resume", "--lr", "1"], "--resume cannot change --lr"),
-        (["train", "--condition", "none", "--resume", "--steps", "2"], "is at step 3 already"),
-        (["train", "--model", "ldm", "--no-joint"], "--no-joint is of --model gpt"),
-        (["sample", "--top-p", "0"], r"--top-p 0.0 must lie in \(0, 1\]"),
-        (["sample", "--count", "0"], "--count 0 must be at least 1"),
-        (["sample", "--labels", "/nope"], "--labels for those of --dataset folder"),
-        (["sample", "--label", "robin"], "needs --condition class"),
-        (["sample", "--guidance", "2"], "--guidance is towards a condition"),
-        (["sample", "--model", "ldm", "--top-k", "5"], "are of --model gpt"),
-        (["sample", "--sampling-steps", "5"], "--sampling-steps is of --model ldm"),
-    ):
-        with pytest.raises(UserError, match=message):
-            main([str(run), *flags, *(["--output", str(tmp_path / "x.png")] if flags[0] == "sample" else [])])
-    with pytest.raises(UserError, match="train takes one run"):
-        main([str(run), str(run), "train"])
+@every_model
+def test_a_resumed_second_stage_equals_an_uninterrupted_one(run, model, monkeypatch):
+    folder, which = run / "synthesis" / f"{model}-class", [f"--model={model}", "--condition=class"]
+    flags = [*which, *SMALL, "--steps=4", "--dropout=0.2", "--accumulate=2"]
+    read = lambda: re.sub(r'"images/s": [\d.]+', "", (folder / "metrics.jsonl").read_text())
+    main(["run", "train", *flags])
+    whole, lines, step = torch.load(folder / "last.pt"), read(), StageTrainer.train_step
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # after three steps
+        patch.setattr(StageTrainer, "train_step", lambda self, rows: 1 / (self.step < 3) and step(self, rows))
+        main(["run", "train", *flags, "--overwrite"])
+    go("train", *which, "--resume")
+    for a, b in zip(tree_leaves(whole), tree_leaves(torch.load(folder / "last.pt")), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert read() == lines and lines.count("\n") == 6  # four steps, two validations
 
 
-def test_a_damaged_cache_is_made_anew(run, capsys):
-    here = Run(run)
-    tokens = tokens_of(here, "val")
-    (run / "tokens.npz").write_bytes((run / "tokens.npz").read_bytes()[:500])
-    assert torch.equal(tokens_of(here, "val").indices, tokens.indices) and "made anew" in capsys.readouterr().out
-    made = (run / "tokens.npz").stat().st_mtime_ns
-    tokens_of(here, "val")
-    assert (run / "tokens.npz").stat().st_mtime_ns == made
-    here.config.labels = "elsewhere"  # other data are other tokens, whatever the file holds
-    tokens_of(here, "val")
-    assert (run / "tokens.npz").stat().st_mtime_ns > made
+def test_averaged_weights_follow_without_a_graph(run):
+    here, (_, config, count, _), tokens, _ = stage(run, condition="segmentation")
+    trainer = StageTrainer(config, here, count, tokens, tokens)
+    vector = lambda network: torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
+    start = vector(trainer.network)
+    trainer.train_step([[0, 1]])
+    torch.testing.assert_close(vector(trainer.ema), start.lerp(vector(trainer.network), 9 / 11))  # a decay of 2 / 11
+    assert not any(average.requires_grad for average in trainer.ema.parameters())
 
 
-def test_two_runs_share_a_picture(run, tmp_path):
-    stage(run, "--condition", "segmentation")
-    flags = ["--condition", "segmentation", "--count", "2", "--repeat", "1", "--output", str(tmp_path / "s.png")]
-    main([str(run), str(run), "sample", *flags])
-    with Image.open(tmp_path / "s.png") as picture:
-        rows = np.array(picture)[:, 190:].reshape(6, 132, -1, 3)  # maps, originals, and of each tokens decoded and a sample
-    assert np.array_equal(rows[3], rows[5]) and np.array_equal(rows[2], rows[4]) and not np.array_equal(rows[2], rows[3])
-    assert np.array_equal(rows[1][:128:4, :128:4], DemoDataset("val", 32)[0]["image"].permute(1, 2, 0).numpy())
+def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
+    here, trained, tokens, choices = stage(run, condition="segmentation")
+    bits, (network, config, count, _), (images, x) = likelihood(here, trained, tokens), trained, images_of(here)
+    known = known_of(config, tokens, torch.tensor([2]), here.device, count)
+    for i, part in enumerate(network(tokens.indices[2:3], known)):
+        chosen = part[0].double().log_softmax(-1)[torch.arange(64), tokens.indices[2, i].flatten()]
+        assert math.isclose(bits[2, i], -chosen.sum().item() / math.log(2), rel_tol=1e-5)
+    result = evaluate_stage(here, trained, choices, QUARTERS)
+    assert result["bits"] == pytest.approx(dict(zip(here.token_names, (bits.mean(0) / 64).tolist())))
+    unigram, counted = 0.0, tokens_of(here, "train", config.views).indices
+    for i, size in enumerate(here.model.sizes):
+        counts = torch.bincount(counted[:, i].flatten(), minlength=size) + 1.0
+        unigram -= (counts / counts.sum()).log2()[tokens.indices[:, i]].sum().item() / 11
+    image, uniform = bits.sum(1).mean().item(), 64 * sum(map(math.log2, here.model.sizes))
+    found = [result[f"bits_{name}"] for name in ("image", "uniform", "per_bit", "unigram")]
+    assert found == pytest.approx([image, uniform, image / uniform, unigram])
+    others = likelihood(here, trained, tokens, torch.arange(11).roll(5)).sum(1)
+    assert result["own_map_wins"] == pytest.approx((bits.sum(1) < others).double().mean().item())
+    assert result["psnr"] == pytest.approx(psnr(here.model(x).x_hat, x).mean().item(), rel=1e-5)
+    drawn = [draw_images(here, trained, tokens, rows, choices, int(rows[0])) for rows in torch.arange(11).split(4)]
+    drawn = to_bytes(here.model.decode(torch.cat(drawn)).detach())  # each batch by the number of its first image
+    assert result["fid"] == pytest.approx(fid(*(QUARTERS(part).double().numpy() for part in (images, drawn))), rel=1e-3)
+    assert json.loads(Path("run/synthesis/gpt-segmentation/evaluation.json").read_text()) == result
+    go("evaluate")
+    assert re.search(r"\n\| run \| gpt \| segmentation \|.*\n\nFID: – .pt_inception", capsys.readouterr().out)
+
+
+@every_run
+@every_model
+def test_a_word_in_its_place_stays(run, model):
+    here, trained, tokens, choices = stage(run, model=model, condition="none")
+    nothing, rows = torch.full_like(tokens.indices[:2], -1), torch.arange(2)
+    for i, words in enumerate(here.model.per_token(here.words)):
+        given = pin_words(here, nothing, ["1,2=" + "," * i + words[2]])
+        assert (given >= 0).sum() == 2 and (nothing == -1).all()
+        assert (draw_images(here, trained, tokens, rows, choices, 0, given)[:, i, 1, 2] == 2).all()
+
+
+def test_words_are_pinned_and_parts_completed(run, capsys):
+    adjectives, nouns = Run(run, "cpu").words
+    flags = ["--condition=segmentation", "--words", "--output=s.png"]
+    go("sample", *flags, "--pin", f"3,4={adjectives[3]},{adjectives[5]},{nouns[4]}", "--count=1", "--repeat=1")
+    grid = capsys.readouterr().out.split("sample 1 for image 0\n")[1].splitlines()
+    assert f"{adjectives[3]} {adjectives[5]} {nouns[4]}" in grid[3] and Image.open("s.png").size == (150 + 132, 4 * 132)
+    Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save("mask.png")
+    assert known_part("mask.png", (4, 4)).tolist() == [[True] + [False] * 3] * 4
+    go("complete", *flags, "--part=mask.png", "--count=3")
+    assert Image.open("s.png").size == (150 + 3 * 132, 8 * 132)  # maps, originals, decoded, known; twice two drawn
+
+
+def test_a_class_is_drawn_instead_of_an_images_own(run, capsys):
+    here, trained, tokens, choices = stage(run, condition="class")
+    go("sample", "--condition=class", "--label=jay", "--images", "3", "1", "--words", "--repeat=1")
+    jays = tokens._replace(labels=torch.full((11,), 2))
+    grid = here.spell(draw_images(here, trained, jays, torch.tensor([3, 1]), choices, 0)[1])
+    assert f"\njay 1 for image 1\n{grid}\n" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--label eagle: classes are robin, cardinal, jay"):
+        go("sample", "--condition=class", "--label=eagle")
+
+
+def test_two_runs_share_a_picture(run):
+    main("run run sample --device=cpu --condition=segmentation --count=2 --repeat=1 --output=s.png".split())
+    rows = np.array(Image.open("s.png"))[:, 150:].reshape(6, 132, -1, 3)  # maps, originals; twice decoded, drawn
+    assert np.array_equal(rows[2:4], rows[4:6]) and not np.array_equal(rows[2], rows[3])
+    assert np.array_equal(rows[1][:128:4, :128:4], images_of(Run(run, "cpu"))[0][0].permute(1, 2, 0).numpy())
+
+
+REFUSED = """
+train --condition class --heads 5 → must be a multiple of twice the 5 heads
+train --condition segmentation → exists; go on with --resume
+train --condition segmentation --resume --lr 1 → --resume cannot change --lr from
+train --condition segmentation --resume --steps 2 → is at step 3 already
+train --model ldm --no-joint → --joint changes nothing
+train --dropout 1.5 → 2 error: argument --dropout
+sample --label robin → --label changes nothing
+sample --guidance 2 → --guidance changes nothing
+sample --sampling-steps 5 → --sampling-steps changes nothing
+sample → no second stage 'gpt-none' in 'run' .there: gpt-segmentation.
+complete --condition segmentation --pin 3,99=red → --pin 3,99=red: expected row,column=adjective1,adjective2,noun
+complete --condition segmentation --pin 3,4=,,zqxv → 'zqxv' is no noun of this run's codebook; spelled alike: none
+complete --condition segmentation --part nowhere → --part nowhere: neither top, bottom
+complete --condition segmentation --images 77 → images 0 … 10
+tokens --words 11 → images 0 … 10
+"""
+
+
+@pytest.mark.parametrize("line", REFUSED.strip().splitlines())
+def test_flags_that_cannot_be_are_a_line(run, line, capsys):
+    flags, message = line.split(" → ")
+    with pytest.raises((UserError, SystemExit)) as error:
+        go(*flags.split())
+    assert re.search(message, f"{error.value} {capsys.readouterr().err}")

@@ -210,7 +210,7 @@ def caption_alignment(run, indices, dataset, permutations=999):
     for part, counts in zip(words, np.split(tokens, [len(words["adjective"])], axis=1)):
         spoken = np.array([[(part, word) in pairs for word in words[part]] for pairs in said], np.float32)
         chance = (counts.sum(0) * spoken.mean(0)).sum()
-        together = (counts - counts.mean(0)).T @ (spoken - spoken.mean(0))  # (K, K) of code and word
+        together = counts.T @ (spoken - spoken.mean(0))  # (K, K) of code and word
         codes = np.arange(len(together))
         dealt = np.array([together[codes, rng.permutation(codes)].sum() for _ in range(permutations)])
         p = (1 + (dealt >= np.trace(together)).sum()) / (1 + permutations)
@@ -228,7 +228,7 @@ def mean_image(run, limit=10_000):
     """(3, R, R) mean of at most `limit` training images, evenly spaced: the best constant prediction."""
     dataset = run.dataset("train")
     chosen = spread_indices(len(dataset), limit)
-    return sum(x.double().sum(dim=0) for x, _ in run.batches(dataset, chosen)).div(len(chosen)).float()
+    return sum(x.sum(dim=0) for x, _ in run.batches(dataset, chosen)).div(len(chosen))
 
 
 @torch.no_grad()
@@ -304,7 +304,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
         "fid": fid(*features) if len(features) else None,
-        "fid_note": inception[1] or f"Inception-v3 pool3 (pt_inception-2015-12-05), val split of {len(dataset):,} images, "
+        "fid_note": inception[1] or f"Inception-v3 pool3, pt_inception-2015-12-05, val split, {len(dataset):,} images, "
         f"centre crops of {run.config.resolution}², bilinearly to 299²",
         "lpips_note": lpips[1] or "LPIPS v0.1, SqueezeNet",
         **code_statistics(counts, run.names, len(dataset)),
@@ -565,7 +565,9 @@ def report(results, inception, lpips):
     print(f"\n{markdown(results)}")
     for dataset, images, score in sorted({(r["dataset"], r["images"], f"{r['baseline_psnr']:.2f}") for r in results}):
         print(f"\n{dataset}: {images:,} evaluation images; predicting the mean training image gives {score} dB")
-    print(f"\n{alignment_table(results)}\n")
+    if table := alignment_table(results):
+        print(f"\n{table}")
+    print()
     print(f"FID: – ({inception[1]})" if inception[1] else f"FID: {results[0]['fid_note']}")
     print(f"LPIPS: – ({lpips[1]})" if lpips[1] else f"LPIPS: {results[0]['lpips_note']}")
     small = min(result["images"] for result in results)

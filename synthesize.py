@@ -139,6 +139,9 @@ def encode_dataset(run, dataset, views, path=None):
     stride = max(1, run.config.resolution // height // SUBSAMPLES)
     shape = (len(keys), model.code_dim * len(model.codebook.sizes), height, width)
     features = path and np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+    if path and hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when the map is written to
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     for x, batch in run.batches(dataset, keys, "encoding"):
         z = model.features(x)
         kept["indices"].append(model.nearest_indices(z).cpu())
@@ -594,7 +597,10 @@ def print_table(runs, choices, path=""):
     for run in runs:
         for best in sorted((run.path / "synthesis").glob("*/best.pt")):
             network = inception and inception.to(run.device)
-            results.append(evaluate_stage(run, load_stage(run, best.parent), choices, network))
+            try:
+                results.append(evaluate_stage(run, load_stage(run, best.parent), choices, network))
+            except UserError as error:
+                print(f"not in the table: {error}")
     if not results:
         raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; train makes one")
     rows = [["run", "model", "condition", "bits per position ↓", *(title for title, _ in COLUMNS.values())]]
@@ -620,7 +626,8 @@ def convert(run, split, decode, output, words):
             if arrays["tokenizer"] != run.tokenizer or (indices < 0).any() or (indices >= sizes).any():
                 raise ValueError("it was made by another tokenizer")
         folder = Path(output or run.path / "decoded")
-        for index, image in enumerate(decode_tokens(run, indices)):
+        images = (image for part in indices.split(run.config.batch_size) for image in decode_tokens(run, part))
+        for index, image in enumerate(images):
             save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
         print(f"{folder}: {len(indices):,} images")
     else:

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's products do not repeat themselves
 
 import numpy as np
 import scipy.ndimage
@@ -42,8 +43,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
 # fmt: off
-from prior import (Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, checksum, command,
-                   fetch, read_captions, read_tensors, save_png, shuffled, user_error)
+from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, checksum,
+                   command, fetch, read_captions, read_tensors, save_png, shuffled, user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce, distributed,
                   hinge_loss, load_taming, needs_prior, option)
 # fmt: on
@@ -138,8 +139,6 @@ METHODS = {
 
 def resolve(given):
     """Explicit choices → the whole Config: flags come before the method, then the recipe, then the preset.
-
-    Raises UserError for a choice that changes nothing in this system.
     """
     dataset, method = given.get("dataset", Config.dataset), given.get("method", Config.method)
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
@@ -159,14 +158,16 @@ def resolve(given):
 
 
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
-    "data download": lambda config: config.dataset != "demo",
+    "data": lambda config: config.dataset != "demo",
+    "download": lambda config: config.dataset in ARCHIVES,
     "labels": lambda config: config.dataset == "folder",
     "shuffle": lambda config: config.codes == "words" if config.shuffle == "vectors" else config.transfer == "gcn",
     "code_dim": lambda config: config.codes != "words" or config.transfer != "none",
     "codebook_size": lambda config: config.codes != "words" and config.transfer != "gcn",
     "vector_scale": lambda config: config.codes == "words",
     "weighted_edges": lambda config: config.transfer == "gcn",
-    "transfer_layers transfer_width transfer_dropout last_relu": lambda config: config.transfer != "none",
+    "transfer_layers last_relu": lambda config: config.transfer != "none",
+    "transfer_width transfer_dropout": lambda config: config.transfer != "none" and config.transfer_layers > 1,
     "beta beta_on": lambda config: config.quantizer != "gumbel",
     "adjective_neighbours": lambda config: config.codebooks == 2,
     "straight_through": lambda config: config.quantizer == "gumbel",
@@ -221,6 +222,9 @@ class Trainer:
         self.start = [codes.clone() for codes in self.model.eval().codebook()]  # for Fig. 6
         # the step at which each code was last chosen
         self.last_used = [torch.full((size,), -1, device=device) for size in self.model.codebook.sizes]
+        for network in filter(None, (self.model, self.discriminator)) if distributed() else ():
+            for tensor in network.state_dict().values():
+                torch.distributed.broadcast(tensor, 0)
         if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
             networks = self.model.encoder, self.model.decoder.layers, self.discriminator, self.perceptual
             for network in filter(None, networks):
@@ -388,8 +392,6 @@ def fit(trainer, batches, validate, out, journal):
     """
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, products do not repeat themselves
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
     seed_rank(trainer)
     with noted_signals() as signals:
@@ -525,7 +527,8 @@ class ImageDataset(Dataset):
         """
         record = self.records[index]
         image = read_image(record.path, self.resolution, draft)
-        labels = read_label_map(record, image.size) if self.with_segmentation and record.segmentation else None
+        wanted = self.with_segmentation and record.segmentation is not None
+        labels = read_label_map(record, image.size) if wanted else None
         return TF.pil_to_tensor(image), None if labels is None else TF.pil_to_tensor(labels)
 
     def __getitem__(self, key):
@@ -654,9 +657,9 @@ def celebahq_records(root, split):
     records = []
     for number, line in list(read_table(root / "CelebA-HQ-to-CelebA-mapping.txt").items())[1:]:
         if first <= int(line.split()[0]) < end:
-            mine = masks[int(number)]
+            mine = masks.get(int(number), {})
             painted = tuple((label, mine[part]) for label, part in enumerate(FACE_PARTS.split(), 1) if part in mine)
-            records.append(Record(root / "CelebA-HQ-img" / f"{number}.jpg", segmentation=painted or None))
+            records.append(Record(root / "CelebA-HQ-img" / f"{number}.jpg", segmentation=painted if masks else None))
     return records, []
 
 
@@ -724,13 +727,13 @@ def download(dataset, root):
 
     Raises UserError for one that is unavailable, or of another checksum.
     """
-    if dataset not in ARCHIVES:
-        raise UserError(f"--download: {dataset} has no public archive; see {DATASETS[dataset].source}")
     for path, md5, holds, into in ARCHIVES[dataset]:
         url = path if "://" in path else f"{DATASETS[dataset].source}/{path}"
-        archive = root.parent / url.rsplit("/", 1)[1]
+        archive = root.parent / f"download-{url.rsplit('/', 1)[1]}"
         if (root / holds).exists() and not archive.exists():
             continue
+        if md5 is None:
+            archive.unlink(missing_ok=True)  # as nothing tells whether it is whole
         with user_error(f"{url} is unavailable: {{}}; try again, or unpack it by hand and point --data at {root.name}"):
             torchvision.datasets.utils.download_and_extract_archive(
                 url, root.parent, (root / into).resolve(), archive.name, md5, remove_finished=True
@@ -743,7 +746,6 @@ def folder_records(root, split, labels=""):
     root: the tree; sub-folders of a split are classes, `x.txt` beside `x.jpg` holds its captions.
     labels: tree of label maps with the same relative names.
     Returns records, class names.
-    Raises UserError if there are no images.
     """
     names = [name for name in ("val", "test") if (root / name).is_dir()] if (root / "train").is_dir() else []
     bases = {"train": root / "train", "val": root / names[0]} if names else {"train": root, "val": root}
@@ -756,8 +758,6 @@ def folder_records(root, split, labels=""):
             label_map = (Path(labels) / path.relative_to(root)).with_suffix(".png") if labels else None
             captions = text if text.exists() else ()
             records.append(Record(path, classes.index(label) if label != "." else -1, captions, label_map))
-    if not records:
-        raise UserError(f"no images for the {split} split in '{base}' (ten are needed to hold one out)")
     return records, classes
 
 
@@ -766,9 +766,12 @@ def make_dataset(config, split):
     root, layout = Path(config.data), DATASETS.get(config.dataset)
     if config.dataset == "demo":
         return DemoDataset(split, config.resolution, config.seed)
-    if config.dataset == "folder":
-        return ImageDataset(*folder_records(root, split, config.labels), config.resolution, config.seed)
-    return ImageDataset(*layout.records(root, split), config.resolution, config.seed, layout.unlabeled)
+    if config.dataset == "folder" and not config.data:
+        raise UserError("--dataset folder needs --data DIR, the folder of images")
+    records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels)
+    if not records:
+        raise UserError(f"no images for the {split} split in '{root}' (a folder needs ten to hold one out)")
+    return ImageDataset(records, classes, config.resolution, config.seed, layout.unlabeled if layout else -1)
 
 
 def make_prior(config, dataset):
@@ -783,10 +786,11 @@ def make_prior(config, dataset):
     elif config.dataset == "demo":
         prior = build_prior(captions, DEMO_SPEECH, min_count=1, workers=1, name="demo captions")
     elif not captions:
-        raise UserError(f"{config.dataset} has no captions to make a prior of; give --prior CORPUS or --prior prior.npz")
+        raise UserError(f"{config.dataset} has no captions to make a prior of; give --prior CORPUS or prior.npz")
     else:
         print(f"a prior of {config.dataset}'s captions, with PPMI + SVD vectors; --prior takes another", flush=True)
-        prior = build_prior(captions, name=f"{config.dataset} captions")
+        workers = max(1, CORES // processes())
+        prior = build_prior(captions, workers=workers, name=f"{config.dataset} captions")
     return shuffled(prior, config.shuffle, config.seed)
 
 
@@ -842,7 +846,8 @@ RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructio
 def check_folder(out, overwrite):
     """Raise UserError for a run that may not be overwritten, or a folder that holds what no run of train.py writes."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    foreign = [name for name in names if name.removesuffix(".part") not in RUN_FILES]
+    ours = (*RUN_FILES, "synthesis", "decoded")  # the latter two of synthesize.py, and kept
+    foreign = [name for name in names if name.removesuffix(".part") not in ours]
     if "last.pt" in names and not overwrite:
         raise UserError(f"run '{out}' exists; go on with --resume, replace it with --overwrite, or name another --out")
     if foreign or out.exists() and not out.is_dir():
@@ -861,18 +866,22 @@ def open_run(out, trainer, overwrite=False, resumed=None):
     if resumed is None:
         check_folder(out, overwrite)
     journal = open(out / "metrics.jsonl", "a+", newline="\n")
-    if fcntl:
-        with user_error(f"another process works in '{out}'", BlockingIOError):
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl and fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process works in '{out}'") from None
+    except OSError:
+        pass  # a file system without locks
     if resumed is None:
         check_folder(out, overwrite)  # a run may have ended in it meanwhile
         for name in set(RUN_FILES) - {"metrics.jsonl"}:
             (out / name).unlink(missing_ok=True)
     journal.seek(0)
     kept = 0
-    for line in iter(journal.readline, ""):
-        if resumed is None or not line.endswith("\n") or json.loads(line)["step"] > resumed["step"]:
-            break  # from here on it is repeated
+    for line in iter(journal.readline, "") if resumed else ():
+        step = re.match(r'\{"step": (\d+),.*\}\n', line)
+        if step is None or int(step[1]) > resumed["step"]:
+            break  # from here on it is repeated, or damaged
         kept += len(line)
     journal.truncate(kept)
     with atomic_write(out / "config.json") as part:
@@ -967,6 +976,8 @@ class Run:
             self.model = VQModel(self.config, self.prior)
             self.model.load_state_dict(state["model"])
         self.model.to(self.device).eval()
+        if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
+            raise UserError(f"--data or --labels changes nothing for '{path}', a run of {self.config.dataset}")
         self.config.data, self.config.labels = data or self.config.data, labels or self.config.labels
         sizes = self.model.codebook.sizes
         self.names = ("adjective", "noun") if len(sizes) == 2 else ("code",)
@@ -1046,12 +1057,18 @@ def launch(main):
         if "LOCAL_RANK" in os.environ:
             on_cuda = torch.cuda.is_available()
             if on_cuda:
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+                with user_error("torchrun started more processes than there are GPUs: {}"):
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             long = datetime.timedelta(days=1)  # the first process may download or encode while the others wait
             torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=long)
             if rank():
                 sys.stdout = sys.stderr = open(os.devnull, "w")
-        main()
+        try:
+            main()
+        except UserError as error:
+            raise SystemExit(2) if rank() else error
+        finally:
+            sys.stderr = sys.__stderr__  # for a traceback
         if distributed():
             torch.distributed.destroy_process_group()
 
@@ -1123,7 +1140,7 @@ def parse(argv=None):
     parser.add_fields(Config)
     given = vars(parser.parse_args(argv))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
-    config = resolve(given)
+    config = resolve({name: x for name, x in given.items() if not resume or name == "out" or name not in CHANGEABLE})
     if not resume:
         return config, None, overwrite
     state, config = resumed_config(Config, {**given, "out": config.out}, CHANGEABLE, Path(config.out))

@@ -36,6 +36,8 @@ def as_a_process():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads), signal.signal(signal.SIGINT, handler)
+    for process in (child for child in multiprocessing.active_children() if hasattr(child, "log")):  # a test failed
+        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +97,7 @@ def finish(process, code=0):
     """What a process printed that must end with a status, without a traceback, and its own processes with it."""
     process.join(100)
     text = process.log.read_text()
-    assert process.exitcode == code and "Traceback" not in text, text
+    assert process.exitcode == code and (code < 0 or "Traceback" not in text), text
     assert select.select([process.ended], [], [], 10)[0], "a process of it goes on"
     return text
 
@@ -288,8 +290,7 @@ def test_a_full_disk_is_a_line_and_keeps_the_last_checkpoint(whole, photographs,
     assert re.match("error: '.*best.pt' cannot be written: .*File too large", error)
     assert load_checkpoint(out / "last.pt")["step"] == 0 and not list(out.glob("*.part"))
     (out / "last.pt.part").write_text("what a kill leaves")
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    (out / "metrics.jsonl").write_text('{"step": 1, "lo')
     train.main(flags(photographs, out, "--resume"))
     assert_same_run(whole, out)
 
@@ -312,8 +313,7 @@ def test_what_is_not_finite_is_not_saved(photographs, tmp_path, monkeypatch, bro
         return total, terms
 
     monkeypatch.setattr(Trainer, "reconstruction_loss", loss)
-    message = f"^{broken} is not finite (at|after) step {step}; '.*last.pt' is (as it was|kept); try a"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=f"^{broken} is not finite .* step {step}; '.*last.pt' is (as it was|kept)"):
         train.main(flags(photographs, tmp_path / "run", log_every=log_every, gan_start=60))
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     assert state["step"] == kept and all(value.isfinite().all() for value in state["model"].values())
@@ -422,11 +422,12 @@ def test_images_of_every_kind_are_read_right(tmp_path):
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
 ])  # fmt: skip
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_cannot_be_read_is_named(photographs, tmp_path, capsys, content, message, workers):
+def test_an_image_that_cannot_be_read_is_named(photographs, tmp_path, content, message, workers):
     data, bad = shutil.copytree(photographs / "images", tmp_path / "images"), tmp_path / "images" / "train" / "bad.jpg"
     bad.write_bytes(content)
-    error = said(train.main, capsys, flags(photographs, tmp_path / "run", data=data, batch_size=17, workers=workers))
-    assert f"image '{bad}' cannot be read: " in error and message in error
+    arguments = flags(photographs, tmp_path / "run", data=data, batch_size=17, workers=workers)
+    error = finish(begin(tmp_path, train.main, arguments), 2).splitlines()[-1]
+    assert error.startswith(f"error: image '{bad}' cannot be read: ") and message in error
 
 
 @pytest.mark.parametrize("image, message", [
@@ -463,8 +464,6 @@ def test_tokens_follow_what_they_were_made_of(photographs, run, tmp_path):
 def test_evaluation_changes_nothing_and_repeats_itself(run, monkeypatch):
     before = files_of(run)
     monkeypatch.setattr(evaluate, "load_or_reason", lambda *_: (None, "none here"))
-    evaluate.main([str(run)])
-    after = files_of(run)
-    evaluate.main([str(run)])
+    after, again = (evaluate.main([str(run)]) or files_of(run) for _ in range(2))
     assert {name for name in after if after[name] != before.get(name)} == {"evaluation.json", "reconstructions.png"}
-    assert files_of(run) == after
+    assert again == after

@@ -5,7 +5,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -143,9 +142,9 @@ def test_every_second_stage_trains_and_completes(run, model, condition):
     drawn = draw(0, [0, 1, 2, 3])
     assert torch.equal(drawn[given >= 0], given[given >= 0]) and torch.equal(draw(0, [3])[:, :, :4], given[3:, :, :4])
     assert torch.equal(drawn, draw(0, [0, 1, 2, 3])) and not torch.equal(drawn, draw(1, [0, 1, 2, 3]))  # by its seed
-    network = SimpleNamespace(loss=lambda x, *_: [torch.tensor(float(len(x)))])
-    assert losses_of(trained[1], here, trained[2], network, tokens, torch.tensor([3]))[0] == 1  # a batch of one image
     assert len({str(validation(trained[1], here, trained[2], trained[0], tokens)) for _ in range(2)}) == 1  # one noise
+    trained[0].loss = lambda x, *_: [torch.tensor(float(len(x)))]
+    assert losses_of(trained[1], here, trained[2], trained[0], tokens, torch.tensor([3]))[0] == 1  # one image
     here.tokenizer = "0" * 64
     with pytest.raises(UserError, match="another state"):
         load_stage(here, stage_folder(here, choices))
@@ -168,11 +167,12 @@ def test_a_resumed_second_stage_equals_an_uninterrupted_one(run, model, monkeypa
 
 
 def test_averaged_weights_follow_without_a_graph(run):
-    here, (_, config, count, _), tokens, _ = stage(run, condition="segmentation")
+    here, (network, config, count, _), tokens, _ = stage(run, condition="segmentation")
+    stored = torch.load(run / "synthesis/gpt-segmentation/best.pt")["ema"]
+    torch.testing.assert_close(dict(network.state_dict()), dict(stored), rtol=0, atol=0)
     trainer = StageTrainer(config, here, count, tokens, tokens)
     vector = lambda network: torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
-    start = vector(trainer.network)
-    trainer.train_step([[0, 1]])
+    start, _ = vector(trainer.network), trainer.train_step([[0, 1]])
     torch.testing.assert_close(vector(trainer.ema), start.lerp(vector(trainer.network), 9 / 11))  # a decay of 2 / 11
     assert not any(average.requires_grad for average in trainer.ema.parameters())
 
@@ -230,9 +230,8 @@ def test_words_are_pinned_and_parts_completed(run, capsys):
 def test_a_class_is_drawn_instead_of_an_images_own(run, capsys):
     here, trained, tokens, choices = stage(run, condition="class")
     go("sample", "--condition=class", "--label=jay", "--images", "3", "1", "--words", "--repeat=1")
-    jays = tokens._replace(labels=torch.full((11,), 2))
-    grid = here.spell(draw_images(here, trained, jays, torch.tensor([3, 1]), choices, 0)[1])
-    assert f"\njay 1 for image 1\n{grid}\n" in capsys.readouterr().out
+    drawn = draw_images(here, trained, tokens._replace(labels=torch.full((11,), 2)), torch.tensor([3, 1]), choices, 0)
+    assert f"\njay 1 for image 1\n{here.spell(drawn[1])}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="--label eagle: classes are robin, cardinal, jay"):
         go("sample", "--condition=class", "--label=eagle")
 

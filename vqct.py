@@ -39,7 +39,7 @@ def nearest_code(z, codebook):
     """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
     ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised, in chunks of
-    rows whose scores fit in 64 MiB: there is never an N × K matrix.
+    rows whose scores fit in 16 MiB: there is never an N × K matrix.
 
     z: (N, D) features of any floating type; codebook: (K, D) codes, K ≥ 1.
     Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); of ties any one.
@@ -51,7 +51,7 @@ def nearest_code(z, codebook):
         codes = codebook - origin  # (K, D)
         half_norms = codes.square().sum(1) / 2  # (K,)
         indices = []
-        for rows in z.to(dtype).split(max(1, 2**24 // len(codes))):
+        for rows in z.to(dtype).split(max(1, 2**22 // len(codes))):
             scores = torch.addmm(half_norms, rows - origin, codes.T, alpha=-1)  # half_norms − rows · codes
             indices.append(scores.argmin(1))
         return torch.cat(indices)
@@ -86,7 +86,7 @@ class VectorQuantizer(nn.Module):
         if self.neighbours == 1:
             found = nearest_code(rows, codebook)
         else:
-            chunks = rows.to(codebook.dtype).split(max(1, 2**24 // len(codebook)))
+            chunks = rows.to(codebook.dtype).split(max(1, 2**22 // len(codebook)))
             distances = (torch.cdist(part, codebook, compute_mode="donot_use_mm_for_euclid_dist") for part in chunks)
             found = torch.cat([part.topk(self.neighbours, largest=False).indices for part in distances])
         return found.view(*features.shape[:-1], self.neighbours).movedim(-1, 1)

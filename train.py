@@ -876,6 +876,7 @@ def open_run(out, trainer, overwrite=False, resumed=None):
         check_folder(out, overwrite)  # a run may have ended in it meanwhile
         for name in set(RUN_FILES) - {"metrics.jsonl"}:
             (out / name).unlink(missing_ok=True)
+            (out / f"{name}.part").unlink(missing_ok=True)
     journal.seek(0)
     kept = 0
     for line in iter(journal.readline, "") if resumed else ():

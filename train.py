@@ -865,7 +865,7 @@ def open_run(out, trainer, overwrite=False, resumed=None):
     out.mkdir(parents=True, exist_ok=True)
     if resumed is None:
         check_folder(out, overwrite)
-    journal = open(out / "metrics.jsonl", "a+", newline="\n")
+    journal = open(out / "metrics.jsonl", "a+", encoding="utf-8", errors="replace", newline="\n")
     try:
         fcntl and fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

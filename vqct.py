@@ -52,7 +52,7 @@ def nearest_code(z, codebook):
         half_norms = codes.square().sum(1) / 2  # (K,)
         indices = []
         for rows in z.to(dtype).split(max(1, 2**22 // len(codes))):
-            scores = torch.addmm(half_norms, rows - origin, codes.T, alpha=-1)  # half_norms − rows · codes
+            scores = torch.addmm(half_norms, rows - origin, codes.T, alpha=-1)  # ½‖e‖² − ẑ·e, (rows, K)
             indices.append(scores.argmin(1))
         return torch.cat(indices)
 
@@ -86,6 +86,7 @@ class VectorQuantizer(nn.Module):
         if self.neighbours == 1:
             found = nearest_code(rows, codebook)
         else:
+            codebook = codebook.float() if codebook.element_size() < 4 else codebook  # no half precision on CPUs
             chunks = rows.to(codebook.dtype).split(max(1, 2**22 // len(codebook)))
             distances = (torch.cdist(part, codebook, compute_mode="donot_use_mm_for_euclid_dist") for part in chunks)
             found = torch.cat([part.topk(self.neighbours, largest=False).indices for part in distances])

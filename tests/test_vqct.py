@@ -86,7 +86,7 @@ def test_nearest_code_refuses_other_shapes(z, codebook):
 
 @pytest.mark.parametrize("neighbours", [1, 2])
 def test_the_search_never_holds_the_distance_matrix(neighbours):
-    """At most 2²⁴ scores at a time, however many there are in all; and its parts keep their order."""
+    """At most 2²² scores at a time, however many there are in all; and its parts keep their order."""
     z, codebook, held = torch.randn(5000, 2), torch.randn(8192, 2), []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

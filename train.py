@@ -26,7 +26,7 @@ import time
 import zipfile
 from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 

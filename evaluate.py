@@ -28,13 +28,11 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
 
-# fmt: off
 from prior import (Parser, UserError, WordListSpeech, atomic_write, draw_plots, fetch,
                    read_tensors, save_png, user_error)
 from train import (Run, draw_grid, first_process_first, launch, load_lpips, processes, psnr, rank, spread_indices,
                    to_bytes)
 from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, all_gather, nearest_code, option)
-# fmt: on
 
 INCEPTION_URL = (
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
@@ -42,7 +40,6 @@ INCEPTION_URL = (
 FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
 
 
-# fmt: off
 @dataclass
 class EvaluationConfig:
     """How runs are measured; weights without a local copy are in torch hub's cache, or downloaded."""
@@ -56,12 +53,9 @@ class EvaluationConfig:
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
     figures: bool = option(False, "draw Fig. 3 to 7 into each run, and what compares several into comparison/")
     save: str = option("", "folder for originals/*.png and reconstructions/*.png (of several runs: each in its own)")
-# fmt: on
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics
-
+# ======== Metrics
 
 def ssim(x, y):
     """Structural similarity of each image (Wang et al. 2004): 11×11 Gaussian window of σ 1.5, data range 2.
@@ -219,9 +213,7 @@ def caption_alignment(run, indices, dataset, permutations=999):
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run
-
+# ======== A run
 
 @torch.no_grad()
 def mean_image(run, limit=10_000):
@@ -332,9 +324,7 @@ def reconstructed(run, dataset, count):
     return [(name, torch.cat(images)) for name, images in zip(("original", "reconstruction"), zip(*pairs))]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables
-
+# ======== Tables
 
 SAME_ROW = ("seed", "out", "device", "workers", "log_every", "eval_every", "eval_images")  # may differ within a row
 
@@ -405,9 +395,7 @@ def as_markdown(table):
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Figures
-
+# ======== Figures
 
 def draw_toy(prior, path, steps=80):
     """Fig. 3: a 2-d codebook in which one code is pulled to one feature, by VQ-VAE and by VQCT.
@@ -556,9 +544,7 @@ def compare(evaluations, folder):
     print(f"{folder}: table.md, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
+# ======== Command line
 
 def report(results, inception, lpips):
     """Print the tables, and notes to their columns."""

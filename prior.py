@@ -50,9 +50,7 @@ WINDOW = 5  # adjectives and nouns on each side that count as context of `corpus
 CHUNK = 2000  # captions a worker takes at a time, a third of a second's work
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Corpora
-
+# ======== Corpora
 
 def read_captions(path):
     """Yield the captions of a text file, COCO captions JSON or Flickr token file, each possibly .gz, or of a folder
@@ -74,9 +72,7 @@ def read_captions(path):
         yield from filter(None, (" ".join(caption.split()) for caption in captions))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# From a caption to its adjectives and nouns: WordNetSpeech, parts_of_speech; and to its edges: modifying_pairs
-
+# ======== From a caption to its adjectives and nouns: WordNetSpeech, parts_of_speech; and to its edges: modifying_pairs
 
 class Token(NamedTuple):
     """A word of a caption as the graph sees it."""
@@ -364,9 +360,7 @@ def modifying_pairs(tokens, speech):
                 yield from ((tokens[j].lemma, tokens[subject].lemma) for j in adjectives)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Counting a corpus
-
+# ======== Counting a corpus
 
 @dataclass
 class Counts:
@@ -427,10 +421,9 @@ def count_corpus(captions, speech, contexts=False, workers=CORES):
     return total
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Language models: each a function of (dict part → words, --weights, --dim, Counts) that gives dict part → dict word →
-# (d,) float32, in which words may be missing
-
+# ======== Language models
+# Each is a function of (dict part → words, --weights, --dim, Counts) that gives dict part → dict word → (d,) float32,
+# in which words may be missing
 
 def glove_vectors(words, weights, dim, counts):
     """GloVe's text, `word v1 … vd` a line, as it is or in a .gz or .zip; of a zip's files, `dim` (0: 100) chooses one.
@@ -593,9 +586,7 @@ LANGUAGE_MODELS = {  # --embeddings: the one place where a new one is added
     "random": random_vectors,
 }
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The prior
-
+# ======== The prior
 
 @dataclass
 class Prior:
@@ -716,9 +707,7 @@ def rewired(edges, rng, rounds=100):
     return edges
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Looking at a prior: prior.py show
-
+# ======== Looking at a prior: prior.py show
 
 EXAMPLES = {"adjective": ("orange", "yellow", "blue"), "noun": ("breast", "belly", "wheel")}  # the paper's Fig. 1
 CAPTION = "this small brown bird has a bright orange breast and a short sharp beak."
@@ -803,9 +792,7 @@ def draw_codebook_space(prior, chosen, path, neighbours=4):
     draw_plots(panels, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Line plots, which evaluate.py draws too
-
+# ======== Line plots, which evaluate.py draws too
 
 INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569", "#b8cbe6")
 SMALL, FONT = (ImageFont.load_default(size) for size in (13, 15))
@@ -866,9 +853,7 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
         draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
+# ======== Command line
 
 def parse(argv):
     """The flags of `prior.py CORPUS…`, or of `prior.py show PRIOR`."""
@@ -921,9 +906,7 @@ def main(argv=None):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What other scripts share
-
+# ======== What other scripts share
 
 class UserError(ValueError):
     """Something wrong with what the user gave; the message says what, and what to do."""

@@ -32,17 +32,14 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
-# fmt: off
 from evaluate import as_markdown, fid, load_inception, load_or_reason
 from prior import Parser, UserError, atomic_write, save_png, user_error
-from train import (Run, add_up, autocast, average_gradients, draw_grid, first_process_first, fit, fitting,
+from train import (Run, add_up, autocast, average_gradients, draw_grid, first_process_first, fit, fitting, hold_out,
                    launch, load_checkpoint, open_run, psnr, refuse_idle, restore, resumed_config, spread_indices,
                    to_bytes, train_batches)
 from vqct import Condition, Denoiser, TokenTransformer, option, sample_features, sample_tokens
-# fmt: on
 
 
-# fmt: off
 @dataclass
 class Stage:
     """The flags that name a second stage."""
@@ -110,12 +107,9 @@ class Drawing(Sampling, Stage):
     pin: tuple = option((), "words in their places, ROW,COLUMN=WORDS: 3,4=red,breast", each=str)
     words: bool = option(False, "print what the samples read as")
     output: str = option("", "PNG (default: samples.png or completions.png beside the second stage)")
-# fmt: on
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens
-
+# ======== Tokens
 
 class Tokens(NamedTuple):
     """A data set as the second stage sees it. Each image may have several rows: random crops and flips of it."""
@@ -187,9 +181,7 @@ def decode_tokens(run, indices):
     return torch.cat([run.model.decode(part.to(run.device)).float().cpu() for part in parts])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The second stage of a run
-
+# ======== The second stage of a run
 
 def send(x, device):
     """A tensor to the device, asynchronously."""
@@ -225,7 +217,7 @@ def condition_count(config, *splits):
 
 def make_network(config, run, count):
     """The network that a SynthesisConfig names, for a tokenizer."""
-    model, codes = run.model, [part.detach().float() for part in run.model.codebook()]
+    model, codes = run.model, run.model.codebook()
     condition = Condition(config.condition, count, model.grid, config.width, config.heads)
     shape = dict(width=config.width, depth=config.depth, heads=config.heads, dropout=config.dropout)
     if config.model == "gpt":
@@ -277,25 +269,25 @@ def losses_of(config, run, count, network, tokens, rows, drop=None, generator=No
 
 
 @torch.no_grad()
-def validation(config, run, count, network, tokens):
-    """Mean `losses_of` over a split, with the same noise each time → dict of floats."""
+def validation(config, run, count, network, tokens, images):
+    """Mean `losses_of` over some images, with the same noise each time → dict of floats."""
     totals, generator = {}, torch.Generator(run.device).manual_seed(0)
-    for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
+    for rows in torch.tensor(images).split(config.batch_size):
         _, parts = losses_of(config, run, count, network, tokens, rows, None, generator)
-        add_up(totals, parts, len(rows) / len(tokens.labels))
+        add_up(totals, parts, len(rows) / len(images))
     return {name: float(value) for name, value in totals.items()}
 
 
 class StageTrainer:
     """State of a second stage's training and its step, for `fit`.
 
-    config: SynthesisConfig; run: Run; count: classes or labels; train_set, val_set: Tokens.
+    config: SynthesisConfig; run: Run; count: classes or labels; train_set: Tokens; chosen: rows that choose best.pt.
     """
 
-    def __init__(self, config, run, count, train_set, val_set):
+    def __init__(self, config, run, count, train_set, chosen):
         torch.manual_seed(config.seed)
         self.config, self.run, self.device, self.count = config, run, run.device, count
-        self.step, self.best, self.train_set, self.val_set = 0, -math.inf, train_set, val_set
+        self.step, self.best, self.train_set, self.chosen = 0, -math.inf, train_set, chosen
         self.network = make_network(config, run, count)
         if config.model == "ldm":
             some = torch.from_numpy(train_set.features[spread_indices(len(train_set.features), 4096)]).float()
@@ -346,8 +338,8 @@ class StageTrainer:
         return metrics
 
     def validate(self):
-        """The averaged weights' loss over the validation split → score, {name: float}."""
-        values = validation(self.config, self.run, self.count, self.ema, self.val_set)
+        """The averaged weights' loss over the held-out images → score, {name: float}."""
+        values = validation(self.config, self.run, self.count, self.ema, self.train_set, self.chosen)
         return -values["loss"], values
 
 
@@ -364,22 +356,23 @@ def train_stage(run, given, resume, overwrite):
     with first_process_first():
         train_set, val_set = tokens_of(run, "train", config.views, ldm), tokens_of(run, "val", 1, ldm)
     count = state["count"] if state else condition_count(config, train_set, val_set)
-    trainer = StageTrainer(config, run, count, train_set, val_set)
+    images = len(train_set.labels) // config.views  # rows go through all images view by view
+    trained, chosen = hold_out(images)
+    kept = [view * images + row for view in range(config.views) for row in trained]
+    trainer = StageTrainer(config, run, count, train_set, chosen)
     if state:
         restore(trainer, state, folder)
     steps = trainer.step * config.accumulate, config.steps * config.accumulate
-    order = train_batches(len(train_set.labels), config.batch_size, *steps, config.seed)
+    order = train_batches(kept, config.batch_size, *steps, config.seed)
     with open_run(folder, trainer, overwrite, state) as journal:
         weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
-        print(f"{folder}: {weights:.1f} M weights on {run.device}, {len(train_set.labels):,} grids of tokens")
+        print(f"{folder}: {weights:.1f} M weights on {run.device}, {len(kept):,} grids of tokens")
         fit(trainer, ([row for row, _ in batch] for batch in order), trainer.validate, folder, journal)
     which = f"--model {config.model} --condition {config.condition}"
     print(f"done: look at samples with: python synthesize.py {run.path} sample {which}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-
+# ======== Sampling
 
 def draw_images(run, stage, tokens, rows, choices, seed, given=None):
     """Samples for the conditions of some images → (B, M, h, w) indices, a batch at a time.
@@ -523,9 +516,7 @@ def colours_of_labels(maps, count):
     return palette[maps.where((maps >= 0) & (maps < count), count)].permute(0, 3, 1, 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Table 6
-
+# ======== Table 6
 
 @torch.no_grad()
 def likelihood(run, stage, tokens, order=None):
@@ -562,7 +553,7 @@ def evaluate_stage(run, stage, choices, inception):
             other = likelihood(run, stage, val_set, torch.arange(len(bits)).roll(len(bits) // 2))
             result["own_map_wins"] = float((bits.sum(1) < other.sum(1)).double().mean())
     else:
-        result["noise"] = validation(config, run, count, network, val_set)["noise"]
+        result["noise"] = validation(config, run, count, network, val_set, range(len(val_set.labels)))["noise"]
     scores, features, done = [], ([], []), 0
     for x, batch in run.batches(run.dataset("val")):
         rows = torch.arange(done, done + len(x))
@@ -613,9 +604,7 @@ def print_table(runs, choices, path=""):
         print(f"\nFID: – ({reason})")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
+# ======== Command line
 
 def convert(run, split, decode, output, words):
     """The sub-command tokens: encode a split, or decode a file."""

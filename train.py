@@ -42,23 +42,18 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
-# fmt: off
 from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, checksum,
                    command, fetch, read_captions, read_tensors, save_png, shuffled, user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce, distributed,
                   hinge_loss, load_taming, needs_prior, option)
-# fmt: on
 
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
     fcntl = None
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration: one dataclass, from which the flags, config.json and the checkpoint are made
+# ======== Configuration: one dataclass, from which the flags, config.json and the checkpoint are made
 
-
-# fmt: off
 @dataclass
 class Config(ModelConfig):
     """A run. Defaults are the paper's f16 network with VQGAN's training; presets and methods change some."""
@@ -72,7 +67,7 @@ class Config(ModelConfig):
     init: str = option("", "published VQGAN weights to start from, of taming-transformers (.ckpt, .pt, .safetensors)")
     method: str = option("vqct", "a system of the paper or a control: quantizer, codes, transfer and losses",
                          choices=lambda: METHODS)
-    recipe: str = option("paper", "official: the codebook as the authors' code makes it, each difference a flag too",
+    recipe: str = option("paper", "official: the authors' code's, where they are flags here (the README lists both)",
                          choices=lambda: RECIPES)
     shuffle: str = option("none", "control: word vectors permuted, or edges rewired, each word keeping its number",
                           choices=("none", "vectors", "edges"))
@@ -102,7 +97,7 @@ class Config(ModelConfig):
     workers: int = option(-1, "processes that read images; −1: 8 for a GPU, none on the CPU, which trains", least=-1)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(2_000, "steps between validations, with checkpoint and picture")
-    eval_images: int = option(256, "validation images at those times; evaluate.py takes them all")
+    eval_images: int = option(256, "at most so many of the held-out twentieth of the training images at those times")
 
 
 PRESETS = {
@@ -112,8 +107,8 @@ PRESETS = {
 }
 RECIPES = {
     "paper": {},
-    "official": dict(transfer_layers=2, transfer_dropout=0.5, last_relu=False, adjective_neighbours=2,
-                     beta_on="codebook", weighted_edges=True, vector_scale="none"),
+    "official": dict(transfer_layers=2, transfer_width=256, transfer_dropout=0.5, last_relu=False, pixel_loss="l1",
+                     adjective_neighbours=2, beta_on="codebook", weighted_edges=True, vector_scale="none"),
 }
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
 PIXEL_LOSS_ONLY = dict(gan_weight=0.0, perceptual_weight=0.0)
@@ -132,14 +127,15 @@ METHODS = {
     "single-gcn": dict(codebooks=1),  # Table 3 (iv)
     "multi-mlp": dict(transfer="mlp"),  # Table 3 (v)
     "matched": dict(codes="uniform", trained=True, transfer="none"),  # control: VQCT's sizes, learned
-    "simvq": dict(codes="random", transfer="mlp", transfer_layers=1, last_relu=False),  # control: one linear map
+    "matched-cvq": dict(codes="uniform", trained=True, transfer="none", quantizer="cvq",
+                        adjective_neighbours=1),  # control: … kept alive
+    "matched-l2": dict(codes="random", trained=True, transfer="unit"),  # control: … of unit length
+    "simvq": dict(codes="random", transfer="linear"),  # control: frozen vectors, one linear map (Zhu et al.)
 }
-# fmt: on
 
 
 def resolve(given):
-    """Explicit choices → the whole Config: flags come before the method, then the recipe, then the preset.
-    """
+    """Explicit choices → the whole Config: flags come before the method, then the recipe, then the preset."""
     dataset, method = given.get("dataset", Config.dataset), given.get("method", Config.method)
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
     usual = {**PRESETS[preset], **RECIPES[given.get("recipe", Config.recipe)], **METHODS[method]}
@@ -152,7 +148,8 @@ def resolve(given):
         named = ("preset", "recipe", "shuffle", "seed", *losses, *ModelConfig.__annotations__)
         differs = lambda name: given[name] != usual.get(name, getattr(Config, name))
         departs = {name: given[name] for name in named if name in given and differs(name)}
-        words = [re.sub(r"[^\w.]+", "-", str(x) if isinstance(x, str) else f"{n}-{x}") for n, x in departs.items()]
+        told = lambda name, x: x if isinstance(x, str) and x != "none" else f"{name}-{x}"
+        words = [re.sub(r"[^\w.]+", "-", told(*each)) for each in departs.items()]
         config.out = "runs/" + "-".join([dataset, method, *words, *(["init"] if config.init else [])])
     return refuse_idle(config, given, MATTERS)
 
@@ -162,12 +159,12 @@ MATTERS = {  # flags that matter only where this holds, and are refused elsewher
     "download": lambda config: config.dataset in ARCHIVES,
     "labels": lambda config: config.dataset == "folder",
     "shuffle": lambda config: config.codes == "words" if config.shuffle == "vectors" else config.transfer == "gcn",
-    "code_dim": lambda config: config.codes != "words" or config.transfer != "none",
+    "code_dim": lambda config: config.codes != "words" or config.transfer not in ("none", "unit"),
     "codebook_size": lambda config: config.codes != "words" and config.transfer != "gcn",
     "vector_scale": lambda config: config.codes == "words",
     "weighted_edges": lambda config: config.transfer == "gcn",
-    "transfer_layers last_relu": lambda config: config.transfer != "none",
-    "transfer_width transfer_dropout": lambda config: config.transfer != "none" and config.transfer_layers > 1,
+    "transfer_layers last_relu": lambda config: config.transfer in ("gcn", "mlp"),
+    "transfer_width transfer_dropout": lambda config: config.transfer in ("gcn", "mlp") and config.transfer_layers > 1,
     "beta beta_on": lambda config: config.quantizer != "gumbel",
     "adjective_neighbours": lambda config: config.codebooks == 2,
     "straight_through": lambda config: config.quantizer == "gumbel",
@@ -189,15 +186,13 @@ def refuse_idle(config, given, matters):
     return config
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One step
-
+# ======== One step
 
 class Trainer:
     """The state of a run, and its step.
 
     config: Config; prior: dict of `Prior.tensors`, or None; device: torch.device.
-    training_images: their number; `usage` counts the codes chosen in the latest epoch.
+    training_images: how many train; `usage` counts the codes chosen in the latest epoch.
     Raises UserError for choices that exclude each other.
     """
 
@@ -219,7 +214,7 @@ class Trainer:
         if config.perceptual_weight > 0:
             self.perceptual = load_lpips(config.perceptual_trunk, config.trunk_weights, config.lpips_weights)
             self.perceptual.to(device, memory_format=torch.channels_last)
-        self.start = [codes.clone() for codes in self.model.eval().codebook()]  # for Fig. 6
+        self.start = [codes.detach().clone() for codes in self.model.eval().codebook()]  # for Fig. 6
         # the step at which each code was last chosen
         self.last_used = [torch.full((size,), -1, device=device) for size in self.model.codebook.sizes]
         for network in filter(None, (self.model, self.discriminator)) if distributed() else ():
@@ -378,9 +373,7 @@ def average_gradients(network):
     return torch.nn.utils.get_total_norm(gradients)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# One loop, of both stages
-
+# ======== One loop, of both stages
 
 def fit(trainer, batches, validate, out, journal):
     """Take a batch, step, log, validate, save. A signal ends it after its step, with a checkpoint.
@@ -475,9 +468,7 @@ def seed_rank(trainer):
         torch.manual_seed(trainer.config.seed + 1_000_003 * rank() + trainer.step)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets
-
+# ======== Data sets
 
 class Record(NamedTuple):
     """An image on disk and what is known of it."""
@@ -696,7 +687,6 @@ DATASETS = {  # --dataset: the one place where a new one is added
     "coco": Layout(coco_records, "coco", "http://images.cocodataset.org", 255),
 }
 COCO_STUFF = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
-# fmt: off
 ARCHIVES = {  # of --download: url (below the source), md5, what is there once it is unpacked, where it is unpacked
     "cub": [("files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78", "images.txt", "..")],
     "ade20k": [("ADEChallengeData2016.zip", "7328b3957e407ddae1d3cbf487f149ef", "images", "..")],
@@ -705,7 +695,6 @@ ARCHIVES = {  # of --download: url (below the source), md5, what is there once i
              ("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", "annotations", "."),
              (f"{COCO_STUFF}/stuffthingmaps_trainval2017.zip", None, "stuffthingmaps/val2017", "stuffthingmaps")],
 }
-# fmt: on
 
 
 def require(root, *names):
@@ -794,8 +783,14 @@ def make_prior(config, dataset):
     return shuffled(prior, config.shuffle, config.seed)
 
 
-def train_batches(length, batch_size, start, steps, seed):
-    """Yield a list of (index, draw) keys for each micro-step `start` … `steps`: a new permutation each epoch.
+def hold_out(length):
+    """Indices of training images: those that train, and each twentieth, which chooses best.pt instead."""
+    chosen = range(0, length, 20)
+    return [index for index in range(length) if index not in chosen] or [0], chosen
+
+
+def train_batches(kept, batch_size, start, steps, seed):
+    """Yield a list of (index, draw) keys for each micro-step `start` … `steps`: the kept images, shuffled each epoch.
 
     Each of n processes takes its n-th of a batch of n · `batch_size` images.
     """
@@ -803,10 +798,10 @@ def train_batches(length, batch_size, start, steps, seed):
     for step in range(start, steps):
         batch, first = [], (step * processes() + rank()) * batch_size
         for draw in range(first, first + batch_size):
-            if draw // length != epoch:
-                epoch = draw // length
-                order = np.random.default_rng((seed, epoch)).permutation(length)
-            batch.append((int(order[draw % length]), draw))
+            if draw // len(kept) != epoch:
+                epoch = draw // len(kept)
+                order = np.random.default_rng((seed, epoch)).permutation(kept)
+            batch.append((int(order[draw % len(kept)]), draw))
         yield batch
 
 
@@ -834,10 +829,9 @@ def worker_init(worker):
         os.setpgrp()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs: their folders, checkpoints, and reading them again
+# ======== Runs: their folders, checkpoints, and reading them again
 
-VERSION = 2  # of checkpoints
+VERSION = 3  # of checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
     tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
     fig7_regions.png fig7_words.png samples.png completions.png""".split()
@@ -976,7 +970,8 @@ class Run:
             self.start = state["start"]
             self.model = VQModel(self.config, self.prior)
             self.model.load_state_dict(state["model"])
-        self.model.to(self.device).eval()
+        codes = self.model.to(self.device).eval().requires_grad_(False).codebook()
+        self.model.codebook.forward = lambda: codes  # made once, not for each batch
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
             raise UserError(f"--data or --labels changes nothing for '{path}', a run of {self.config.dataset}")
         self.config.data, self.config.labels = data or self.config.data, labels or self.config.labels
@@ -1037,9 +1032,7 @@ def draw_grid(rows, path, size=128, columns=8):
     save_png(grid, path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Devices, processes, published weights
-
+# ======== Devices, processes, published weights
 
 def rank():
     """This process's number among those that torchrun started; 0 where there is one."""
@@ -1121,13 +1114,11 @@ def take_published_weights(trainer, path):
     state = read_tensors(path)
     with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} (published: --preset f16)"):
         left = {name.partition(".")[0] for name in load_taming(trainer.model, trainer.discriminator, state)}
-    trainer.start = [codes.clone() for codes in trainer.model.codebook()]
+    trainer.start = [codes.detach().clone() for codes in trainer.model.codebook()]
     print(f"init: {path}" + (f"; as without it: {', '.join(sorted(left))}" if left else ""))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
-
+# ======== Command line
 
 CHANGEABLE = "out steps lr device data workers log_every eval_every eval_images amp compile deterministic".split()
 
@@ -1157,24 +1148,26 @@ def main(argv=None):
     with first_process_first():
         if config.download:
             download(config.dataset, Path(config.data))
-        train_set, val_set = make_dataset(config, "train"), make_dataset(config, "val")
+        train_set, val_set = make_dataset(config, "train"), make_dataset(config, "val")  # the latter is for evaluate.py
+    kept, chosen = hold_out(len(train_set))
     prior = None if state else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
     tensors = state["prior"] if state else prior and prior.tensors()
-    trainer = Trainer(config, tensors, device, len(train_set))  # step 3: the networks
+    trainer = Trainer(config, tensors, device, len(kept))  # step 3: the networks
     if state:
         restore(trainer, state, out)
     elif config.init:
         take_published_weights(trainer, config.init)
     first, last = trainer.step * config.accumulate, config.steps * config.accumulate
-    order = train_batches(len(train_set), config.batch_size, first, last, config.seed)
+    order = train_batches(kept, config.batch_size, first, last, config.seed)
     loader = make_loader(train_set, device, config.workers, batch_sampler=order)
-    some = Subset(val_set, spread_indices(len(val_set), config.eval_images))
+    some = Subset(train_set, [chosen[i] for i in spread_indices(len(chosen), config.eval_images)])
     validation = make_loader(some, device, 0, batch_size=config.batch_size)
     with open_run(out, trainer, overwrite, state) as journal:  # nothing was touched before all this succeeded
         if prior is not None and not rank():
             prior.save(out / "prior.npz")
         codes = " + ".join(f"{len(used):,}" for used in trainer.last_used)
-        print(f"{config.dataset}: {len(train_set):,} training, {len(val_set):,} evaluation images; run {out}")
+        sizes = f"{len(kept):,} images train, {len(chosen):,} choose best.pt, {len(val_set):,} evaluate"
+        print(f"{config.dataset}: {sizes}; run {out}")
         print(f"{config.method} ({config.preset}) on {device}: {trainer.model.grid} positions of {codes} codes")
         adversary = f"adversary × {config.gan_weight} from step {config.gan_start:,}"
         print(f"losses: {config.pixel_loss}, LPIPS × {config.perceptual_weight}, {adversary}", flush=True)
@@ -1183,10 +1176,8 @@ def main(argv=None):
     print(f"done: look at {out / 'reconstructions.png'}; measure with: python evaluate.py {out}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Appendix, the demo: birds in scenes, after the paper's own examples, drawn and described by code
+# ======== Appendix, the demo: birds in scenes, after the paper's own examples, drawn and described by code
 
-# fmt: off
 COLOURS = {  # RGB in [0, 1]
     "red": (.80, .13, .11), "crimson": (.62, .07, .15), "orange": (.93, .48, .11), "golden": (.89, .67, .18),
     "yellow": (.95, .84, .20), "green": (.25, .55, .22), "olive": (.45, .47, .20), "teal": (.08, .50, .53),
@@ -1233,7 +1224,6 @@ PLACES = {place: tuple(Layer(*layer) for layer in layers) for place, layers in {
               ("stone", "wet dark", "dark", ((-.10, 0), (.14, .02), .15))),
     "field": (("ridge", "distant gray", "gray", (0, .2, 4)), ("snow", "white deep", "white", (5, 7, .2)),
               ("stump", "old round", "brown", ((0, 0), (0, 1), .11)))}.items()}
-# fmt: on
 SEGMENTS = tuple("sky behind ground perch back breast belly head wing tail beak eye leg".split())
 LAYERS = [layer for layers in PLACES.values() for layer in layers]
 DEMO_SPEECH = WordListSpeech(

@@ -22,6 +22,7 @@ To see Eq. 3, 1 and 2 worked on four words:
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -30,9 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-# ----------------------------------------------------------------------------------------------------------------------
-# §3.1, Eq. 1 and 2: the nearest code, and the losses of a code that was chosen
-
+# ======== §3.1, Eq. 1 and 2: the nearest code, and the losses of a code that was chosen
 
 @torch.no_grad()
 def nearest_code(z, codebook):
@@ -112,9 +111,7 @@ class VectorQuantizer(nn.Module):
         return z_q, indices, loss
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# §3.3 step 2, Eq. 3: the modifying graph, and the graph convolutions that transfer codes along it
-
+# ======== §3.3 step 2, Eq. 3: the modifying graph, and the graph convolutions that transfer codes along it
 
 class SymmetricProduct(torch.autograd.Function):
     """Â H for a constant symmetric Â in compressed rows; its gradient is the same product."""
@@ -208,9 +205,7 @@ class CodebookTransfer(nn.Module):
         return F.relu(nodes) if self.last_relu else nodes
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# §3.3 step 3: two codebooks, each for its half of the channels
-
+# ======== §3.3 step 3: two codebooks, each for its half of the channels
 
 class Codebook(nn.Module):
     """The codes of every codebook: vectors, sent through a transfer network where there is one.
@@ -223,9 +218,6 @@ class Codebook(nn.Module):
     trained: whether the vectors are parameters.
     transfer: a module (ΣK, d) → (ΣK, D), or None for the vectors themselves.
     Raises RuntimeError from the forward pass, if the sizes do not add up to the vectors.
-
-    In evaluation mode the codes are computed once and kept until `train()`, `load_state_dict` or a move to another
-    device or type; they carry no gradient then.
 
     >>> transfer = CodebookTransfer((300, 512, 512, 64), NormalizedAdjacency([(0, 1), (0, 2)], nodes=3))
     >>> adjectives, nouns = Codebook(torch.randn(3, 300), sizes=(1, 2), transfer=transfer)()
@@ -241,33 +233,20 @@ class Codebook(nn.Module):
         else:
             self.register_buffer("vectors", vectors.clone())
         self.transfer = transfer
-        self._kept = None
 
     def forward(self):
         """→ a tuple of (K_i, D) codebooks."""
-        if self.training:
-            return self._generate()
-        if self._kept is None:
-            with torch.no_grad():
-                self._kept = tuple(codes.detach() for codes in self._generate())
-        return self._kept
-
-    def _generate(self):
         with torch.autocast(self.vectors.device.type, enabled=False):
             codes = self.vectors if self.transfer is None else self.transfer(self.vectors)
             return codes.split(self.sizes)
 
-    def train(self, mode=True):
-        self._kept = None
-        return super().train(mode)
 
-    def _load_from_state_dict(self, *args):
-        self._kept = None
-        super()._load_from_state_dict(*args)
+class UnitLength(nn.Module):
+    """ℓ2-normalised codes and features, as in ViT-VQGAN (Yu et al. 2022), which takes 32 channels."""
 
-    def _apply(self, function, recurse=True):
-        self._kept = None
-        return super()._apply(function, recurse)
+    def forward(self, x):
+        """(N, D, …) → the same, of unit length along D."""
+        return F.normalize(x.float(), dim=1)
 
 
 class Output(NamedTuple):
@@ -300,8 +279,8 @@ class VQModel(nn.Module):
             raise ValueError(f"resolution {config.resolution} is not a multiple of {factor}, the encoder's reduction")
         self.config = config
         self.codebook = make_codebook(config, prior)
-        transfer = self.codebook.transfer
-        self.code_dim = self.codebook.vectors.shape[1] if transfer is None else transfer.layers[-1].weight.shape[1]
+        own = config.codes == "words" and config.transfer in ("none", "unit")  # codes as wide as the words' vectors
+        self.code_dim = self.codebook.vectors.shape[1] if own else config.code_dim // len(self.codebook.sizes)
         total = self.code_dim * len(self.codebook.sizes)
         shape = (config.channels, tuple(config.multipliers), config.blocks, config.z_channels)
         self.encoder, self.decoder = Encoder(*shape), Decoder(*shape)
@@ -309,6 +288,7 @@ class VQModel(nn.Module):
         self.from_codes = nn.Conv2d(total, config.z_channels, 1)
         keep_variance(self.to_codes)
         keep_variance(self.from_codes)
+        self.scale = UnitLength() if config.transfer == "unit" else nn.Identity()
         neighbours = [config.adjective_neighbours, 1] if len(self.codebook.sizes) == 2 else [1]
         self.quantizers = nn.ModuleList(
             make_quantizer(config, self.code_dim, size, count) for size, count in zip(self.codebook.sizes, neighbours)
@@ -335,7 +315,7 @@ class VQModel(nn.Module):
 
     def features(self, x):
         """(B, 3, H, W) → a tuple of (B, D, h, w) continuous features, one for each codebook."""
-        return self.to_codes(self.encoder(x)).chunk(len(self.codebook.sizes), dim=1)
+        return tuple(map(self.scale, self.to_codes(self.encoder(x)).chunk(len(self.codebook.sizes), dim=1)))
 
     def decode_features(self, z_q):
         """Sequence of (B, D, h, w) quantized features → (B, 3, H, W)."""
@@ -371,9 +351,7 @@ class VQModel(nn.Module):
                 quantizer.temperature = end + (1 - end) * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
-
+# ======== §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
 
 def group_norm(channels):
     """32 groups as in VQGAN; networks narrower than 128 keep at least four channels to a group."""
@@ -447,7 +425,7 @@ def keep_variance(network):
 
 
 class Encoder(nn.Module):
-    """Image to continuous features, ẑ = E(x).
+    """Image to continuous features, ẑ = E(x). Layers bear taming-transformers' names, a dash for each dot.
 
     channels: width of the first level; multipliers: width of each level in units of it. Each level after the first
         halves the resolution, so (1, 1, 2, 2, 4) is f16.
@@ -456,20 +434,20 @@ class Encoder(nn.Module):
 
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
         super().__init__()
-        layers = [nn.Conv2d(3, channels, 3, padding=1)]
-        width = channels
+        layers, width = {"conv_in": nn.Conv2d(3, channels, 3, padding=1)}, channels
         for level, multiplier in enumerate(multipliers):
             lowest = level == len(multipliers) - 1
-            for _ in range(blocks):
-                layers.append(ResidualBlock(width, channels * multiplier))
+            for block in range(blocks):
+                layers[f"down-{level}-block-{block}"] = ResidualBlock(width, channels * multiplier)
                 width = channels * multiplier
                 if lowest:
-                    layers.append(AttentionBlock(width))
+                    layers[f"down-{level}-attn-{block}"] = AttentionBlock(width)
             if not lowest:
-                layers.append(Downsample(width))
-        layers += [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
-        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, z_channels, 3, padding=1)]
-        self.layers = nn.Sequential(*layers)
+                layers[f"down-{level}-downsample"] = Downsample(width)
+        layers |= {"mid-block_1": ResidualBlock(width, width), "mid-attn_1": AttentionBlock(width)}
+        layers |= {"mid-block_2": ResidualBlock(width, width), "norm_out": group_norm(width), "silu": nn.SiLU()}
+        layers["conv_out"] = nn.Conv2d(width, z_channels, 3, padding=1)
+        self.layers = nn.Sequential(OrderedDict(layers))
         keep_variance(self)
 
     def forward(self, x):
@@ -483,17 +461,17 @@ class Decoder(nn.Module):
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
         super().__init__()
         width = channels * multipliers[-1]
-        layers = [nn.Conv2d(z_channels, width, 3, padding=1)]
-        layers += [ResidualBlock(width, width), AttentionBlock(width), ResidualBlock(width, width)]
+        layers = {"conv_in": nn.Conv2d(z_channels, width, 3, padding=1), "mid-block_1": ResidualBlock(width, width)}
+        layers |= {"mid-attn_1": AttentionBlock(width), "mid-block_2": ResidualBlock(width, width)}
         for level, multiplier in reversed(list(enumerate(multipliers))):
-            for _ in range(blocks + 1):
-                layers.append(ResidualBlock(width, channels * multiplier))
+            for block in range(blocks + 1):
+                layers[f"up-{level}-block-{block}"] = ResidualBlock(width, channels * multiplier)
                 width = channels * multiplier
                 if level == len(multipliers) - 1:
-                    layers.append(AttentionBlock(width))
+                    layers[f"up-{level}-attn-{block}"] = AttentionBlock(width)
             if level > 0:
-                layers.append(Upsample(width))
-        self.layers = nn.Sequential(*layers, group_norm(width), nn.SiLU())
+                layers[f"up-{level}-upsample"] = Upsample(width)
+        self.layers = nn.Sequential(OrderedDict(layers, norm_out=group_norm(width), silu=nn.SiLU()))
         self.to_image = nn.Conv2d(width, 3, 3, padding=1)  # apart: the adaptive weight compares gradients at its weight
         keep_variance(self)
 
@@ -504,9 +482,7 @@ class Decoder(nn.Module):
             return self.to_image(hidden.to(self.to_image.weight.dtype))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# §4.1, the losses of VQ-GAN: the adversary and the perceptual distance
-
+# ======== §4.1, the losses of VQ-GAN: the adversary and the perceptual distance
 
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): one logit for each overlapping patch, of 70×70 pixels for three inner `layers`."""
@@ -631,11 +607,9 @@ class LPIPS(nn.Module):
         return distance
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables 1 and 6: the quantizers that VQCT is compared with, each with VectorQuantizer's interface: forward(z, codebook)
-# → z_q, indices, loss; indices(z, codebook), those of forward in evaluation; `neighbours`, the codes averaged at a
-# position; and, where training anneals it, `temperature`
-
+# ======== Tables 1 and 6: the quantizers that VQCT is compared with, each with VectorQuantizer's interface
+# forward(z, codebook) → z_q, indices, loss; indices(z, codebook), those of forward in evaluation; `neighbours`, the
+# codes averaged at a position; and, where training anneals it, `temperature`
 
 class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights while training, the likeliest code in evaluation.
@@ -709,7 +683,7 @@ class ClusteredQuantizer(VectorQuantizer):
         if self.training:
             features = z.movedim(1, -1).flatten(0, -2)  # (N, D)
             if self.contrastive_weight > 0:  # of a copy, as the original is about to change
-                loss = loss + self.contrastive_weight * self.contrast(features, codebook.clone())
+                loss = loss + self.contrastive_weight * self.contrast(features.detach(), codebook.clone())
             self.re_anchor(features.detach(), indices, codebook.data)  # nothing saved for autograd depends on the codes
         return z_q, indices, loss
 
@@ -791,11 +765,8 @@ class RegularizedQuantizer(VectorQuantizer):
         return F.cross_entropy(logits, torch.arange(len(features), device=features.device))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tables 1 to 6: every system is a ModelConfig, a choice of quantizer, of codes and of their transfer
+# ======== Tables 1 to 6: every system is a ModelConfig, a choice of quantizer, of codes and of their transfer
 
-
-# fmt: off
 QUANTIZERS = {  # `quantizer` → what makes it: (ModelConfig, channels D, codes K, arguments of VectorQuantizer) → module
     "nearest": lambda config, dim, size, eq2: VectorQuantizer(**eq2),
     "gumbel": lambda config, dim, size, eq2: GumbelQuantizer(dim, size, config.kl_weight, config.straight_through),
@@ -829,8 +800,9 @@ class ModelConfig:
     codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: together (SCB), or no prior", choices=(1, 2))
     codebook_size: int = option(0, "codes of a codebook without a prior; 0: the prior's words", least=0, most=2**24)
     trained: bool = option(False, "train the starting vectors themselves")
-    transfer: str = option("gcn", "how vectors become codes: graph convolutions, the same without graph, not at all",
-                           choices=("gcn", "mlp", "none"))
+    transfer: str = option("gcn", "how vectors become codes: by graph convolutions, the same without graph, one linear "
+                           "map (SimVQ), scaling to unit length (ViT-VQGAN), or not at all",
+                           choices=("gcn", "mlp", "linear", "unit", "none"))
     transfer_layers: int = option(3, "layers of the transfer network (authors' code: 2)")
     transfer_width: int = option(512, "features of its hidden layers, as CLIP's vectors have")
     transfer_dropout: float = option(0.0, "share of them zeroed in training (authors' code: 0.5)", most=0.99)
@@ -854,7 +826,6 @@ NETWORKS = {  # what the presets change of ModelConfig
     "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=16,
                  transfer_width=128),
 }
-# fmt: on
 
 
 def needs_prior(config):
@@ -885,15 +856,17 @@ def make_codebook(config, prior=None):
         words, sizes = torch.cat(parts), tuple(map(len, parts))  # (ΣK, d)
         sizes = sizes if config.codebooks == 2 else (sum(sizes),)
     dim = config.code_dim // len(sizes)
-    input_dim = dim if config.transfer == "none" or words is None else words.shape[1]
+    input_dim = dim if config.transfer not in ("gcn", "mlp") or words is None else words.shape[1]
     if config.codes == "words":
         vectors = rescale(words, config.vector_scale)
     elif config.codes == "random":
-        vectors = torch.randn(sum(sizes), input_dim)
+        vectors = torch.randn(sum(sizes), input_dim) * (dim**-0.5 if config.transfer == "linear" else 1.0)
     else:  # van den Oord et al.'s common initialisation, ±1/K within each codebook
         vectors = torch.cat([torch.empty(size, input_dim).uniform_(-1 / size, 1 / size) for size in sizes])
-    transfer = None
-    if config.transfer != "none":
+    transfer = UnitLength() if config.transfer == "unit" else None
+    if config.transfer == "linear":
+        transfer = nn.Linear(vectors.shape[1], dim)
+    elif config.transfer in ("gcn", "mlp"):
         widths = (vectors.shape[1], *(config.transfer_width,) * (config.transfer_layers - 1), dim)
         adjacency = nn.Identity()
         if config.transfer == "gcn":
@@ -917,9 +890,7 @@ def rescale(vectors, how):
     return vectors
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# §4.4, the second stage: a model of the tokens of an image
-
+# ======== §4.4, the second stage: a model of the tokens of an image
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention over positions, then two linear layers.
@@ -1242,39 +1213,27 @@ def sample_features(model, batch, known=None, given=None, mask=None, scale=1.0, 
     return z if given is None else torch.where(mask, given, z)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Published weights: VQGAN's, in the names of taming-transformers
+# ======== Published weights: VQGAN's, in the names of taming-transformers
+
+TAMING = {  # part of a parameter's name here → there
+    "encoder.layers": "encoder",
+    "decoder.layers": "decoder",
+    "decoder.to_image": "decoder.conv_out",
+    "to_codes": "quant_conv",
+    "from_codes": "post_quant_conv",
+    "codebook.vectors": "quantize.embedding.weight",
+    "layers": "loss.discriminator.main",
+    "project": "proj_out",
+    "shortcut": "nin_shortcut",
+    "-": ".",
+}
 
 
-def taming_layers(config):
-    """Names in taming-transformers of the layers of Encoder and Decoder, in order; config: ModelConfig."""
-    middle, levels = ["mid.block_1", "mid.attn_1", "mid.block_2"], range(len(config.multipliers))
-    down, up = [], []
-    for level in levels:
-        for block in range(config.blocks):
-            down += [f"down.{level}.block.{block}"] + ([f"down.{level}.attn.{block}"] if level == levels[-1] else [])
-        down += [f"down.{level}.downsample"] if level < levels[-1] else []
-    for level in reversed(levels):
-        for block in range(config.blocks + 1):
-            up += [f"up.{level}.block.{block}"] + ([f"up.{level}.attn.{block}"] if level == levels[-1] else [])
-        up += [f"up.{level}.upsample"] if level > 0 else []
-    encoder, decoder = ["conv_in", *down, *middle, "norm_out", "", "conv_out"], ["conv_in", *middle, *up, "norm_out"]
-    return {"encoder": encoder, "decoder": decoder}
-
-
-def taming_names(name, layers):
-    """A parameter's name here → its names there, whose tensors are concatenated; layers: of taming_layers."""
-    whole = {"to_codes": "quant_conv", "from_codes": "post_quant_conv", "decoder.to_image": "decoder.conv_out"}
-    inner = {"query_key_value": ("q", "k", "v"), "project": ("proj_out",), "shortcut": ("nin_shortcut",)}
-    module, _, kind = name.rpartition(".")
-    if module in whole or module == "codebook":
-        return [f"{whole[module]}.{kind}" if module in whole else "quantize.embedding.weight"]
-    network, _, rest = module.partition(".layers.")
-    if network not in layers:
-        return []
-    index, _, part = rest.partition(".")
-    parts = [network, layers[network][int(index)]]
-    return [".".join(filter(None, (*parts, theirs, kind))) for theirs in inner.get(part, (part,))]
+def taming_names(name):
+    """A parameter's name here → its names there, whose tensors are concatenated."""
+    for ours, theirs in TAMING.items():
+        name = name.replace(ours, theirs)
+    return [name.replace("query_key_value", part) for part in ("qkv" if "query_key_value" in name else "q")]
 
 
 def load_taming(model, discriminator, state):
@@ -1287,43 +1246,35 @@ def load_taming(model, discriminator, state):
     Returns names of our parameters that were not taken; a discriminator is taken whole or not at all.
     Raises ValueError naming a parameter of encoder or decoder that is missing or of another shape.
     """
-    layers, learned = taming_layers(model.config), isinstance(model.codebook.vectors, nn.Parameter)
-    names = {name: taming_names(name, layers) for name in model.state_dict()}
-    if not learned or len(model.codebook.sizes) > 1:
-        names.pop("codebook.vectors")
-    taken, left = renamed(model, names, state)
+    taken, left = renamed(model, state)
+    if not isinstance(model.codebook.vectors, nn.Parameter) or len(model.codebook.sizes) > 1:
+        left += ["codebook.vectors"] * (taken.pop("codebook.vectors", None) is not None)
     for name in left:
         if name.startswith(("encoder", "decoder")):
-            shapes = [tuple(state[key].shape) for key in names[name] if key in state]
+            there = [f"{key} {tuple(state[key].shape)}" for key in taming_names(name) if key in state]
             wanted = tuple(model.state_dict()[name].shape)
-            raise ValueError(f"{names[name][0]} is {shapes or 'missing'}, this network wants {wanted}")
+            raise ValueError(f"{taming_names(name)[0]} is {there or 'missing'}, this network wants {wanted}")
     model.load_state_dict(taken, strict=False)
-    if discriminator is not None:  # its layers are numbered alike
-        theirs = "loss.discriminator.main."
-        names = {name: [theirs + name.removeprefix("layers.")] for name in discriminator.state_dict()}
-        taken, missing = renamed(discriminator, names, state)
-        if missing or sum(name.startswith(theirs) for name in state) > len(taken):
+    if discriminator is not None:
+        taken, missing = renamed(discriminator, state)
+        if missing or sum(name.startswith(TAMING["layers"]) for name in state) > len(taken):
             return [*left, "discriminator"]
         discriminator.load_state_dict(taken)
     return left
 
 
-def renamed(network, names, state):
-    """Of a network's parameters those that `state` holds under other names in the same shape; names of the rest."""
-    taken, left = {}, []
+def renamed(network, state):
+    """Of a network's parameters those that `state` holds under taming's names in the same shape; names of the rest."""
+    taken = {}
     for name, value in network.state_dict().items():
-        found = [state[key] for key in names.get(name, ()) if key in state]
+        found = [state[key] for key in taming_names(name) if key in state]
         found = torch.cat(found) if len(found) > 1 else found[0] if found else None
         if found is not None and found.shape == value.shape:
             taken[name] = found
-        else:
-            left.append(name)
-    return taken, left
+    return taken, [name for name in network.state_dict() if name not in taken]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Show the work: python vqct.py
-
+# ======== Show the work: python vqct.py
 
 @torch.no_grad()
 def show_equations():

@@ -16,7 +16,7 @@ from conftest import SHARED
 from prior import UserError, build_prior, command
 from test_train import CPU, few_birds_and_a_folder_of_its_own  # noqa: F401, a fixture
 from train import (ARCHIVES, CUB_TABLES, DATASETS, FACE_PARTS, Config, ImageDataset, Record, download, folder_records,
-                   make_dataset, make_loader, make_prior, resolve, to_images, train_batches)  # fmt: skip
+                   make_dataset, hold_out, make_loader, make_prior, resolve, to_images, train_batches)  # fmt: skip
 
 
 def pixels(path, values, **options):
@@ -307,12 +307,19 @@ def test_loaders_keep_workers_and_give_the_same_uint8_images(tmp_path):
 
 
 def test_every_epoch_sees_every_image_once_from_any_step():
-    whole = list(train_batches(10, 4, 0, 10, seed=3))
+    kept = list(range(3, 23, 2))
+    whole = list(train_batches(kept, 4, 0, 10, seed=3))
     indices = [index for batch in whole for index, _ in batch]
     assert [draw for batch in whole for _, draw in batch] == list(range(40)) and indices[:10] != indices[10:20]
-    assert all(sorted(indices[epoch : epoch + 10]) == list(range(10)) for epoch in (0, 10, 20, 30))
-    assert list(train_batches(10, 4, 6, 10, seed=3)) == whole[6:]
-    assert list(train_batches(10, 4, 0, 10, seed=4)) != whole
+    assert all(sorted(indices[epoch : epoch + 10]) == kept for epoch in (0, 10, 20, 30))
+    assert list(train_batches(kept, 4, 6, 10, seed=3)) == whole[6:]
+    assert list(train_batches(kept, 4, 0, 10, seed=4)) != whole
+
+
+def test_a_twentieth_of_the_training_images_chooses():
+    kept, chosen = hold_out(41)
+    assert list(chosen) == [0, 20, 40] and sorted([*kept, *chosen]) == list(range(41))
+    assert hold_out(1)[0] == [0]  # one image does both
 
 
 # ----------------------------------------------------------------------------------------------------------------------

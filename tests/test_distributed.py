@@ -42,7 +42,7 @@ def codes_and_order():
     quantizer, codebook, z = ClusteredQuantizer(6), torch.nn.Parameter(torch.randn(6, 3)), torch.randn(2, 3, 4, 4)
     torch.manual_seed(rank())
     quantizer(z.chunk(processes())[rank()], codebook)
-    keys = torch.tensor(list(train_batches(10, 4 // processes(), 3, 6, seed=0))).transpose(0, 1)  # (images, steps, 2)
+    keys = torch.tensor(list(train_batches(range(10), 4 // processes(), 3, 6, seed=0))).transpose(0, 1)  # (images, steps, 2)
     return [quantizer.usage, all_gather(keys), codebook.detach()][: 1 + processes()]  # in two, the codes of the first
 
 

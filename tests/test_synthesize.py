@@ -142,7 +142,7 @@ def test_every_second_stage_trains_and_completes(run, model, condition):
     drawn = draw(0, [0, 1, 2, 3])
     assert torch.equal(drawn[given >= 0], given[given >= 0]) and torch.equal(draw(0, [3])[:, :, :4], given[3:, :, :4])
     assert torch.equal(drawn, draw(0, [0, 1, 2, 3])) and not torch.equal(drawn, draw(1, [0, 1, 2, 3]))  # by its seed
-    assert len({str(validation(trained[1], here, trained[2], trained[0], tokens)) for _ in range(2)}) == 1  # one noise
+    assert len({str(validation(trained[1], here, trained[2], trained[0], tokens, range(4))) for _ in range(2)}) == 1  # one noise
     trained[0].loss = lambda x, *_: [torch.tensor(float(len(x)))]
     assert losses_of(trained[1], here, trained[2], trained[0], tokens, torch.tensor([3]))[0] == 1  # one image
     here.tokenizer = "0" * 64
@@ -170,7 +170,7 @@ def test_averaged_weights_follow_without_a_graph(run):
     here, (network, config, count, _), tokens, _ = stage(run, condition="segmentation")
     stored = torch.load(run / "synthesis/gpt-segmentation/best.pt")["ema"]
     torch.testing.assert_close(dict(network.state_dict()), dict(stored), rtol=0, atol=0)
-    trainer = StageTrainer(config, here, count, tokens, tokens)
+    trainer = StageTrainer(config, here, count, tokens, range(4))
     vector = lambda network: torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
     start, _ = vector(trainer.network), trainer.train_step([[0, 1]])
     torch.testing.assert_close(vector(trainer.ema), start.lerp(vector(trainer.network), 9 / 11))  # a decay of 2 / 11

@@ -119,9 +119,9 @@ def test_flags_win_over_method_over_recipe_over_preset():
     config = resolve({"dataset": "cub", "batch_size": 4, "accumulate": 2})
     assert (config.preset, config.resolution, config.channels, config.data) == ("f16", 256, 128, "data/CUB_200_2011")
     assert config.lr == pytest.approx(4.5e-6 * 8) and config.out == "runs/cub-vqct"
-    official = dict(transfer_layers=2, last_relu=False, beta_on="codebook", adjective_neighbours=2, transfer_dropout=0.1)
+    official = dict(transfer_layers=2, transfer_width=256, last_relu=False, beta_on="codebook", adjective_neighbours=2, transfer_dropout=0.1)
     assert vars(resolve({"recipe": "official", "transfer_dropout": 0.1})).items() >= official.items()
-    assert resolve({}).transfer_layers == 3 and resolve({"method": "simvq", "recipe": "official"}).transfer_layers == 1
+    assert resolve({}).transfer_layers == 3 and resolve({"method": "simvq", "recipe": "official"}).transfer == "linear"
     assert resolve({"method": "vqgan", "recipe": "official"}).adjective_neighbours == 1
 
 
@@ -129,7 +129,7 @@ def test_flags_win_over_method_over_recipe_over_preset():
     ("demo-vqct", dict(steps=5, lr=1.0)), ("coco-vqgan-official", dict(dataset="coco", method="vqgan", recipe="official")),
     ("demo-vqct-edges-random-seed-2", dict(shuffle="edges", codes="random", seed=2)),
     ("demo-random-mlp", dict(method="random-mlp", codes="random", seed=0)),  # neither departs from anything
-    ("demo-matched-cvq", dict(method="matched", quantizer="cvq")),
+    ("demo-matched-cvq", dict(method="matched", quantizer="cvq")), ("demo-vqct-transfer-none", dict(transfer="none")),
     ("demo-vqct-gan_weight-0.5-init", dict(init="vqgan.ckpt", gan_weight=0.5)),
 ])  # fmt: skip
 def test_a_default_folder_names_what_departs_from_the_method(name, given):
@@ -377,7 +377,7 @@ def test_training_starts_from_published_weights(capsys):
     torch.save({"epoch": 3, "state_dict": theirs}, "vqgan.ckpt")
     sizes = dict(channels=128, z_channels=16, batch_size=2, eval_images=2, init="vqgan.ckpt", lr=1e-12)
     state = load_checkpoint(run_tiny("run", steps=1, **sizes) / "last.pt")["model"]
-    for ours, name in (("encoder.layers.0.weight", "encoder.conv_in.weight"), ("to_codes.bias", "quant_conv.bias")):
+    for ours, name in (("encoder.layers.conv_in.weight", "encoder.conv_in.weight"), ("to_codes.bias", "quant_conv.bias")):
         assert torch.allclose(state[ours], theirs[name], atol=1e-9)
     assert "init: vqgan.ckpt; as without it: codebook, discriminator\n" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"encoder.conv_in.weight is .*this network wants .*--preset f16"):

@@ -16,7 +16,7 @@ from train import METHODS, RECIPES
 from vqct import (LPIPS, QUANTIZERS, AttentionBlock, Block, ClusteredQuantizer, CodeEmbedding, Codebook,
                   CodebookTransfer, Condition, Decoder, Denoiser, Discriminator, Encoder, GraphConvolution,
                   GumbelQuantizer, ModelConfig, NormalizedAdjacency, RegularizedQuantizer, TokenTransformer,
-                  VectorQuantizer, VQModel, adaptive_weight, draw_tokens, hinge_loss, load_taming, look_up,
+                  VectorQuantizer, VQModel, UnitLength, adaptive_weight, draw_tokens, hinge_loss, load_taming, look_up,
                   nearest_code, sample_features, sample_tokens)
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -354,23 +354,28 @@ def test_one_code_moves_its_neighbourhood_most():
     assert sum(near) > 1.2 * sum(far) and sum(n > f for n, f in zip(near, far)) >= 16
 
 
-def test_codebook_is_computed_once_in_evaluation_mode():
-    transfer, calls = nn.Linear(3, 4), []
-    transfer.register_forward_hook(lambda *_: calls.append(1))
-    codebook = Codebook(torch.randn(5, 3), (2, 3), transfer=transfer).eval()
-    first = codebook()
-    assert [tuple(codes.shape) for codes in first] == [(2, 4), (3, 4)] and not first[0].requires_grad
-    assert codebook() is first and len(calls) == 1
-    nn.init.ones_(transfer.weight)
-    codebook.load_state_dict(codebook.state_dict())
-    assert not torch.equal(codebook()[0], first[0]) and len(calls) == 2
-    codebook.train(), codebook(), codebook()
-    assert len(calls) == 4
-    assert codebook.eval()()[0].dtype == torch.float32 and codebook.double()()[0].dtype == torch.float64
-    nn.Sequential(codebook).load_state_dict(nn.Sequential(codebook).state_dict())  # as part of a model, too
-    assert codebook() and len(calls) == 7
+def test_codes_are_the_transferred_vectors_of_each_size():
+    transfer = nn.Linear(3, 4)
+    codebook = Codebook(torch.randn(5, 3), (2, 3), transfer=transfer)
+    assert torch.equal(torch.cat(codebook()), transfer(codebook.vectors)) and [len(part) for part in codebook()] == [2, 3]
+    assert codebook.double()()[0].dtype == torch.float64
     with pytest.raises(RuntimeError):
         Codebook(torch.randn(5, 3), (2, 2))()  # sizes that do not add up
+
+
+def test_simvq_starts_as_published(prior, small):
+    model = build("simvq", prior, {**small, "code_dim": 512})
+    assert isinstance(model.codebook.transfer, nn.Linear) and model.codebook.transfer.bias.abs().max() > 0
+    assert not isinstance(model.codebook.vectors, nn.Parameter) and model.codebook.vectors.shape == (16, 256)
+    assert model.codebook.vectors.std().item() == pytest.approx(256**-0.5, rel=0.05)  # N(0, 1/D)
+
+
+def test_unit_codes_are_the_nearest_by_cosine(prior, small):
+    model, x = build("matched-l2", prior, small).eval(), torch.randn(2, 3, 16, 16)
+    adjectives, z = model.codebook()[0], model.features(x)[0]
+    assert torch.allclose(adjectives.norm(dim=1), torch.ones(7)) and torch.allclose(z.norm(dim=1), torch.ones(2, 8, 8))
+    cosine = F.cosine_similarity(z[:, None], model.codebook.vectors[:7, :, None, None], dim=2)  # (B, K, h, w)
+    assert torch.equal(cosine.argmax(1), model.encode(x)[:, 0])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -448,7 +453,7 @@ def test_decoding_indices_gives_the_forward_pass(method, recipe, prior, small):
         assert torch.equal(output.indices, indices) and torch.equal(model.decode(indices), output.x_hat)
         assert torch.equal(model.nearest_indices(model.features(x)), indices)
     sizes = [len(codes) for codes in model.codebook()]
-    if recipe == "official" and len(sizes) == 2:  # a position has two adjectives
+    if recipe == "official" and len(sizes) == 2 and method != "matched-cvq":  # a position has two adjectives
         sizes = sizes[:1] + sizes
         assert [part.shape[1] for part in model.by_codebook(indices)] == [2, 1] and model.per_token("an") == [*"aan"]
     assert model.sizes == sizes and output.x_hat.shape == x.shape and output.quantizer_loss.shape == ()
@@ -472,7 +477,9 @@ TOLD_APART = {  # shapes of codes, trained tensors of the codebook, layers with 
     "single-gcn": ([(16, 8)], 3, 3, VectorQuantizer, True),
     "multi-mlp": (WORDS, 3, 0, VectorQuantizer, True),
     "matched": (WORDS, 1, 0, VectorQuantizer, False),
-    "simvq": (WORDS, 1, 0, VectorQuantizer, False),
+    "matched-cvq": (WORDS, 1, 0, ClusteredQuantizer, False),
+    "matched-l2": (WORDS, 1, 0, VectorQuantizer, False),
+    "simvq": (WORDS, 2, 0, VectorQuantizer, False),
 }
 
 
@@ -488,14 +495,14 @@ def test_methods_are_told_apart_by_what_they_are(method, prior, small):
     codes, transfer = model.codebook(), model.codebook.transfer
     assert [tuple(part.shape) for part in codes] == shapes and len(list(model.codebook.parameters())) == trained
     with_graph = isinstance(getattr(transfer, "adjacency", None), NormalizedAdjacency)
-    assert with_graph * len(transfer.layers if transfer else []) == graph_layers
+    assert with_graph * len(getattr(transfer, "layers", [])) == graph_layers
     assert all(type(q) is quantizer for q in model.quantizers)
     others = build_from(adjective_vectors=prior.adjective_vectors + 1), build_from(edges=prior.edges[:3])
     for other, heeded in zip(others, (heeds_words, graph_layers > 0)):
         assert all(torch.equal(a, b) for a, b in zip(codes, other.codebook())) == (not heeded)
 
 
-@pytest.mark.parametrize("method", sorted(set(METHODS) - {"frozen", "gumbel", "cvq", "regvq"}))  # they have other rules
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"frozen", "gumbel", "cvq", "matched-cvq", "regvq"}))  # they have other rules
 def test_unselected_codes_move_only_where_codes_are_generated(method, prior, small):
     """§3.4 for every system: one step of Eq. 2 on one position."""
     model = build(method, prior, small)
@@ -506,7 +513,7 @@ def test_unselected_codes_move_only_where_codes_are_generated(method, prior, sma
     loss.backward(), torch.optim.SGD(model.codebook.parameters(), lr=0.1).step()
     moved, others = (torch.cat(model.codebook()) != before).any(dim=1), torch.arange(len(before)) != indices.item()
     assert moved[indices.item()]
-    if model.codebook.transfer is None:
+    if model.codebook.transfer is None or isinstance(model.codebook.transfer, UnitLength):
         assert not moved[others].any()
     else:  # all, those without an edge too, but what the last ReLU has silenced
         assert moved[others & before.any(1)].all() and moved.double().mean() > 0.5

@@ -4,10 +4,10 @@
     python evaluate.py runs/cub-vqct runs/cub-vqgan --data CUB_200_2011 --figures
     python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
-Prints Markdown tables; writes evaluation.json and reconstructions.png into each run and, with --figures, Fig. 3 and 5
-to 7, and what compares several runs into comparison/ beside the first. Runs that differ only by their seed share a row,
-mean ± standard deviation. ℓ1 and ℓ2 are on [-1, 1] images as the decoder leaves them; PSNR, SSIM and LPIPS on images
-clamped to that range, each averaged over images; FID on images rounded to 8 bits, against the same split.
+Prints Markdown tables; writes evaluation.json and reconstructions.png into each run and, with --figures, curves.png,
+Fig. 3 and 5 to 7, and what compares several runs into comparison/ beside the first. Runs that differ only by their seed
+share a row, mean ± standard deviation. ℓ1 and ℓ2 are on [-1, 1] images as the decoder leaves them; PSNR, SSIM and LPIPS
+on images clamped to that range, each averaged over images; FID on images rounded to 8 bits, against the same split.
 """
 
 import functools
@@ -49,9 +49,11 @@ class EvaluationConfig:
     checkpoint: str = option("last", "last step, as the paper trains to the end, or best validation",
                             choices=("last", "best"))
     inception: str = option("", "local copy of FID's weights; where they are unavailable, FID is a dash")
-    trunk_weights: str = option("", "local copy of torchvision's SqueezeNet 1.1, for LPIPS")
+    perceptual_trunk: str = option("squeeze", "LPIPS network: SqueezeNet 1.1, light, or VGG-16, as papers report",
+                                   choices=("squeeze", "vgg"))
+    trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
-    figures: bool = option(False, "draw Fig. 3 to 7 into each run, and what compares several into comparison/")
+    figures: bool = option(False, "draw curves and Fig. 3 to 7 into each run, what compares several into comparison/")
     save: str = option("", "folder for originals/*.png and reconstructions/*.png (of several runs: each in its own)")
 
 
@@ -298,7 +300,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         "fid": fid(*features) if len(features) else None,
         "fid_note": inception[1] or f"Inception-v3 pool3, pt_inception-2015-12-05, val split, {len(dataset):,} images, "
         f"centre crops of {run.config.resolution}², bilinearly to 299²",
-        "lpips_note": lpips[1] or "LPIPS v0.1, SqueezeNet",
+        "lpips_note": lpips[1] or f"LPIPS v0.1, {choices.perceptual_trunk}",
         **code_statistics(counts, run.names, len(dataset)),
         "alignment": caption_alignment(run, indices, dataset),
         "config": asdict(run.config),
@@ -311,7 +313,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         draw_usage([evaluation], run.path / "fig5_usage.png")
         draw_similarity(evaluation, run.path / "fig6_similarity.png")
         draw_regions(evaluation, dataset, run.path / "fig7_regions.png")
-        draw_patches(evaluation, dataset, run.path / "fig7_words.png")
+        draw_curves([evaluation], run.path / "curves.png")
         if run.prior is not None and len(run.prior["edges"]):
             draw_toy(run.prior, run.path / "fig3_toy.png")
     return evaluation
@@ -509,19 +511,19 @@ def draw_regions(evaluation, dataset, path):
     draw_grid(rows, path, 256)
 
 
-def draw_patches(evaluation, dataset, path, count=10, patches=12):
-    """Fig. 7 the other way: for the most used words, patches that chose them, with a margin of one cell around it."""
-    rows, cell = [], dataset.resolution // evaluation.run.model.grid[0]
-    for codes, words in zip(evaluation.indices, evaluation.run.words):
-        counts = np.bincount(codes.ravel(), minlength=len(words))
-        for code in np.argsort(-counts, kind="stable")[: min(count, (counts > 0).sum())]:
-            places, found = np.argwhere((codes == code).any(axis=1)), []
-            for index, row, column in places[spread_indices(len(places), patches)]:
-                x = F.pad(dataset[int(index)]["image"], (cell,) * 4, value=255)
-                x = x[:, row * cell : (row + 3) * cell, column * cell : (column + 3) * cell]
-                found.append(x / 127.5 - 1)
-            rows.append((f"{words[code]}\n{counts[code]:,} times", found))
-    draw_grid(rows, path, 72)
+def draw_curves(evaluations, path):
+    """PSNR of the held-out images, losses and codes used against steps, of one run or several, from metrics.jsonl."""
+    panels = []
+    shown = {"PSNR of held-out images, dB": "validation_psnr", "loss": "loss", "quantizers' loss": "quantizer"}
+    for title, name in {**shown, "codes used, all codebooks": "codes_used"}.items():
+        lines = []
+        for colour, evaluation in enumerate(evaluations):
+            logged = map(json.loads, (evaluation.run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            points = [(line["step"], np.sum(line[name])) for line in logged if name in line]
+            lines += [(points, colour, evaluation.run.path.name)] if points else []
+        panels += [dict(title=title, lines=lines, x="steps")] if lines else []
+    if panels:
+        draw_plots(panels, path)
 
 
 def compare(evaluations, folder):
@@ -532,6 +534,7 @@ def compare(evaluations, folder):
         rows += [*([] if rows else [originals]), (f"{run.path.name}\n{result['psnr']:.2f} dB", images)]
     draw_grid(rows, folder / "fig4_reconstructions.png")
     draw_usage(evaluations, folder / "fig5_usage.png")
+    draw_curves(evaluations, folder / "curves.png")
     lines = []
     for colour, (name, group) in enumerate(rows_of(results)):
         for result in group:
@@ -541,7 +544,7 @@ def compare(evaluations, folder):
     draw_plots([panel], folder / "rate_distortion.png", size=(900, 600))
     with atomic_write(folder / "table.md") as part:
         part.write_text(f"{markdown(results)}\n\n{alignment_table(results)}\n", encoding="utf-8")
-    print(f"{folder}: table.md, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
+    print(f"{folder}: table.md, curves.png, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
 
 
 # ======== Command line
@@ -573,12 +576,12 @@ def main(argv=None):
             raise UserError(f"'{path}' is not a run of train.py: it has no {choices.checkpoint}.pt")
     with first_process_first():  # which downloads what is missing
         inception = load_or_reason(load_inception, choices.inception)
-        squeeze = functools.partial(load_lpips, "squeeze")
-        lpips = load_or_reason(squeeze, choices.trunk_weights, choices.lpips_weights)
+        load = functools.partial(load_lpips, choices.perceptual_trunk)
+        lpips = load_or_reason(load, choices.trunk_weights, choices.lpips_weights)
     for path in paths:
         save = choices.save and (Path(choices.save) / path.resolve().name if len(paths) > 1 else Path(choices.save))
         evaluations.append(evaluate(path, choices, inception, lpips, save))
-        print(f"{path}: evaluation.json, reconstructions.png" + (", Fig. 3, 5, 6, 7" if choices.figures else ""))
+        print(f"{path}: evaluation.json, reconstructions.png" + ", curves, Fig. 3, 5, 6, 7" * choices.figures)
     if not rank():
         results = [evaluation.result for evaluation in evaluations]
         alike = len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1

@@ -97,6 +97,12 @@ class Token(NamedTuple):
 
 COPULAS = frozenset("is are was were be been 's 're look looks seem seems appear appears".split())
 LINKS = (",", "CC")  # tags of what joins adjectives, or nouns
+PLURALS = {"men": "man"} | {word: word for word in "shorts pants glasses sunglasses trunks".split()}  # not "pant"
+QUANTIFIERS = frozenset("several many few more most much less other half both two three four five six seven".split())
+FINITE = ("VBZ", "VBP", "VBD", "MD")
+CLAUSE = (*LINKS, ":", "WDT", "WP", "WRB")  # tags with which a clause may begin, as with these words:
+SUBORDINATORS = ("while", "as", "that", "because", "if", "before", "after", "until")
+AFTER_VERB = ("", ".", ",", "CC", "IN", "DT", "RB", "RP", "TO", "PR")  # first letters of tags
 
 
 class WordNetSpeech:
@@ -149,14 +155,13 @@ class WordNetSpeech:
         return found
 
     def is_adjective(self, word):
-        return len(word) > 2 and word in self.known["a"]  # WordNet lists "in" and "on"
+        return len(word) > 2 and word in self.known["a"] and word not in QUANTIFIERS  # WordNet lists "in" and "on"
 
     @functools.lru_cache(1 << 16)
     def noun(self, word):
         """Singular of a noun WordNet knows, or None."""
-        # WordNet knows "men", the workforce, as a word of its own
-        lemma = "man" if word == "men" else self.lemmatize(word, "n") if word.isalpha() and len(word) > 1 else None
-        return lemma if lemma in self.known["n"] else None
+        lemma = PLURALS.get(word) or (self.lemmatize(word, "n") if word.isalpha() and len(word) > 1 else None)
+        return lemma if lemma in self.known["n"] - QUANTIFIERS else None
 
     @functools.lru_cache(1 << 16)
     def verb(self, word):
@@ -164,10 +169,12 @@ class WordNetSpeech:
         return self.wordnet.morphy(word, "v")
 
     @functools.lru_cache(1 << 16)
-    def mostly_adjective(self, word):
-        """Whether WordNet's sense counts of the word as an adjective exceed those as an adverb."""
-        adjective, adverb = (sum(lemma.count() for lemma in self.wordnet.lemmas(word, pos)) for pos in "ar")
-        return self.is_adjective(word) and adjective > adverb
+    def mostly(self, word, pos, other):
+        """Whether WordNet's counts of the word's senses in one part of speech ("a", "n", "r", "v") exceed another's."""
+        lemmas = {"a": self.is_adjective(word) and word, "n": self.noun(word), "r": word, "v": self.verb(word)}
+        senses = (self.wordnet.lemmas(lemmas[part], part) if lemmas[part] else () for part in (pos, other))
+        first, second = (sum(sense.count() for sense in listed) for listed in senses)
+        return first > second
 
     def lists(self, word, tag):
         """Whether WordNet lists the word in the part of speech of an adjective's, adverb's or verb's tag."""
@@ -233,7 +240,7 @@ class WordListSpeech:
     def verb(self, word):
         return None
 
-    def mostly_adjective(self, word):
+    def mostly(self, word, pos, other):
         return False
 
 
@@ -244,9 +251,18 @@ def parts_of_speech(tagged, speech):
     Returns list of Token.
     """
     words, tags = [word.lower() for word, _ in tagged], [tag for _, tag in tagged]
+    has_verb = False  # whether the clause so far has a finite verb
     for i, word in enumerate(words):
-        before, after = tags[i - 1] if i else "", tags[i + 1][:2] if i + 1 < len(tags) else ""
-        if tags[i] == "RB" and speech.mostly_adjective(word) and after not in ("JJ", "RB", "VB"):
+        before, (after, later) = tags[i - 1] if i else "", [tag[:2] for tag in (*tags[i + 1 : i + 3], "", "")][:2]
+        has_verb = tags[i] in FINITE or has_verb and tags[i] not in CLAUSE and word not in SUBORDINATORS
+        follows = tags[i] == "NNS" and before[:2] == "NN" or (tags[i], before) == ("NN", "NNS")
+        follows |= tags[i - 2 : i + 1] == ["IN", "JJ", "NNS"] and after in ("DT", "IN", "PR")  # "in white plays a song"
+        if not has_verb and follows and word not in PLURALS and speech.mostly(word, "v", "n"):
+            if after in AFTER_VERB or speech.lists(words[i + 1], "RB"):  # "a brown dog walks", "two boys share a bike"
+                tags[i], has_verb = "VBZ", True
+        elif (tags[i][:2], after, later) == ("NN", "VB", "NN") and all(map(speech.is_adjective, words[i : i + 2])):
+            tags[i] = "JJ"  # "a blue knotted rope"
+        elif tags[i] == "RB" and speech.mostly(word, "a", "r") and after not in ("JJ", "RB", "VB"):
             tags[i] = "JJ"  # an adverb with nothing after it that it could modify: "its beak is very long"
         elif tags[i] == "RB" and before in ("DT", "PRP$", "JJ") and after not in ("JJ", "RB", "VB", "NN"):
             tags[i] = "NN" if speech.noun(word) else "RB"  # where only a noun can stand: "a black back"
@@ -254,21 +270,22 @@ def parts_of_speech(tagged, speech):
             tags[i] = "JJ" if speech.verb(word) in (None, word) else tags[i]  # no inflection: "it has brown wings"
     # Backwards, as whether a word is a modifier depends on the noun phrase after it.
     parts, lemmas = [""] * len(words), list(words)
-    leads = [False] * (len(words) + 2)  # whether a noun phrase goes on from this position to its noun
+    leads = [False] * (len(words) + 3)  # whether a noun phrase goes on from this position to its noun
     for i in reversed(range(len(words))):
         word, tag, before = words[i], tags[i], tags[i - 1] if i else ""
         if tag.startswith("NN"):  # "an orange and black bird", but not "its back and white belly"
             joins = tags[i + 1 : i + 2] == ["CC"] and (i == 0 or words[i - 1] in ("a", "an") or before == "IN")
         else:
             joins = i + 1 < len(tags) and tags[i + 1] in LINKS
-        goes_on = leads[i + 1] or joins and leads[i + 2] and parts[i + 2] == "adjective"
+        beyond = i + 3 if tags[i + 1 : i + 3] == [",", "CC"] else i + 2
+        goes_on = leads[i + 1] or joins and leads[beyond] and parts[beyond] == "adjective"
         if tag == "VBG" or tag == "NN" and word.endswith("ing"):  # "a flying bird", but not "birds flying"
             may_modify = before in ("DT", "PRP$") or before == "JJ" and tags[i - 2 : i - 1] == ["DT"]
         elif tag in ("VBN", "VBD"):  # "striped wings"; after a noun, pronoun or verb but "has" it is the verb
             follows = before[:2] in ("NN", "VB", "MD", "TO") or before == "PRP"
             may_modify = not follows or words[i - 1] in ("has", "have")
         else:  # a noun that WordNet lists as an adjective too: "a bright orange breast"
-            may_modify = tag.startswith("NN")
+            may_modify = tag in ("NN", "NNP", "NNPS")
         if speech.is_adjective(word) and (tag.startswith("JJ") or goes_on and may_modify):
             parts[i] = "adjective"
         elif speech.noun(word) and (tag[:2] == "NN" or tag[:2] in ("JJ", "RB", "VB") and not speech.lists(word, tag)):
@@ -341,7 +358,7 @@ def modifying_pairs(tokens, speech):
     """
     pending = []
     for i, token in enumerate(tokens):
-        following = next((later for later in tokens[i + 1 :] if not later.is_adverb), None)
+        following = next((later for later in tokens[i + 1 :] if not later.is_adverb and later.tag not in LINKS), None)
         if token.part == "adjective":
             pending.append(token.lemma)
         elif token.is_noun:
@@ -927,6 +944,8 @@ def command(main):
     """Run a script's `main`: a user's error is one line and status 2; a signal ends it with 128 + its number."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _end)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal may lack ℓ and β
     try:
         main()
         sys.stdout.flush()

@@ -76,7 +76,7 @@ class Config(ModelConfig):
     out: str = option("", "run folder (default: runs/, data set, method and what departs from it)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0, most=2**62)
-    steps: int = option(500_000, "generator steps; 500 epochs of CUB's 5,994 images are 375,000 at batch 8")
+    steps: int = option(500_000, "generator steps; the 500 epochs of the authors' code, of CUB, are 375,000", least=0)
     batch_size: int = option(8, "images per process and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
@@ -834,7 +834,7 @@ def worker_init(worker):
 VERSION = 3  # of checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
     tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
-    fig7_regions.png fig7_words.png samples.png completions.png""".split()
+    fig7_regions.png curves.png samples.png completions.png""".split()
 
 
 def check_folder(out, overwrite):

@@ -22,6 +22,7 @@ To see Eq. 3, 1 and 2 worked on four words:
 """
 
 import math
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -1251,7 +1252,7 @@ def load_taming(model, discriminator, state):
         left += ["codebook.vectors"] * (taken.pop("codebook.vectors", None) is not None)
     for name in left:
         if name.startswith(("encoder", "decoder")):
-            there = [f"{key} {tuple(state[key].shape)}" for key in taming_names(name) if key in state]
+            there = [tuple(state[key].shape) for key in taming_names(name) if key in state]
             wanted = tuple(model.state_dict()[name].shape)
             raise ValueError(f"{taming_names(name)[0]} is {there or 'missing'}, this network wants {wanted}")
     model.load_state_dict(taken, strict=False)
@@ -1304,4 +1305,5 @@ def show_equations():
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack β and ẑ
     show_equations()

@@ -16,7 +16,7 @@ import torchvision.transforms.v2 as TF
 from PIL import Image
 
 import train
-from evaluate import Evaluation, EvaluationConfig, alignment_table, caption_alignment, code_statistics, draw_patches
+from evaluate import Evaluation, EvaluationConfig, alignment_table, caption_alignment, code_statistics, draw_curves
 from evaluate import draw_regions, draw_toy, draw_usage, evaluate, fid, frechet_distance, load_inception, load_or_reason
 from evaluate import main, markdown, mean_image, rows_of, ssim
 from prior import UserError, checksum, fetch
@@ -202,7 +202,7 @@ def test_evaluation_of_a_run(run, capsys):
     assert "FID: – (pt_inception" in printed and "LPIPS: – (squeezenet1_1" in printed and "| run | noun |" in printed
     assert f"11 evaluation images; predicting the mean training image gives {result['baseline_psnr']:.2f} dB" in printed
     drawn = {path.stem: Image.open(path).getcolors(2**24) for path in run.glob("*.png")}
-    names = "fig3_toy fig5_usage fig6_similarity fig7_regions fig7_words reconstructions".split()
+    names = "curves fig3_toy fig5_usage fig6_similarity fig7_regions reconstructions".split()
     assert sorted(drawn) == names and all(len(colours) > 20 for colours in drawn.values())
     with pytest.raises(UserError, match="'hub' is not a run of train.py: it has no last.pt"):
         main(["run", "hub"])
@@ -266,7 +266,7 @@ def test_other_systems_are_evaluated_drawn_and_compared(run, capsys):
     assert result["bits"] == pytest.approx(64 * (2 * adjectives + nouns))  # the two nearest adjectives
     vqgan, official, both = ({p.stem for p in Path(name).glob("*.png")} for name in ("vqgan", "official", "comparison"))
     assert official - vqgan == {"fig3_toy"} and len(vqgan) == 5  # its codes have no words
-    assert both == {"fig4_reconstructions", "fig5_usage", "rate_distortion"}
+    assert both == {"curves", "fig4_reconstructions", "fig5_usage", "rate_distortion"}
     assert Image.open("comparison/fig4_reconstructions.png").size == (150 + 8 * 132, 4 * 132)  # originals, three runs
     table, printed = Path("comparison/table.md").read_text(), capsys.readouterr().out
     assert all(part in printed for part in table.split("\n\n")) and table.count("\n| official |") == 3
@@ -291,21 +291,25 @@ def test_usage_counts_codes_and_when_they_turned_up(seen):
     assert growth.tolist() == [[1, 1], [2, 2], [3, 3]]
 
 
-def test_regions_and_patches_are_those_of_their_words(run, seen):
+def test_regions_are_those_of_their_words(run, seen):
     evaluation = evaluate(run, EvaluationConfig(device="cpu"))
-    dataset, codes = evaluation.run.dataset("val"), evaluation.indices[0][:, 0]
+    dataset = evaluation.run.dataset("val")
     draw_regions(evaluation, dataset, "regions.png")
-    draw_patches(evaluation, dataset, "words.png")
-    for index, (label, _) in zip(train.spread_indices(11, 8), seen[-2], strict=True):
+    for index, (label, _) in zip(train.spread_indices(11, 8), seen[-1], strict=True):
         spoken = " ".join(dataset.captions_of(index))
         for line, (row, column) in zip(label.split("\n"), ((2, 2), (2, 6), (4, 4), (6, 2), (6, 6)), strict=True):
             words = [listed[i[index, 0, row, column]] for listed, i in zip(evaluation.run.words, evaluation.indices)]
             assert line.split()[1:] == [word + "*" * bool(re.search(rf"\b{word}s?\b", spoken)) for word in words]
-    (label, patches), counts = seen[-1][0], np.bincount(codes.ravel())
-    assert label == f"{evaluation.run.words[0][counts.argmax()]}\n{counts.max():,} times" and len(patches) == 12
-    index, row, column = np.argwhere(codes == counts.argmax())[-1]
-    cell = dataset[int(index)]["image"][:, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4]
-    assert torch.equal(patches[-1][:, 4:8, 4:8], cell / 127.5 - 1)
+
+
+def test_curves_are_those_of_the_journal(seen):
+    lines = [{"step": 2, "loss": 3.0, "codes_used": [5, 7]}, {"step": 2, "validation_psnr": 14.0, "codes_used": [5, 7]}]
+    Path("a").mkdir()
+    Path("a/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    draw_curves([SimpleNamespace(run=SimpleNamespace(path=Path("a")))], "curves.png")
+    drawn = {panel["title"]: panel["lines"] for panel in seen[0]}
+    assert drawn["loss"] == [([(2, 3.0)], 0, "a")] and drawn["PSNR of held-out images, dB"] == [([(2, 14.0)], 0, "a")]
+    assert drawn["codes used, all codebooks"] == [([(2, 12), (2, 12)], 0, "a")] and len(drawn) == 3
 
 
 def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, seen):

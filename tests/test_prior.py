@@ -61,10 +61,10 @@ def test_bad_corpora_are_named(tmp_path, name, content, message):
 EXCERPT = WordListSpeech(*map(str.split, (  # the entries of WordNet that the tagged sentences need
     "pointed covered bright orange small brown white striped spotted short standing stone back yellow black "
     "round ripe long",
-    "orange breast bird beak belly wing stone wall back table yellow black white brown round crown man")))
+    "orange breast bird beak belly wing stone wall back table yellow black white brown round crown man walk")))
 EXCERPT.verb = dict(striped="stripe", spotted="spot", pointed="point", covered="cover", standing="stand").get
 EXCERPT.lists = lambda word, tag: tag[:2] == "VB" or word in (EXCERPT.adjectives if tag == "JJ" else ("back", "long"))
-EXCERPT.mostly_adjective = "long".__eq__
+EXCERPT.mostly = lambda word, *parts: word in ("long", "walks")
 
 
 def pairs(text):
@@ -97,6 +97,10 @@ def pairs(text):
     ("Brown/NN and/CC white/JJ bird/NN", "brown bird, white bird"),
     ("a/DT short/JJ ,/, pointed/VBD ,/, black/JJ beak/NN", "short beak, pointed beak, black beak"),
     ("the/DT crown/NN ,/, back/NN and/CC breast/NN are/VBP white/JJ", "white breast, white back, white crown"),
+    ("a/DT brown/JJ bird/NN walks/NNS on/IN a/DT wall/NN", "brown bird"),  # the verb
+    ("a/DT bird/NN stands/VBZ on/IN white/JJ bird/NN walks/NNS ./.", "white walk"),  # the clause has one already
+    ("a/DT black/NN striped/VBD wing/NN", "black wing, striped wing"),
+    ("a/DT black/JJ ,/, white/JJ ,/, and/CC brown/JJ bird/NN", "black bird, white bird, brown bird"),
 ])
 def test_modifying_pairs_of_tagged_text(text, expected):
     tagged = [tuple(token.rsplit("/", 1)) for token in text.split()]
@@ -114,6 +118,8 @@ def test_modifying_pairs_of_tagged_text(text, expected):
     ("This bird has brown wings and a black back.", "brown wing, black back"),
     ("The bird has webbed feet, and its beak is very long.", "webbed foot, long beak"),
     ("the bird is small, round and brown", "small bird, round bird, brown bird"),
+    ("Several people in black shorts", "black shorts"), ("A brown dog walks through the snow", "brown dog"),
+    ("two african boys share a bike while a man dressed in white plays a keyboard", "african boy"),
 ])
 def test_wordnet_speech_on_the_papers_words(speech, caption, expected):
     found = {pair for tokens in speech(caption) for pair in modifying_pairs(tokens, speech)}

@@ -127,7 +127,7 @@ def test_the_quick_commands_run(demo, capsys):
             SCRIPTS[words[0].removesuffix(".py")].main(list(words[1:]))
         assert len(capsys.readouterr().out) > 100, words
     run = demo / "runs/demo-vqct"
-    drawn = ["fig3_toy", "fig5_usage", "fig6_similarity", "fig7_regions", "fig7_words", "reconstructions"]
+    drawn = ["fig3_toy", "fig5_usage", "fig6_similarity", "fig7_regions", "curves", "reconstructions"]
     drawn += ["synthesis/gpt-segmentation/samples", "synthesis/gpt-segmentation/completions"]
     for picture in (demo / "figure1.png", *(run / f"{name}.png" for name in drawn)):
         assert picture.stat().st_size > 1000, picture

@@ -380,6 +380,10 @@ def test_training_starts_from_published_weights(capsys):
     for ours, name in (("encoder.layers.conv_in.weight", "encoder.conv_in.weight"), ("to_codes.bias", "quant_conv.bias")):
         assert torch.allclose(state[ours], theirs[name], atol=1e-9)
     assert "init: vqgan.ckpt; as without it: codebook, discriminator\n" in capsys.readouterr().out
+    sizes = dict(channels=128, z_channels=16, init="vqgan.ckpt", method="vqgan", codebook_size=12, code_dim=8)
+    run = Run(run_tiny("published", steps=0, **sizes, gan_weight=0.0), "cpu")  # to be evaluated as it is
+    assert torch.equal(run.model.codebook()[0], theirs["quantize.embedding.weight"]) and run.step == 0
+    assert torch.equal(run.model.state_dict()["decoder.to_image.bias"], theirs["decoder.conv_out.bias"])
     with pytest.raises(UserError, match=r"encoder.conv_in.weight is .*this network wants .*--preset f16"):
         run_tiny("other", init="vqgan.ckpt")
     assert not Path("other").exists()

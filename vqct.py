@@ -389,26 +389,14 @@ class AttentionBlock(nn.Module):
         return x + self.project(attended.mT.reshape(x.shape))
 
 
-class Downsample(nn.Module):
+def downsample(channels):
     """Half the resolution by a strided 3×3 convolution, padded on the right and below."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (B, C, H/2, W/2)
+    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
 
 
-class Upsample(nn.Module):
+def upsample(channels):
     """Twice the resolution by nearest neighbour, then a 3×3 convolution."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))  # (B, C, 2H, 2W)
+    return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1))
 
 
 def keep_variance(network):
@@ -444,7 +432,7 @@ class Encoder(nn.Module):
                 if lowest:
                     layers[f"down-{level}-attn-{block}"] = AttentionBlock(width)
             if not lowest:
-                layers[f"down-{level}-downsample"] = Downsample(width)
+                layers[f"down-{level}-downsample"] = downsample(width)
         layers |= {"mid-block_1": ResidualBlock(width, width), "mid-attn_1": AttentionBlock(width)}
         layers |= {"mid-block_2": ResidualBlock(width, width), "norm_out": group_norm(width), "silu": nn.SiLU()}
         layers["conv_out"] = nn.Conv2d(width, z_channels, 3, padding=1)
@@ -471,7 +459,7 @@ class Decoder(nn.Module):
                 if level == len(multipliers) - 1:
                     layers[f"up-{level}-attn-{block}"] = AttentionBlock(width)
             if level > 0:
-                layers[f"up-{level}-upsample"] = Upsample(width)
+                layers[f"up-{level}-upsample"] = upsample(width)
         self.layers = nn.Sequential(OrderedDict(layers, norm_out=group_norm(width), silu=nn.SiLU()))
         self.to_image = nn.Conv2d(width, 3, 3, padding=1)  # apart: the adaptive weight compares gradients at its weight
         keep_variance(self)
@@ -858,8 +846,10 @@ def make_codebook(config, prior=None):
         sizes = sizes if config.codebooks == 2 else (sum(sizes),)
     dim = config.code_dim // len(sizes)
     input_dim = dim if config.transfer not in ("gcn", "mlp") or words is None else words.shape[1]
-    if config.codes == "words":
-        vectors = rescale(words, config.vector_scale)
+    if config.codes == "words":  # language models differ in scale a hundredfold; the layers assume entries of about one
+        centred = words - words.mean(0) if config.vector_scale == "standard" else words
+        over = {"rms": words.square().mean().sqrt(), "standard": words.std(0), "none": torch.ones(())}
+        vectors = centred / over[config.vector_scale].clamp_min(1e-12)
     elif config.codes == "random":
         vectors = torch.randn(sum(sizes), input_dim) * (dim**-0.5 if config.transfer == "linear" else 1.0)
     else:  # van den Oord et al.'s common initialisation, ±1/K within each codebook
@@ -877,18 +867,6 @@ def make_codebook(config, prior=None):
             adjacency = NormalizedAdjacency(edges, sum(sizes), weights)
         transfer = CodebookTransfer(widths, adjacency, config.last_relu, config.transfer_dropout)
     return Codebook(vectors, sizes, config.trained, transfer)
-
-
-def rescale(vectors, how):
-    """(N, d) word vectors as a ModelConfig's `vector_scale` wants them.
-
-    Language models differ in scale a hundredfold; the layers' initialisation assumes entries of about one.
-    """
-    if how == "rms":
-        return vectors / vectors.square().mean().sqrt().clamp_min(1e-12)
-    if how == "standard":
-        return (vectors - vectors.mean(0)) / vectors.std(0).clamp_min(1e-12)
-    return vectors
 
 
 # ======== §4.4, the second stage: a model of the tokens of an image
@@ -1224,6 +1202,7 @@ TAMING = {  # part of a parameter's name here → there
     "from_codes": "post_quant_conv",
     "codebook.vectors": "quantize.embedding.weight",
     "layers": "loss.discriminator.main",
+    "sample.1": "sample.conv",
     "project": "proj_out",
     "shortcut": "nin_shortcut",
     "-": ".",

@@ -570,7 +570,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders of train.py")
     parser.add_fields(EvaluationConfig)
     given = vars(parser.parse_args(argv))
-    paths, choices, evaluations = given.pop("runs"), EvaluationConfig(**given), []
+    paths, choices, evaluations = list(dict.fromkeys(given.pop("runs"))), EvaluationConfig(**given), []
     for path in paths:
         if not (path / f"{choices.checkpoint}.pt").is_file():
             raise UserError(f"'{path}' is not a run of train.py: it has no {choices.checkpoint}.pt")

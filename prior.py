@@ -29,6 +29,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import time
 import urllib.request
 import zipfile
@@ -47,6 +48,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PARTS = ("adjective", "noun")  # the two parts of speech, in the order of the codebooks everywhere
 WINDOW = 5  # adjectives and nouns on each side that count as context of `corpus` vectors (Levy & Goldberg 2014)
+LONGEST = 2000  # characters of a caption; a longer line is cut at white space
 CHUNK = 2000  # captions a worker takes at a time, a third of a second's work
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -64,12 +66,14 @@ def read_captions(path):
         raise UserError(f"corpus '{path}' is no text, captions JSON or Flickr file, nor a folder of .txt files")
     for file in files:
         with user_error(f"corpus '{file}' cannot be read: {{}}"):
-            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8") as stream:
+            with (gzip.open if file.suffix == ".gz" else open)(file, "rt", encoding="utf-8-sig") as stream:
                 if file.name.removesuffix(".gz").endswith(".json"):
                     captions = [annotation["caption"] for annotation in json.load(stream)["annotations"]]
                 else:
                     captions = [re.sub(r"^\S+#\d+\t", "", line) for line in stream]
-        yield from filter(None, (" ".join(caption.split()) for caption in captions))
+            captions = [" ".join(caption.split()) for caption in captions]
+        for caption in captions:
+            yield from textwrap.wrap(caption, LONGEST) if len(caption) > LONGEST else filter(None, [caption])
 
 
 # ======== From a caption to its adjectives and nouns: WordNetSpeech, parts_of_speech; and to its edges: modifying_pairs
@@ -456,9 +460,9 @@ def glove_vectors(words, weights, dim, counts):
                 members = [name for name in members if name.endswith(f".{dim or 100}d.txt")]
             if len(members) != 1:
                 raise ValueError(f"{len(members)} files of {dim or 100} dimensions inside; choose one by --dim")
-            stream = io.TextIOWrapper(archive.open(members[0]), encoding="utf-8", newline="\n")
+            stream = io.TextIOWrapper(archive.open(members[0]), encoding="utf-8-sig", newline="\n")
         else:
-            stream = (gzip.open if weights.endswith(".gz") else open)(weights, "rt", encoding="utf-8", newline="\n")
+            stream = (gzip.open if weights.endswith(".gz") else open)(weights, "rt", encoding="utf-8-sig", newline="\n")
         for number, line in enumerate(stack.enter_context(stream), 1):
             line = line.rstrip()
             if not line or number == 1 and re.fullmatch(r"\d+ \d+", line):  # word2vec's header
@@ -498,9 +502,15 @@ def corpus_vectors(words, weights, dim, counts):
     smoothed = frequency**0.75 / (frequency**0.75).sum()  # lifts the PMI of rare contexts less
     pmi = np.log(matrix.data / (frequency[matrix.coords[0]] * smoothed[matrix.coords[1]]))
     ppmi = scipy.sparse.coo_array((np.maximum(pmi, 0), matrix.coords), shape=matrix.shape).tocsr()
-    u, s, _ = scipy.sparse.linalg.svds(ppmi, k=dim or min(100, len(kept) - 1), v0=np.ones(len(kept)))
-    vectors = u[:, ::-1] * np.sqrt(s[::-1])
-    vectors *= np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(len(s))])  # the SVD's sign is arbitrary
+    dim = dim or min(100, len(kept) - 1)
+    if len(kept) <= 1000:  # the sparse solver starts at random where the matrix lacks rank, as small ones may
+        u, s, _ = np.linalg.svd(ppmi.toarray())
+    else:
+        u, s, _ = scipy.sparse.linalg.svds(ppmi, k=dim, v0=np.ones(len(kept)))
+        u, s = u[:, ::-1], s[::-1]
+    vectors = u[:, :dim] * np.sqrt(s[:dim])
+    largest = np.abs(vectors).round(6).argmax(axis=0)  # rounded, as two may be equal
+    vectors *= np.sign(vectors[largest, np.arange(dim)])  # the SVD's sign is arbitrary
     return dict.fromkeys(PARTS, dict(zip((codes[i] for i in kept), vectors.astype(np.float32))))
 
 
@@ -629,7 +639,7 @@ class Prior:
     def load(cls, path):
         """Read a .npz of `save`. Raises UserError where it is missing or something else."""
         with user_error(f"'{path}' is no prior: {{}}; make one with: python prior.py CORPUS --out prior.npz"):
-            with np.load(path, allow_pickle=False) as file:
+            with np.load(regular(path), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
             prior = cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
             for part in PARTS:
@@ -988,18 +998,18 @@ class Parser(argparse.ArgumentParser):
                 choices = more.get("choices", lambda: None)
                 choices = choices() if callable(choices) else choices
                 least = more.get("least", 0 if isinstance(value, float) else 1)
-                kept = bounded(type(value), least, more.get("most", math.inf))
+                kept = bounded(type(value), least, more.get("most", 2**62))
                 flag.update(type=kept, choices=choices and tuple(choices), metavar=None if choices else "X")
             self.add_argument("--" + item.name.replace("_", "-"), **flag)
 
 
-def bounded(kind, least, most=math.inf):
+def bounded(kind, least, most=2**62):
     """For argparse: a number, numbers such as 1,2,4, or a text, the numbers within bounds."""
 
     def value(text):
         found = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
         for number in () if kind is str else found if kind is tuple else (found,):
-            if not least <= number <= most or number == math.inf:
+            if not least <= number <= most:
                 raise argparse.ArgumentTypeError(f"{text} does not lie between {least} and {most}")
         return found
 
@@ -1018,8 +1028,17 @@ def atomic_write(path):
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"'{path}' cannot be written: {error.strerror or error}") from None
     finally:
         part.unlink(missing_ok=True)
+
+
+def regular(path):
+    """The path. Raises ValueError for a folder, or a pipe, which might never end."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError("it is no file")
+    return path
 
 
 def save_png(image, path):
@@ -1073,9 +1092,9 @@ def read_tensors(path):
         path = safe if safe.is_file() else Path(path) / "pytorch_model.bin"
     with user_error(f"weights '{path}' cannot be read: {{}}"):
         if Path(path).suffix != ".safetensors":
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(regular(path), map_location="cpu", weights_only=True)
             return {name: x for name, x in state.get("state_dict", state).items() if isinstance(x, torch.Tensor)}
-        data = bytearray(Path(path).read_bytes())  # the length of a JSON header, the header, raw numbers
+        data = bytearray(Path(regular(path)).read_bytes())  # the length of a JSON header, the header, raw numbers
         start = 8 + int.from_bytes(data[:8], "little")
         kinds = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64")
         tensors = {}

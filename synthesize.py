@@ -462,6 +462,8 @@ def draw_samples(runs, choices, part=""):
     """
     path = stage_folder(runs[0], choices) / ("completions.png" if part else "samples.png")
     path, rows, ldm = Path(choices.output or path), [], choices.model == "ldm"
+    if part and choices.output == part:
+        raise UserError(f"--output {part} is the picture of --part; name another")
     for run in runs:
         if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
             raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}'")
@@ -620,6 +622,8 @@ def convert(run, split, decode, output, words):
             save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
         print(f"{folder}: {len(indices):,} images")
     else:
+        if output and not output.endswith(".npz"):
+            raise UserError(f"--output {output} must end in .npz")
         indices, path = tokens_of(run, split).indices, run.path / f"tokens-{split}.npz"
         if output:
             with atomic_write(output) as part:

@@ -43,7 +43,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, checksum,
-                   command, fetch, read_captions, read_tensors, save_png, shuffled, user_error)
+                   command, fetch, read_captions, read_tensors, regular, save_png, shuffled, user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce, distributed,
                   hinge_loss, load_taming, needs_prior, option)
 
@@ -206,6 +206,8 @@ class Trainer:
         self.generator_optimizer = self._adam(self.model)
         self.discriminator = self.discriminator_optimizer = self.perceptual = None
         if config.gan_weight > 0:
+            if config.resolution >> config.discriminator_layers < 3:
+                raise UserError(f"--discriminator-layers {config.discriminator_layers} leave nothing of the image")
             self.discriminator = Discriminator(layers=config.discriminator_layers)
             self.discriminator.to(device, memory_format=torch.channels_last)
             if device.type == "cuda" and distributed():  # batch statistics are those of all processes; gloo cannot
@@ -429,8 +431,9 @@ def record(values, trainer, out, journal):
             raise UserError(f"{name} is not finite at step {trainer.step:,}; {advice}")
     usage = trainer.usage()
     line = {"step": trainer.step, **values, "codes_used": [used for used, _ in usage]}
-    journal.write(json.dumps(line) + "\n")
-    journal.flush()
+    with user_error(f"'{journal.name}' cannot be written: {{}}"):
+        journal.write(json.dumps(line) + "\n")
+        journal.flush()
     words = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items() if "gradient" not in name]
     codes = " + ".join(f"{used:,}/{size:,}" for used, size in usage)
     return f"step {trainer.step:,}/{trainer.config.steps:,} {' '.join(words)}" + (f" codes {codes}" if codes else "")
@@ -552,7 +555,7 @@ def read_image(path, side, draft=False):
 
     Raises UserError if it is missing, damaged or truncated.
     """
-    with user_error(f"image '{path}' cannot be read: {{}}"), Image.open(path, formats=FORMATS) as file:
+    with user_error(f"image '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as file:
         if draft:  # a JPEG at the fraction of its size that keeps twice the pixels
             file.draft("RGB", (2 * side, 2 * side))
         image = ImageOps.exif_transpose(file)
@@ -570,7 +573,7 @@ def read_label_map(record, size):
     painted = record.segmentation if isinstance(record.segmentation, tuple) else ((None, record.segmentation),)
     labels = np.zeros(size[::-1], np.uint8)
     for label, path in painted:
-        with user_error(f"label map '{path}' cannot be read: {{}}"), Image.open(path, formats=FORMATS) as file:
+        with user_error(f"label map '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as file:
             image = ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
             if len(image.getbands()) > 1 or image.mode == "F":
                 raise ValueError("it is not one channel of whole numbers")
@@ -595,12 +598,13 @@ def cub_records(root, split):
     require(root, *CUB_TABLES, "images")
     images, splits, labels, classes = (read_table(root / name) for name in CUB_TABLES)
     sentences, records = {} if (root / "text").is_dir() else cub_sentences(root), []
-    for key, name in images.items():
-        if (splits[key] == "1") == (split == "train"):
-            text = (root / "text" / name).with_suffix(".txt")
-            captions = text if text.exists() else sentences.get(key, ())
-            records.append(Record(root / "images" / name, int(labels[key]) - 1, captions))
-    return records, [classes[key] for key in sorted(classes, key=int)]
+    with user_error(f"the tables of '{root}' do not fit together; unpack them again: {{}}"):
+        for key, name in images.items():
+            if (splits[key] == "1") == (split == "train"):
+                text = (root / "text" / name).with_suffix(".txt")
+                captions = text if text.exists() else sentences.get(key, ())
+                records.append(Record(root / "images" / name, int(labels[key]) - 1, captions))
+        return records, [classes[key] for key in sorted(classes, key=int)]
 
 
 def cub_sentences(root):
@@ -738,7 +742,8 @@ def folder_records(root, split, labels=""):
     """
     names = [name for name in ("val", "test") if (root / name).is_dir()] if (root / "train").is_dir() else []
     bases = {"train": root / "train", "val": root / names[0]} if names else {"train": root, "val": root}
-    images = {base: [p for p in sorted(base.rglob("*")) if p.suffix.lower() in EXTENSIONS] for base in bases.values()}
+    listed = lambda base: sorted(p for p in base.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    images = {base: listed(base) for base in bases.values()}
     classes = sorted({str(p.parent.relative_to(base)) for base, paths in images.items() for p in paths} - {"."})
     base, records = bases[split], []
     for i, path in enumerate(images[base]):
@@ -899,14 +904,14 @@ def save_checkpoint(path, trainer):
                 raise UserError(f"{name} is not finite after step {trainer.step:,}; '{path}' is kept; try another --lr")
     archive = io.BytesIO()
     torch.save(state, archive)
-    with user_error(f"'{path}' cannot be written: {{}}"), atomic_write(path) as part:
+    with atomic_write(path) as part:
         part.write_bytes(archive.getbuffer())
 
 
 def load_checkpoint(path):
     """A dict of `save_checkpoint`. Raises UserError for a file that is missing, damaged or something else."""
     with user_error(f"'{path}' is no checkpoint of this program, or damaged: {{}}"):
-        with zipfile.ZipFile(path) as archive:  # torch writes a checksum of every record and does not read it
+        with zipfile.ZipFile(regular(path)) as archive:  # torch writes a checksum of every record and does not read it
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -921,6 +926,9 @@ def restore(trainer, state, out):
         trainer.step, trainer.best = state["step"], state["best"]
         for name, part in trainer.parts().items():
             part.load_state_dict(state[name])
+            for parameter, moments in getattr(part, "state", {}).items():  # an optimizer's, which a fused step trusts
+                if any(x.dim() and x.shape != parameter.shape for x in moments.values()):
+                    raise ValueError(f"{name} is of other shapes than the weights")
         for name in state.keys() & {"last_used", "start"}:
             setattr(trainer, name, [part.to(trainer.device) for part in state[name]])
         torch.set_rng_state(state["random"])
@@ -970,6 +978,8 @@ class Run:
             self.start = state["start"]
             self.model = VQModel(self.config, self.prior)
             self.model.load_state_dict(state["model"])
+            if not all(x.isfinite().all() for x in state["model"].values()):
+                raise ValueError("weights that are not finite")
         codes = self.model.to(self.device).eval().requires_grad_(False).codebook()
         self.model.codebook.forward = lambda: codes  # made once, not for each batch
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":

@@ -156,6 +156,14 @@ def add_attributes(root, place):
     write(root / "attributes", image_attribute_labels=rows)
 
 
+@pytest.mark.parametrize("name", CUB_TABLES[:3])
+@pytest.mark.parametrize("left", ["<html>\n<body>no</body>\n", "1 1\n2"])
+def test_damaged_tables_are_a_line(cub, name, left):
+    (cub / name).write_text(left)
+    with pytest.raises(UserError, match="do not fit together|cannot be read"):
+        split_of("cub", cub, "train")
+
+
 def test_cub_layout_split_and_captions(cub):
     train, val = split_of("cub", cub, "train"), split_of("cub", cub)
     assert train.classes == ["001.Bird_1", "002.Bird_2"] and [r.label for r in train.records] == [0] * 4 + [1] * 4

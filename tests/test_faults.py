@@ -269,9 +269,12 @@ def test_a_hostile_pickle_does_not_run(prior, tmp_path, monkeypatch, read):
     ({"config": {"channels": 16}}, "last.pt' holds other than its configuration says: "),
     ({"config": {"colour": "red"}}, "last.pt' holds other than its configuration says: "),
     ({"prior": None}, "last.pt' holds other than its configuration says: "),
+    ({"model": None}, "last.pt' holds other than its configuration says: weights that are not finite"),
 ])  # fmt: skip
 def test_other_checkpoints_are_refused_in_a_line(whole, tmp_path, capsys, changed, message):
     state = load_checkpoint(whole / "last.pt")
+    if "model" in changed:
+        changed = {"model": {name: x / 0 if name == "to_codes.bias" else x for name, x in state["model"].items()}}
     torch.save({**state, **changed, "config": {**state["config"], **changed.get("config", {})}}, tmp_path / "last.pt")
     if message:
         assert message in said(lambda _: Run(tmp_path), capsys, ())
@@ -280,6 +283,28 @@ def test_other_checkpoints_are_refused_in_a_line(whole, tmp_path, capsys, change
         with torch.no_grad():
             assert torch.equal(there.model.decode(there.model.encode(x)), here.model(x).x_hat)
         assert there.words == [list("abcdefg"), list("ABCDEFGHI")]
+
+
+def test_moments_of_other_shapes_than_the_weights_are_refused(run, photographs, capsys):
+    state = load_checkpoint(run / "last.pt")
+    state["generator_optimizer"]["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, run / "last.pt")
+    assert "generator_optimizer is of other shapes than the" in said(
+        train.main, capsys, flags(photographs, run, "--resume", steps=30))
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("tokens --output=last.pt", "--output last.pt must end in .npz"), ("sample --output=last.pt", "'last.pt' must end in .png"),
+    ("complete --part=m.png --output=m.png", "m.png is the picture of --part"),
+])
+def test_an_output_is_of_its_own_kind(run, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(run)
+    Image.new("L", (8, 8)).save("m.png")
+    if not flags.startswith("tokens"):
+        synthesize.main([".", *STAGE, "--steps=1", "--overwrite"])
+    before = capsys.readouterr() and files_of(run)
+    assert message in said(synthesize.main, capsys, [".", *flags.split()])
+    assert {name: files_of(run)[name] for name in before} == before
 
 
 def test_a_full_disk_is_a_line_and_keeps_the_last_checkpoint(whole, photographs, tmp_path):
@@ -354,16 +379,21 @@ def test_a_seed_repeats_a_run_and_overwriting_leaves_nothing_of_the_old(whole, r
 @pytest.mark.parametrize("flag, message", [
     ("--method=vqtc", "--method: invalid choice: 'vqtc' (choose from 'vqct', "), ("--metod=vqct", "ents: --metod=vqct"),
     ("--steps=many", "--steps: invalid int value: 'many'"), ("--multipliers=1,x", "invalid tuple value: '1,x'"),
-    ("--multipliers=1,0", "1,0 does not lie between 1 and inf"), ("--channels=0", "0 does not lie between 1 and inf"),
-    ("--beta=nan", "nan does not lie between 0 and inf"), ("--lr=inf", "--lr: inf does not lie between 0 and "),
+    ("--multipliers=1,0", "1,0 does not lie between 1 and 46"), ("--channels=0", "0 does not lie between 1 and 46"),
+    ("--beta=nan", "nan does not lie between 0 and 46"), ("--lr=inf", "--lr: inf does not lie between 0 and "),
     ("--seed=9999999999999999999", "--seed: 9999999999999999999 does not lie between 0 and 4611686018427387904"),
     ("--codebook-size=99999999999999", "--codebook-size: 99999999999999 does not lie between 0 and 16777216"),
     ("--codebook-size=9", "changes nothing with the other choices made"), ("--resolution=33", "is not a multiple of 2"),
     ("--prior=absent.npz", "'absent.npz' is no prior: "), ("--device=tpu", "--device tpu: "),
+    ("--discriminator-layers=4", "layers 4 leave nothing of the image"),
+    ("--prior=pipe.npz", "'pipe.npz' is no prior: it is no file"), ("--init=pipe.npz", "cannot be read: it is no file"),
     ("--out=/dev/null", "name another --out"), ("--out=/dev/null/run", "Not a directory"),
     ("--seed=4611686018427387904 --batch-size=17", None), ("--multipliers=1,1,2 --resolution=36 --device=cpu", None),
 ])  # fmt: skip
 def test_a_bad_flag_is_one_line_that_leaves_nothing_and_a_good_one_is_not(photographs, tmp_path, capsys, flag, message):
+    os.chdir(photographs)
+    for pipe in ("pipe", "pipe.npz"):
+        os.path.exists(pipe) or os.mkfifo(pipe)
     arguments = flags(photographs, tmp_path / "run", *flag.split(), steps=1)
     if message:
         assert message in said(train.main, capsys, arguments) and not list(tmp_path.iterdir())

@@ -32,7 +32,7 @@ CAPTIONS = ["a small brown bird", "its belly is white"]
 
 
 @pytest.mark.parametrize("files", [
-    {"plain.txt": "a small brown bird\n\n its belly is white \n"},
+    {"plain.txt": "\ufeffa small brown bird\n\n its belly is white \n"},
     {"plain.txt.gz": "a small brown bird\nits belly is white"},
     {"flickr.token": "1000.jpg#0\ta small brown bird\n1000.jpg#1\tits belly is white\n"},
     {"coco.json": json.dumps({"images": [{"id": 1}], "annotations": [{"id": 1, "caption": c} for c in CAPTIONS]})},
@@ -50,12 +50,19 @@ def test_corpus_formats(tmp_path, files):
     ("", None, "nor a folder of .txt files"), ("x.json", b'{"annotations": [{"caption": "a', "Unterminated"),
     ("missing.txt", None, "is no text"), ("latin.txt", b"\xe9 bird", "utf-8"), ("x.json", b"{}", "annotations"),
     ("broken.txt.gz", b"\x1f\x8bnothing", "cannot be read"), ("x.json", b'{"annotations": [{"bbox": 1}]}', "caption"),
+    ("x.json", b'{"annotations": [{"caption": null}]}', "NoneType"), ("pipe", os.mkfifo, "is no text"),
 ])
 def test_bad_corpora_are_named(tmp_path, name, content, message):
     if content is not None:
-        (tmp_path / name).write_bytes(content)
+        content(tmp_path / name) if callable(content) else (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=f"^corpus '{tmp_path / name}' .*{message}"):
         list(read_captions(tmp_path / name))
+
+
+def test_an_endless_line_is_cut_at_white_space(tmp_path):
+    (tmp_path / "book.txt").write_text("a small bird " * 100_000)
+    captions = list(read_captions(tmp_path / "book.txt"))
+    assert max(map(len, captions)) <= 2000 and " ".join(captions).split() == ["a", "small", "bird"] * 100_000
 
 
 EXCERPT = WordListSpeech(*map(str.split, (  # the entries of WordNet that the tagged sentences need

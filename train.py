@@ -32,6 +32,8 @@ from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's products do not repeat themselves
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported
 
 import numpy as np
 import scipy.ndimage
@@ -578,7 +580,7 @@ def read_label_map(record, size):
             if len(image.getbands()) > 1 or image.mode == "F":
                 raise ValueError("it is not one channel of whole numbers")
         if label is None:
-            return image
+            return Image.fromarray(np.asarray(image).astype(np.int32))  # of either byte order
         labels[np.asarray(image.convert("L")) > 127] = label
     return Image.fromarray(labels)
 

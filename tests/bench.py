@@ -31,8 +31,7 @@ import train  # noqa: E402
 import vqct  # noqa: E402
 from evaluate import fid  # noqa: E402
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
-from vqct import (CodebookTransfer, Condition, NormalizedAdjacency, TokenTransformer, VectorQuantizer,  # noqa: E402
-                  draw_tokens, nearest_code, sample_tokens)
+from vqct import CodebookTransfer, NormalizedAdjacency, VectorQuantizer, nearest_code  # noqa: E402
 
 DEVICE = torch.device("cpu")
 
@@ -89,9 +88,7 @@ def installed(name, make):
         return f"{name} is not installed"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Eq. 1
-
+# ======== Eq. 1
 
 def full_distances(z, codebook):
     """Nearest codes by the whole distance matrix, as the field writes it."""
@@ -134,7 +131,7 @@ def whole_layer(codes, dim, module):
 
 
 def bench_nearest(dim=256):
-    """The search among many codes, and how it grows with them."""
+    """The search among many codes."""
     rows, codes = (65_536, 8_192) if DEVICE.type == "cuda" else (16_384, 16_384)
     make = lambda: (torch.randn(rows, dim, device=DEVICE), torch.randn(codes, dim, device=DEVICE))
     tiling = best_tiling(make)
@@ -155,16 +152,9 @@ def bench_nearest(dim=256):
     ours = torch.no_grad()(lambda z, codebook: layer(z.T[None, :, :, None], codebook))
     title = "the whole quantizer in evaluation mode, the same sizes"
     compare(title, ours, {"vector-quantize-pytorch's": peer}, make, rounds=3)
-    grown = {}
-    for count in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
-        data = torch.randn(4096, dim, device=DEVICE), torch.randn(count, dim, device=DEVICE)
-        grown[count] = [seconds(nearest_code, *data) for _ in range(5)]
-    print("  4,096 features, " + ", ".join(f"{count:,} codes {show(times)}" for count, times in grown.items()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A training step
-
+# ======== A training step
 
 def explicit_attention(self, x):
     """AttentionBlock by two matrix products and a softmax between them."""
@@ -214,7 +204,7 @@ def bench_step():
     theirs = make_trainer(resolution, amp=False)
     for network in (theirs.model, theirs.discriminator, theirs.perceptual):
         network.to(memory_format=torch.contiguous_format)
-    make = lambda size=resolution: (torch.rand(batch, 3, size, size, device=DEVICE) * 2 - 1,)
+    make = lambda: (torch.rand(batch, 3, resolution, resolution, device=DEVICE) * 2 - 1,)
     step = lambda trainer: lambda x: trainer.train_step([x.contiguous(memory_format=torch.channels_last)])
     taming = functools.partial(taming_step, theirs)
     title = f"training step with LPIPS and adversary, f16 network, 16,384 codes, {batch} images of {resolution}²"
@@ -223,18 +213,9 @@ def bench_step():
         if cuda:
             held = [extra_memory(form, *make()) / 2**30 for form in (step(trainer), taming)]
             print(f"  extra memory: {held[0]:.2f} GiB against {held[1]:.2f} GiB, {held[0] / held[1]:.2f} of it")
-    for size in (64, 128, 192, 256):
-        data = make(size)
-        for form in (ours := step(trainers["eager, float32"]), taming):
-            form(*data)
-        times = [[seconds(form, *data) for form in (ours, taming)] for _ in range(3)]
-        print(f"  {size}²: {', '.join(show(of) for of in zip(*times))}", end=";")
-    print(" ours and theirs, float32")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The other rows
-
+# ======== The other rows
 
 def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
     """The transfer network on a graph of the paper's size, forward and backward."""
@@ -292,39 +273,6 @@ def bench_frechet(dim=2048):
         print(f"  they differ by {abs(fid(a, b) / by_sqrtm(a, b) - 1):.1e}, relative")
 
 
-def bench_tokenise():
-    """Images to indices with the codes kept in evaluation mode, and computed anew each time."""
-    config = train.resolve({})
-    prior = train.make_prior(config, train.DemoDataset("train", 64)).tensors()
-    model = vqct.VQModel(config, prior).eval().to(DEVICE)
-
-    def anew(x):
-        model.codebook.train(False)  # forgets the codes
-        return model.encode(x)
-
-    make, peers = lambda: (torch.rand(8, 3, 64, 64, device=DEVICE) * 2 - 1,), {"without the codebook kept": anew}
-    with torch.no_grad():
-        compare("tokenising 8 images of the demo, tiny preset", model.encode, peers, make, rounds=15)
-
-
-@torch.no_grad()
-def sample_without_cache(model, batch):
-    """sample_tokens by a pass over all positions so far for every token."""
-    tokens = torch.zeros(batch, len(model.sizes), math.prod(model.grid), dtype=torch.int64, device=DEVICE)
-    condition, start = model.condition(None, batch), model.start.expand(batch, 1, -1)
-    for n in range(tokens.shape[2]):
-        hidden = model.hidden(torch.cat([start, model.before(tokens[:, :, :n])], dim=1), condition)[:, -1:]
-        for i in range(len(model.sizes)):
-            tokens[:, i, n] = draw_tokens(model.logits(hidden, tokens[:, :, n : n + 1], i)[:, 0])
-
-
-def bench_sampling(batch=8):
-    """Drawing 256 positions of two tokens, with keys and values kept and without."""
-    model = TokenTransformer((903, 2888), (16, 16), Condition("none", 0, (16, 16), 256)).eval().to(DEVICE)
-    ours, theirs = (functools.partial(form, model, batch) for form in (sample_tokens, sample_without_cache))
-    compare(f"{batch} samples of 256 positions, 6 blocks of width 256", ours, {"without a cache": theirs}, rounds=3)
-
-
 def straightforward_prior(captions):
     """The builder as one writes it first: tokenise and tag every sentence, look words up in lists."""
     adjectives, nouns, edges, lemmatize = [], [], [], nltk.WordNetLemmatizer().lemmatize
@@ -343,17 +291,14 @@ def straightforward_prior(captions):
 
 
 def bench_prior(corpus, size=20_000):
-    """Counting captions against the straightforward algorithm, and how the time grows with the corpus."""
+    """Counting captions against the straightforward algorithm."""
     if not corpus:
         return print("\nprior: give a --corpus")
-    speech, captions = WordNetSpeech(), list(itertools.islice(read_captions(corpus), 5 * size))
-    ours = lambda: count_corpus(captions[:size], speech)
-    theirs = lambda: straightforward_prior(captions[:size])
-    title = f"prior of {min(size, len(captions)):,} captions on {CORES} cores"
+    speech, captions = WordNetSpeech(), list(itertools.islice(read_captions(corpus), size))
+    ours = lambda: count_corpus(captions, speech)
+    theirs = lambda: straightforward_prior(captions)
+    title = f"prior of {len(captions):,} captions on {CORES} cores"
     compare(title, ours, {"the straightforward algorithm": theirs}, rounds=3)
-    counts = (len(captions) // share for share in (10, 5, 2, 1))
-    grown = (f"{count:,} captions {seconds(count_corpus, captions[:count], speech):.2f} s" for count in counts)
-    print("  " + ", ".join(grown))
 
 
 ROWS = {name.removeprefix("bench_"): row for name, row in [*globals().items()] if name.startswith("bench_")}

@@ -16,7 +16,7 @@ from conftest import SHARED
 from prior import UserError, build_prior, command
 from test_train import CPU, few_birds_and_a_folder_of_its_own  # noqa: F401, a fixture
 from train import (ARCHIVES, CUB_TABLES, DATASETS, FACE_PARTS, Config, ImageDataset, Record, download, folder_records,
-                   make_dataset, hold_out, make_loader, make_prior, resolve, to_images, train_batches)  # fmt: skip
+                   make_dataset, hold_out, make_loader, make_prior, resolve, to_images, train_batches)
 
 
 def pixels(path, values, **options):
@@ -61,9 +61,7 @@ def names_in(dataset):
     return [record.path.name for record in dataset.records]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Genuine layouts in miniature
-
+# ======== Genuine layouts in miniature
 
 def test_every_layout_is_a_choice_of_the_flag():
     assert Config.__dataclass_fields__["dataset"].metadata["choices"]() == ("demo", "folder", *DATASETS)
@@ -245,9 +243,7 @@ def test_the_real_segmentation_set():
     assert set(values) <= set(range(12)) and len(values) > 6  # labels, not mixtures of labels
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading: broken files, large photographs, orientation, crops, order
-
+# ======== Reading: broken files, large photographs, orientation, crops, order
 
 @pytest.mark.parametrize("kind", ["image", "label map"])
 def test_a_broken_file_is_named_when_it_is_read(ade20k, kind, capsys, monkeypatch):
@@ -330,8 +326,7 @@ def test_a_twentieth_of_the_training_images_chooses():
     assert hold_out(1)[0] == [0]  # one image does both
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Downloads of archives
+# ======== Downloads of archives
 
 CUB_FILES = [f"CUB_200_2011/{name}" for name in (*CUB_TABLES, "images/a.jpg")] + ["attributes.txt"]
 COCO_FILES = [["train2017/1.jpg"], ["val2017/2.jpg"], ["annotations/captions_val2017.json"]]

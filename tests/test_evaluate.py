@@ -48,9 +48,7 @@ def run(own_folder):
     return trained(Path("run"))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics, and the weights of those that are networks
-
+# ======== Metrics, and the weights of those that are networks
 
 def test_ssim_of_constant_images_and_by_its_definition_at_one_position():
     a, b, c1, c2 = 0.5, -0.2, 0.02**2, 0.06**2
@@ -188,9 +186,7 @@ def test_weights_are_downloaded_checked_and_cached(server):
     assert list(path.parent.iterdir()) == [path] and path.is_relative_to(Path("hub").resolve())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# A run
-
+# ======== A run
 
 def test_evaluation_of_a_run(run, capsys):
     before = (run / "last.pt").read_bytes()

@@ -9,6 +9,7 @@ import resource
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -23,7 +24,7 @@ import synthesize
 import train
 from conftest import small_prior
 from prior import Prior, UserError, read_tensors
-from train import Run, Trainer, load_checkpoint, read_image
+from train import Record, Run, Trainer, load_checkpoint, read_image, read_label_map
 
 LONG = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGKILL)]
 STAGE = "train --steps=100 --batch-size=4 --width=16 --depth=1 --heads=2 --log-every=1 --eval-every=25".split()
@@ -146,12 +147,19 @@ def said(main, capsys, arguments):
     return error
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_a_run_killed_again_and_again_is_the_uninterrupted_one(whole, photographs, tmp_path, kills):
-    out, rng, killed = tmp_path / "run", random.Random(kills), 0
-    again = lambda: flags(photographs, out, *["--resume"] * (out / "last.pt").exists())
+@pytest.mark.parametrize("stage, kills", [
+    ("first", 3), *(pytest.param(*chain, marks=pytest.mark.slow) for chain in (("first", 25), ("second", 10))),
+])
+def test_a_run_killed_again_and_again_is_the_uninterrupted_one(whole, run, photographs, tmp_path, stage, kills):
+    out, main, rng, killed = tmp_path / "new", train.main, random.Random(kills), 0
+    arguments = flags(photographs, out)
+    if stage == "second":
+        out, main, arguments = run / "synthesis" / "gpt-none", synthesize.main, [str(run), *STAGE]
+        main(arguments)
+        whole = out.rename(tmp_path / "whole")
+    again = lambda: [*arguments, *["--resume"] * (out / "last.pt").exists()]
     while killed < kills:
-        process, log = begin(tmp_path, train.main, again()), out / "metrics.jsonl"
+        process, log = begin(tmp_path, main, again()), out / "metrics.jsonl"
         if killed % 4:  # most in the middle of training, the others whenever
             wait_for(process, log, 1 + (log.read_bytes().count(b"\n") if log.exists() else 0))
         time.sleep(rng.uniform(0, 0.3 if killed % 4 else 1))
@@ -161,9 +169,27 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_one(whole, photograph
         if process.exitcode == 0:  # it was faster
             assert_same_run(whole, out)
             shutil.rmtree(out)
-    if not (out / "last.pt").exists() or load_checkpoint(out / "last.pt")["step"] < 24:
-        train.main(again())
+    if not (out / "last.pt").exists() or lines_of(out)[-1]["step"] < lines_of(whole)[-1]["step"]:
+        main(again())
     assert_same_run(whole, out)
+
+
+@pytest.mark.slow
+def test_a_prior_killed_again_and_again_is_the_uninterrupted_one(speech, tmp_path, monkeypatch):
+    corpus, rng = tmp_path / "corpus.txt", random.Random(0)
+    corpus.write_text("a small red bird with a long red wing and a bright tail\nits long beak is red and small\n" * 20_000)
+    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda download: speech)
+    options = f"{corpus} --embeddings=random --min-count=1 --workers=2 --out={tmp_path}"
+    whole, again = (f"{options}/{name}.npz".split() for name in "ab")
+    prior_module.main(whole)
+    for _ in range(10):
+        process = begin(tmp_path, prior_module.main, again)
+        time.sleep(rng.uniform(0, 3))
+        os.killpg(process.pid, signal.SIGKILL)
+        finish(process, -signal.SIGKILL)
+        assert files_of(tmp_path).keys() <= {"corpus.txt", "log", "a.npz", "b.npz.part"}
+    prior_module.main(again)
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *LONG])
@@ -270,7 +296,7 @@ def test_a_hostile_pickle_does_not_run(prior, tmp_path, monkeypatch, read):
     ({"config": {"colour": "red"}}, "last.pt' holds other than its configuration says: "),
     ({"prior": None}, "last.pt' holds other than its configuration says: "),
     ({"model": None}, "last.pt' holds other than its configuration says: weights that are not finite"),
-])  # fmt: skip
+])
 def test_other_checkpoints_are_refused_in_a_line(whole, tmp_path, capsys, changed, message):
     state = load_checkpoint(whole / "last.pt")
     if "model" in changed:
@@ -323,7 +349,7 @@ def test_a_full_disk_is_a_line_and_keeps_the_last_checkpoint(whole, photographs,
 @pytest.mark.parametrize("broken, at, log_every, step, kept", [
     ("pixel", 3, 1, 3, 0), ("gradient", 3, 1, 3, 0), ("gradient", 6, 6, 6, 4), ("validation_psnr", 5, 99, 8, 4),
     ("model", 7, 99, 7, 4),
-])  # fmt: skip
+])
 def test_what_is_not_finite_is_not_saved(photographs, tmp_path, monkeypatch, broken, at, log_every, step, kept):
     """A loss breaks; or a gradient and with it the weights, as a validation sees, or a signal that would save them."""
     written = Trainer.reconstruction_loss
@@ -347,7 +373,7 @@ def test_what_is_not_finite_is_not_saved(photographs, tmp_path, monkeypatch, bro
 @pytest.mark.parametrize("method, edge", [
     *((m, e) for m in ("vqct", "vqgan", "gumbel", "cvq", "regvq") for e in ("constant", "one image", "one code")),
     *(("vqct", edge) for edge in ("one adjective", "no edges", "strange shapes")),
-])  # fmt: skip
+])
 def test_losses_stay_finite_at_the_edges(photographs, tmp_path, method, edge):
     data, rng, count = tmp_path / "images", np.random.default_rng(0), 1 if edge == "one image" else 4
     for split in ("train", "val"):
@@ -389,7 +415,7 @@ def test_a_seed_repeats_a_run_and_overwriting_leaves_nothing_of_the_old(whole, r
     ("--prior=pipe.npz", "'pipe.npz' is no prior: it is no file"), ("--init=pipe.npz", "cannot be read: it is no file"),
     ("--out=/dev/null", "name another --out"), ("--out=/dev/null/run", "Not a directory"),
     ("--seed=4611686018427387904 --batch-size=17", None), ("--multipliers=1,1,2 --resolution=36 --device=cpu", None),
-])  # fmt: skip
+])
 def test_a_bad_flag_is_one_line_that_leaves_nothing_and_a_good_one_is_not(photographs, tmp_path, capsys, flag, message):
     os.chdir(photographs)
     for pipe in ("pipe", "pipe.npz"):
@@ -425,6 +451,24 @@ def test_what_is_no_run_is_named(tmp_path, capsys, monkeypatch, call, name):
     assert os.listdir("thesis") == [name]
 
 
+def test_label_maps_of_sixteen_bits_are_read_in_either_byte_order(tmp_path):
+    labels = np.arange(16, dtype=np.uint16).reshape(4, 4) * 100
+    for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
+        Image.frombytes(mode, (4, 4), labels.astype(order).tobytes()).save(tmp_path / "map.tif")
+        found = read_label_map(Record(None, segmentation=tmp_path / "map.tif"), (4, 4))
+        assert np.array_equal(np.asarray(found), labels)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "synthesize.py"])
+def test_ctrl_c_during_imports_leaves_no_traceback(script):
+    process = subprocess.Popen([sys.executable, "-v", prior_module.__file__.replace("prior.py", script)], stderr=-1)
+    for line in process.stderr:  # Python names what it imports
+        if b"import 'torch" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    assert b"Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
+
+
 def test_images_of_every_kind_are_read_right(tmp_path):
     ramp = np.arange(256, dtype=np.uint8).reshape(16, 16)
     gray, seen = np.repeat(ramp[..., None], 3, 2), np.where(ramp < 128, 0, 255).astype(np.uint8)
@@ -441,7 +485,7 @@ def test_images_of_every_kind_are_read_right(tmp_path):
         ("moving.gif", red, (255, 0, 0), {"save_all": True, "append_images": [blue]}),
         ("cmyk.jpg", Image.new("CMYK", (16, 16), cyan), (0, 255, 255), {"quality": 100}),
         ("turned.png", turned, np.rot90(gray, -1), {"exif": exif}),
-    ):  # fmt: skip
+    ):
         image.save(tmp_path / name, **options)
         found = np.asarray(read_image(tmp_path / name, 16)).astype(int)
         assert np.abs(found - expected).max() <= (3 if name == "cmyk.jpg" else 0), name
@@ -450,7 +494,7 @@ def test_images_of_every_kind_are_read_right(tmp_path):
 @pytest.mark.parametrize("content, message", [
     (b"P5 9 9 255\n half", "truncated"), (b"P5 20000 20000 255\n", "bomb"), (b"Pf\n1 1\n-1.0\n0000", "floating-point"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
-])  # fmt: skip
+])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_cannot_be_read_is_named(photographs, tmp_path, content, message, workers):
     data, bad = shutil.copytree(photographs / "images", tmp_path / "images"), tmp_path / "images" / "train" / "bad.jpg"
@@ -463,7 +507,7 @@ def test_an_image_that_cannot_be_read_is_named(photographs, tmp_path, content, m
 @pytest.mark.parametrize("image, message", [
     *((Image.new(mode, (48, 40)), "it is not one channel of whole numbers") for mode in ("F", "RGB")),
     *((Image.fromarray(np.full((40, 48), label, np.uint16)), "more than a label map has") for label in (4096, 65_535)),
-])  # fmt: skip
+])
 def test_label_maps_of_other_than_labels_are_a_line(photographs, run, tmp_path, capsys, image, message):
     maps, stage = shutil.copytree(photographs / "maps", tmp_path / "maps"), [*STAGE, "--condition=segmentation"]
     image.save(maps / "train" / "3.png", "TIFF")

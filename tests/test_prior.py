@@ -23,7 +23,6 @@ from PIL import Image, ImageColor
 import prior as prior_module
 from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 
-# fmt: off
 from prior import (INK, LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordListSpeech, WordNetSpeech, atomic_write,
                    build_prior, checksum, command, count_captions, count_corpus, draw_plots, fetch, modifying_pairs,
                    nearest_words, parts_of_speech, read_captions, read_tensors, rewired, shuffled, user_error)

@@ -24,9 +24,7 @@ from conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SCRIPTS = {"prior": prior, "vqct": vqct, "train": train, "evaluate": evaluate, "synthesize": synthesize}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Commands
-
+# ======== Commands
 
 def fenced(language):
     return [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S) if kind == language]
@@ -159,9 +157,7 @@ def test_vqct_has_its_table_of_contents_in_order():
     assert len(names) > 20 and lines == sorted(lines)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Pieces
-
+# ======== Pieces
 
 def test_the_pieces_of_the_readme_work():
     space = {}

@@ -17,7 +17,7 @@ from prior import UserError, command, count_captions
 from test_vqct import Published
 from train import (DEMO_SPEECH, LAYERS, METHODS, RUN_FILES, SEGMENTS, SPECIES, Config, DemoDataset, Run, Trainer,
                    describe_scene, load_checkpoint, make_loader, parse, psnr, render_scene, resolve, sample_scene,
-                   save_checkpoint, to_images)  # fmt: skip
+                   save_checkpoint, to_images)
 from vqct import LPIPS, hinge_loss, needs_prior
 
 CPU = torch.device("cpu")
@@ -29,9 +29,7 @@ def few_birds_and_a_folder_of_its_own(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The demo
-
+# ======== The demo
 
 def test_demo_pictures_depend_on_split_and_index_alone():
     dataset = DemoDataset("val", 48)
@@ -84,8 +82,7 @@ def test_demo_captions_use_the_word_list_and_tell_what_is_drawn():
     assert counts.pairs["orange", "water"] == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Configuration
+# ======== Configuration
 
 TINY = dict(resolution=32, channels=8, multipliers=(1, 2), blocks=1, z_channels=8, code_dim=8, transfer_width=16)
 TINY |= dict(batch_size=4, log_every=1, eval_every=4, eval_images=4, gan_start=3, lr=2e-3, schedule="constant")
@@ -131,7 +128,7 @@ def test_flags_win_over_method_over_recipe_over_preset():
     ("demo-random-mlp", dict(method="random-mlp", codes="random", seed=0)),  # neither departs from anything
     ("demo-matched-cvq", dict(method="matched", quantizer="cvq")), ("demo-vqct-transfer-none", dict(transfer="none")),
     ("demo-vqct-gan_weight-0.5-init", dict(init="vqgan.ckpt", gan_weight=0.5)),
-])  # fmt: skip
+])
 def test_a_default_folder_names_what_departs_from_the_method(name, given):
     assert sorted(resolve(given).out.split("-")) == sorted(f"runs/{name}".split("-"))  # in whatever order
 
@@ -155,7 +152,7 @@ def test_help_names_every_flag_with_its_default(capsys):
     ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
     ("--reso 64", "unrecognized arguments: --reso 64"), ("--device gpu", "--device gpu: "),
     ("--dataset cub", "no images.txt in 'data/CUB_200_2011': point --data at"),
-])  # fmt: skip
+])
 def test_bad_flags_are_a_line_each(capsys, monkeypatch, tmp_path, flags, message):
     monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest keeps its own
     with pytest.raises(SystemExit) as ended:
@@ -174,7 +171,7 @@ def test_bad_flags_are_a_line_each(capsys, monkeypatch, tmp_path, flags, message
     ("perceptual-trunk", dict(perceptual_trunk="squeeze")),  # the demo's preset has no LPIPS
     (None, dict(perceptual_trunk="squeeze", perceptual_weight=1.0)), (None, dict(shuffle="vectors")),
     (None, dict(dataset="folder", data="x", labels="maps")), (None, dict(method="regvq", temperature_end=0.5)),
-])  # fmt: skip
+])
 def test_flags_that_change_nothing_are_refused(flag, given):
     if flag is None:
         assert asdict(resolve(given)).items() >= given.items()
@@ -199,9 +196,7 @@ def test_a_start_that_fails_is_named_and_touches_nothing(tmp_path):
     assert contents(out) == before and list(tmp_path.iterdir()) == [out]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Steps
-
+# ======== Steps
 
 def test_training_lowers_the_loss_and_leaves_a_whole_run(tmp_path):
     out = run_tiny(tmp_path / "run", steps=40, eval_every=20, gan_start=30)
@@ -309,9 +304,7 @@ def test_a_step_on_cuda_is_finite_and_resumes(tmp_path, compiled):
     assert len(lines_of(out)) == 10
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Runs: what they repeat, resume, keep and refuse
-
+# ======== Runs: what they repeat, resume, keep and refuse
 
 def test_seed_repeats_a_run_whatever_the_workers():
     runs = [run_tiny(f"{i}", steps=4, **more) for i, more in enumerate(({}, {"workers": 2}, {"seed": 1}))]

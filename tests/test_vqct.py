@@ -19,9 +19,7 @@ from vqct import (LPIPS, QUANTIZERS, AttentionBlock, Block, ClusteredQuantizer, 
                   VectorQuantizer, VQModel, UnitLength, adaptive_weight, draw_tokens, hinge_loss, load_taming, look_up,
                   nearest_code, sample_features, sample_tokens)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Eq. 1
-
+# ======== Eq. 1
 
 def distances(z, codebook):
     return torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
@@ -103,9 +101,7 @@ def test_the_search_never_holds_the_distance_matrix(neighbours):
     torch.testing.assert_close(chosen, wanted, rtol=0, atol=1e-5)  # of entries up to 4, float32's rounding
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Eq. 2
-
+# ======== Eq. 2
 
 @pytest.mark.parametrize("beta_on, of_codebook, of_commitment", [("commitment", 1.0, 0.4), ("codebook", 0.4, 1.0)])
 def test_quantizer_computes_equation_2_and_its_gradients(beta_on, of_codebook, of_commitment):
@@ -134,9 +130,7 @@ def test_two_neighbours_are_averaged():
     assert z_q[0, :, 0, 0].tolist() == [0.5, 0.5] and torch.equal(z_q, look_up(indices, codebook))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The other quantizers
-
+# ======== The other quantizers
 
 def test_gumbel_is_hard_forward_and_soft_backward():
     """The straight-through gradient of the hard weights is that of the soft ones under the same noise."""
@@ -268,8 +262,7 @@ def test_regvq_contrast_pulls_a_far_draw_less():
     assert pulls[0].tolist() == [1, 1, 1] and pulls[1][0] == 1 > pulls[1][1] > pulls[1][2]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Eq. 3
+# ======== Eq. 3
 
 EDGES = torch.tensor([(0, 4), (0, 5), (1, 5), (2, 6)])  # nodes 3 and 7 stand alone
 
@@ -378,9 +371,7 @@ def test_unit_codes_are_the_nearest_by_cosine(prior, small):
     assert torch.equal(cosine.argmax(1), model.encode(x)[:, 0])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks
-
+# ======== Networks
 
 def test_networks_have_vqgans_shapes():
     networks = encoder, decoder = Encoder(8, (1, 1, 2, 2, 4), 2, 6), Decoder(8, (1, 1, 2, 2, 4), 2, 6)
@@ -435,9 +426,7 @@ def test_lpips_is_its_formula():
     torch.testing.assert_close(lpips(x, y)[0], expected)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The model
-
+# ======== The model
 
 def build(method, prior, small, recipe="paper"):
     choices = {**RECIPES[recipe], **METHODS[method], **small}
@@ -613,9 +602,7 @@ def test_module_shows_the_equations(capsys):
         assert re.search(line, printed), line
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Published weights: taming-transformers' network written out by its own names, two levels deep
-
+# ======== Published weights: taming-transformers' network written out by its own names, two levels deep
 
 class Published:
     """VQGAN as its published state dict names it, channels 128 and 256; random weights, made at first use."""
@@ -709,9 +696,7 @@ def test_published_weights_serve_word_codes_and_name_what_does_not_fit(prior):
         load_taming(model, None, theirs)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# §4.4: the second stage
-
+# ======== §4.4: the second stage
 
 def transformer(sizes=(7, 5), grid=(3, 4), condition=None, **more):
     condition = condition or Condition("segmentation", 3, grid, 16)

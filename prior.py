@@ -1070,13 +1070,12 @@ def fetch(url, what, flag, sha256=None, name=None):
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
     if not path.is_file():
-        with user_error(f"{path.name} ({what}) is unavailable: {{}}; get it from {url} and point {flag} at it"):
-            progress = Progress()
-            megabytes = lambda block, size, total: progress(f"{path.name}: {block * size >> 20} of {total >> 20} MB")
-            with atomic_write(path) as part:
-                urllib.request.urlretrieve(url, part, megabytes)
-                if not checksum(part).startswith(sha256 or ""):
-                    raise ValueError("its checksum is not the published one")
+        progress, advice = Progress(), f"get it from {url} and point {flag} at it"
+        megabytes = lambda block, size, total: progress(f"{path.name}: {block * size >> 20} of {total >> 20} MB")
+        with atomic_write(path) as part, user_error(f"{path.name} ({what}) is unavailable: {{}}; {advice}"):
+            urllib.request.urlretrieve(url, part, megabytes)
+            if not checksum(part).startswith(sha256 or ""):
+                raise ValueError("its checksum is not the published one")
     return path
 
 

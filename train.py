@@ -93,10 +93,10 @@ class Config(ModelConfig):
     gan_weight: float = option(0.8, "adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
     gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks)", least=0)
     discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)", most=6)
-    amp: bool = option(True, "bfloat16 autocast on CUDA")
+    amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     compile: bool = option(False, "torch.compile the networks: slower start, faster steps on CUDA")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
-    workers: int = option(-1, "processes that read images; −1: 8 for a GPU, none on the CPU, which trains", least=-1)
+    workers: int = option(-1, "processes that read images; −1: at most 8 for a GPU, none on the CPU", least=-1)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(2_000, "steps between validations, with checkpoint and picture")
     eval_images: int = option(256, "at most so many of the held-out twentieth of the training images at those times")
@@ -225,7 +225,8 @@ class Trainer:
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
         if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
-            networks = self.model.encoder, self.model.decoder.layers, self.discriminator, self.perceptual
+            networks = [self.model.encoder, self.model.decoder.layers, self.perceptual]
+            networks += [] if distributed() else [self.discriminator]  # batch norm of all processes breaks the graph
             for network in filter(None, networks):
                 network.compile()
 
@@ -356,9 +357,9 @@ def psnr(x_hat, x):
 
 
 def autocast(trainer):
-    """bfloat16 where a trainer's device and configuration want it."""
-    on_cuda = trainer.device.type == "cuda"
-    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.config.amp and on_cuda)
+    """bfloat16 where a trainer's configuration wants it and its device has it, as GPUs do since Ampere."""
+    has_it = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.config.amp and has_it)
 
 
 def add_up(metrics, terms, share):
@@ -390,6 +391,7 @@ def fit(trainer, batches, validate, out, journal):
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
     torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+    torch.backends.cudnn.benchmark = not config.deterministic
     seed_rank(trainer)
     with noted_signals() as signals:
         while trainer.step < config.steps:
@@ -824,7 +826,8 @@ def to_images(batch, device):
 
 def make_loader(dataset, device, workers=-1, **options):
     """A DataLoader of dicts of tensors, in pinned memory for CUDA."""
-    workers = workers if workers >= 0 else 0 if device.type == "cpu" else 8
+    fair = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    workers = workers if workers >= 0 else 0 if device.type == "cpu" else min(8, fair)
     options.update(generator=torch.Generator(), worker_init_fn=worker_init)  # its own: a resumed run draws no more
     options.update(pin_memory=device.type == "cuda", persistent_workers=workers > 0)
     return DataLoader(dataset, num_workers=workers, **options)
@@ -974,6 +977,7 @@ class Run:
 
     def __init__(self, path, device="auto", data="", labels="", checkpoint="last"):
         self.path, self.device, file = Path(path), pick_device(device), Path(path) / f"{checkpoint}.pt"
+        torch.backends.cudnn.allow_tf32 = False  # so that tokens and figures are those of a CPU
         state, self.tokenizer = load_checkpoint(file), checksum(file)
         with fitting(file):
             self.config, self.prior, self.step = Config(**state["config"]), state["prior"], state["step"]

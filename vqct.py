@@ -354,9 +354,19 @@ class VQModel(nn.Module):
 
 # ======== §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
 
-def group_norm(channels):
-    """32 groups as in VQGAN; networks narrower than 128 keep at least four channels to a group."""
-    return nn.GroupNorm(math.gcd(32, channels, max(1, channels // 4)), channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """32 groups as in VQGAN; networks narrower than 128 keep at least four channels to a group.
+
+    Autocast would run it in float32 and keep the copies; the kernel's statistics are in float32 anyway.
+    """
+
+    def __init__(self, channels):
+        super().__init__(math.gcd(32, channels, max(1, channels // 4)), channels, eps=1e-6)
+
+    def forward(self, x):
+        """(B, C, …) → the same, in the type of x."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class ResidualBlock(nn.Module):
@@ -364,8 +374,8 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x):
@@ -379,7 +389,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.query_key_value = nn.Conv2d(channels, 3 * channels, 1)
         self.project = nn.Conv2d(channels, channels, 1)
 
@@ -434,7 +444,7 @@ class Encoder(nn.Module):
             if not lowest:
                 layers[f"down-{level}-downsample"] = downsample(width)
         layers |= {"mid-block_1": ResidualBlock(width, width), "mid-attn_1": AttentionBlock(width)}
-        layers |= {"mid-block_2": ResidualBlock(width, width), "norm_out": group_norm(width), "silu": nn.SiLU()}
+        layers |= {"mid-block_2": ResidualBlock(width, width), "norm_out": GroupNorm(width), "silu": nn.SiLU()}
         layers["conv_out"] = nn.Conv2d(width, z_channels, 3, padding=1)
         self.layers = nn.Sequential(OrderedDict(layers))
         keep_variance(self)
@@ -460,7 +470,7 @@ class Decoder(nn.Module):
                     layers[f"up-{level}-attn-{block}"] = AttentionBlock(width)
             if level > 0:
                 layers[f"up-{level}-upsample"] = upsample(width)
-        self.layers = nn.Sequential(OrderedDict(layers, norm_out=group_norm(width), silu=nn.SiLU()))
+        self.layers = nn.Sequential(OrderedDict(layers, norm_out=GroupNorm(width), silu=nn.SiLU()))
         self.to_image = nn.Conv2d(width, 3, 3, padding=1)  # apart: the adaptive weight compares gradients at its weight
         keep_variance(self)
 

@@ -492,7 +492,7 @@ def test_images_of_every_kind_are_read_right(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"P5 9 9 255\n half", "truncated"), (b"P5 20000 20000 255\n", "bomb"), (b"Pf\n1 1\n-1.0\n0000", "floating-point"),
+    (b"P5 9 9 255\n half", "truncated|not large enough"), (b"P5 20000 20000 255\n", "bomb"), (b"Pf\n1 1\n-1.0\n0000", "floating-point"),
     (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
 ])
 @pytest.mark.parametrize("workers", [0, 1])
@@ -501,7 +501,7 @@ def test_an_image_that_cannot_be_read_is_named(photographs, tmp_path, content, m
     bad.write_bytes(content)
     arguments = flags(photographs, tmp_path / "run", data=data, batch_size=17, workers=workers)
     error = finish(begin(tmp_path, train.main, arguments), 2).splitlines()[-1]
-    assert error.startswith(f"error: image '{bad}' cannot be read: ") and message in error
+    assert error.startswith(f"error: image '{bad}' cannot be read: ") and re.search(message, error)
 
 
 @pytest.mark.parametrize("image, message", [

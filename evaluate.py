@@ -251,7 +251,7 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
         for name, value in values.items():
             scores.setdefault(name, []).append(value)
         indices.append(output.indices.int())
-        eight_bits = {"originals": batch["image"].to(run.device), "reconstructions": to_bytes(x_hat)}
+        eight_bits = {"originals": batch["image"].to(run.device, non_blocking=True), "reconstructions": to_bytes(x_hat)}
         if inception is not None:
             features.append(torch.stack([inception(images) for images in eight_bits.values()], dim=1))  # (B, 2, 2048)
         for kind, images in eight_bits.items() if save else ():

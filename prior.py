@@ -861,8 +861,8 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
     draw.text((left, top - 8), y, "black", SMALL, anchor="lm")
     for tick in np.linspace(0, 1, 4):
         values = [10**value if name in log else value for value, name in zip(low + tick * span, "xy")]
-        draw.text((left + tick * width, top + height + 12), f"{values[0]:.3g}", "black", SMALL, anchor="mm")
-        draw.text((left - 6, top + (1 - tick) * height), f"{values[1]:.3g}", "black", SMALL, anchor="rm")
+        draw.text((left + tick * width, top + height + 12), f"{values[0]:,.4g}", "black", SMALL, anchor="mm")
+        draw.text((left - 6, top + (1 - tick) * height), f"{values[1]:,.4g}", "black", SMALL, anchor="rm")
     taken = []
     for points, (_, number, label) in zip(scaled, lines):
         colour = INK[number if number < 0 else number % (len(INK) - 1)]
@@ -871,7 +871,8 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
         if label:
             draw.ellipse((px - 4, py - 4, px + 4, py + 4), colour)
             length = draw.textlength(label, SMALL)
-            px, py = min(px + 7, left + width + 36 - length), py - 7
+            right = left + width + 36 - length
+            px, py = min(px + 7, right), py - (7 if px + 7 <= right else 22)  # beside the dot, or above it
             while any(abs(py - y) < 14 and px < end and begin < px + length for begin, end, y in taken):
                 py += 3  # below the labels that stand there already
             taken.append((px, px + length, py))

@@ -142,7 +142,7 @@ def test_help_names_every_flag_with_its_default(capsys):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--steps 0", "argument --steps: 0 does not lie between 1 and"), ("--beta nan", "argument --beta: nan does not lie"),
+    ("--blocks 0", "argument --blocks: 0 does not lie between 1 and"), ("--beta nan", "argument --beta: nan does not lie"),
     ("--lr -1", "argument --lr: -1 does not lie between 0"), ("--workers -2", "argument --workers: -2 does not lie"),
     ("--resolution 16", "argument --resolution: 16 does not lie between 24 and"),  # the patch discriminator's
     ("--usage-decay 1.0", "argument --usage-decay: 1.0 does not lie between 0 and 0.9999"),

@@ -137,11 +137,11 @@ class WordNetSpeech:
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
-        with user_error("NLTK's tagger cannot be read: {}; unpack averaged_perceptron_tagger_eng.zip where it lies"):
+        with user_error("NLTK's data cannot be read: {}; fetch it again, and unpack averaged_perceptron_tagger_eng.zip"):
             self.tagger = PerceptronTagger()
+            self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
         self.tagger.model = DensePerceptron(self.tagger.model)
         self.tokenizer, self.split_sentences = nltk.NLTKWordTokenizer(), nltk.sent_tokenize
-        self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
         self.wordnet, self.lemmatize = wordnet, nltk.WordNetLemmatizer().lemmatize
 
     def __reduce__(self):

@@ -49,7 +49,7 @@ class EvaluationConfig:
 
     data: str = option("", "where the data set lies now, if not where the run found it")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
-    checkpoint: str = option("last", "last step, as the paper trains to the end, or best validation",
+    checkpoint: str = option("last", "the last step, as in the paper, or the best by validation",
                             choices=("last", "best"))
     inception: str = option("", "local copy of FID's weights; where they are unavailable, FID is a dash")
     perceptual_trunk: str = option("squeeze", "LPIPS network: SqueezeNet 1.1, light, or VGG-16, as papers report",
@@ -57,7 +57,7 @@ class EvaluationConfig:
     trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
     figures: bool = option(False, "draw curves and Fig. 3 to 7 into each run, what compares several into comparison/")
-    save: str = option("", "folder for originals/*.png and reconstructions/*.png (of several runs: each in its own)")
+    save: str = option("", "folder for originals/*.png and reconstructions/*.png (for several runs, a sub-folder each)")
 
 
 # ======== Metrics
@@ -161,7 +161,7 @@ def load_or_reason(load, *paths):
 
 
 def code_statistics(counts, names, images):
-    """Use of codebooks from how often each code was chosen.
+    """Statistics of codebooks from how often each code was chosen.
 
     counts: list of (K,) arrays over the whole split; names: of the codebooks; images: of that split.
     Returns dict: usage, codes_used, codes and perplexity by codebook; bits and bits_entropy an image, with a fixed-
@@ -189,9 +189,8 @@ def words_said(dataset, index, speech):
 def caption_alignment(run, indices, dataset, permutations=999):
     """Do codes mean their words? How often an image's captions say the words of its tokens, against chance.
 
-    A code that is chosen everywhere and bears a word that is said everywhere knows nothing of the image, so chance is
-    what the frequencies of codes and words give; and words are dealt at random to codes for p, with both means
-    removed.
+    Frequent codes meet frequent words by chance, so the count is divided by what both frequencies give. For p, words
+    are dealt at random to codes, and the counts centred.
 
     indices: list of (N, n, h, w) arrays, one for each codebook.
     Returns dict part of speech → {"ratio": to chance, "p": share of permutations at least as large, the true one
@@ -263,7 +262,7 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
 
 
 def of_all_processes(rows, total):
-    """The rows of `total` that the processes have in turn, (share, …), put together again, (total, …)."""
+    """Undo the split of `total` rows among processes, each of which has every n-th: (share, …) → (total, …)."""
     share = math.ceil(total / processes())
     rows = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
     return all_gather(rows).unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:total]
@@ -391,7 +390,7 @@ def alignment_table(results):
         for part in group[0]["alignment"]:
             found = [result["alignment"][part] for result in group]
             p = ", ".join(f"{each['p']:.3f}" for each in found)
-            table.append([name, part, spread([each["ratio"] for each in found], "{:.2f}") + " ×", p])
+            table.append([name, part, spread([each["ratio"] for each in found], "{:.2f}"), p])
     return as_markdown(table) if len(table) > 1 else ""
 
 
@@ -411,7 +410,7 @@ def draw_toy(prior, path, steps=80):
     edges = prior["edges"].numpy()
     hub = np.bincount(edges[:, 0]).argmax()
     nouns = edges[edges[:, 0] == hub, 1][:6].tolist()
-    adjectives = sorted({hub, *edges[np.isin(edges[:, 1], nouns), 0][:: max(1, len(edges) // 20)][:5].tolist()})
+    adjectives = sorted({hub, *np.unique(edges[np.isin(edges[:, 1], nouns), 0])[:5].tolist()})
     names = [prior["adjective_words"][i] for i in adjectives] + [prior["noun_words"][i] for i in nouns]
     vectors = torch.cat([prior["adjective_vectors"][adjectives], prior["noun_vectors"][nouns]])
     among = [(a, n) for a, n in edges.tolist() if a in adjectives and n in nouns]

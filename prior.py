@@ -137,7 +137,7 @@ class WordNetSpeech:
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
-        with user_error("NLTK's data cannot be read: {}; fetch it again, and unpack averaged_perceptron_tagger_eng.zip"):
+        with user_error("NLTK's data cannot be read: {}; fetch it anew, unpack averaged_perceptron_tagger_eng.zip"):
             self.tagger = PerceptronTagger()
             self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
         self.tagger.model = DensePerceptron(self.tagger.model)
@@ -385,7 +385,7 @@ def modifying_pairs(tokens, speech):
 
 @dataclass
 class Counts:
-    """What a corpus adds up to."""
+    """Counts of a corpus."""
 
     captions: int = 0
     words: Counter = field(default_factory=Counter)  # (lemma, part) → times seen
@@ -565,7 +565,7 @@ def clip_text_vectors(words, weights, dim, counts):
 
     path = Path(weights or fetch(CLIP_ARCHIVE, "CLIP ViT-B/32's archive", "--weights", CLIP_SHA256))
     if checksum(path) != CLIP_SHA256:
-        raise UserError(f"'{path}' is not the published ViT-B-32.pt, of another sha256; get it from {CLIP_ARCHIVE}")
+        raise UserError(f"'{path}' is not the published ViT-B-32.pt (its sha256 differs); get it from {CLIP_ARCHIVE}")
     merges = path.with_name(CLIP_MERGES.rsplit("/", 1)[1])
     if not merges.is_file():
         merges = fetch(CLIP_MERGES, f"CLIP's vocabulary, to lie beside {path.name}", "--weights", CLIP_MERGES_SHA256)
@@ -637,7 +637,7 @@ class Prior:
 
     @classmethod
     def load(cls, path):
-        """Read a .npz of `save`. Raises UserError where it is missing or something else."""
+        """Read a .npz of `save`. Raises UserError if it is missing or no prior."""
         with user_error(f"'{path}' is no prior: {{}}; make one with: python prior.py CORPUS --out prior.npz"):
             with np.load(regular(path), allow_pickle=False) as file:
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
@@ -646,6 +646,9 @@ class Prior:
                 words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"]
                 if not len(words) or len(vectors) != len(words) or not np.isfinite(vectors).all():
                     raise ValueError(f"its {part}s are not words with a vector of finite numbers each")
+            sizes = len(prior.adjective_words), len(prior.noun_words)
+            if (prior.edges < 0).any() or (prior.edges >= sizes).any():
+                raise ValueError("its edges name words that are not there")
             return prior
 
     def tensors(self):
@@ -942,7 +945,7 @@ class UserError(ValueError):
 
 @contextmanager
 def user_error(message, *kinds):
-    """A block in which an error of these kinds, or any, becomes a UserError: the message, with the error for `{}`."""
+    """A block whose errors, of these kinds or any, become a UserError: the message, with the error's line for `{}`."""
     try:
         yield
     except UserError:
@@ -1038,7 +1041,7 @@ def atomic_write(path):
 def regular(path):
     """The path. Raises ValueError for a folder, or a pipe, which might never end."""
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError("it is no file")
+        raise ValueError("it is not a regular file")
     return path
 
 
@@ -1063,9 +1066,9 @@ def fetch(url, what, flag, sha256=None, name=None):
     """A published file from torch hub's cache, which TORCH_HOME moves, or downloaded into it whole → path.
 
     what: its use; flag: that points at a local copy. sha256: hexadecimal, or the start of it, which torchvision puts
-    into names; a download is held to it.
+    into names; a download is verified by it.
     name: of the cached file, by default the last part of the URL.
-    Raises UserError one line with the file, its use, its source and the flag.
+    Raises UserError with the file, its use, its source and the flag in a line.
     """
     import torch
 

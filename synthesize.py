@@ -69,7 +69,7 @@ class SynthesisConfig(Stage):
     lr: float = option(3e-4, "AdamW's step size, by a cosine to a tenth of it")
     warmup: int = option(500, "steps over which it rises from 0", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay, of matrices alone")
-    ema: float = option(0.9999, "decay of the averaged weights that sample and are evaluated", most=1)
+    ema: float = option(0.9999, "decay of the averaged weights, which are used for sampling and evaluation", most=1)
     amp: bool = option(True, "bfloat16 autocast on CUDA")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
     seed: int = option(0, "seed of weights, data order and dropout", least=0, most=2**62)
@@ -119,7 +119,7 @@ class Tokens(NamedTuple):
 
     indices: torch.Tensor  # (N, M, h, w) int64
     labels: torch.Tensor  # (N,) int64, −1: none
-    segmentation: torch.Tensor | None  # (N, S h, S w) int16, S² pixels of each position; −1: says nothing
+    segmentation: torch.Tensor | None  # (N, S h, S w) int16, S² pixels of each position; −1: unlabeled
     features: np.ndarray | None = None  # (N, C, h, w) float16 on disk, before quantization
 
 
@@ -192,7 +192,7 @@ def send(x, device):
 
 
 def known_of(config, tokens, rows, device, count):
-    """What a Condition is told of some images: None, classes (B,), or label shares (B, L, h, w)."""
+    """The condition of some images: None, classes (B,), or label shares (B, L, h, w)."""
     if config.condition == "none":
         return None
     if config.condition == "class":
@@ -206,7 +206,7 @@ def known_of(config, tokens, rows, device, count):
 
 
 def condition_count(config, *splits):
-    """Classes, or labels, of all splits. Raises UserError where the data set has none, or more than label maps have."""
+    """Classes, or labels, of all splits. Raises UserError for none, or more than 4,096."""
     if config.condition == "none":
         return 0
     values = [tokens.labels if config.condition == "class" else tokens.segmentation for tokens in splits]
@@ -214,7 +214,7 @@ def condition_count(config, *splits):
         raise UserError(f"--condition {config.condition}: this run's data set has none")
     count = max(int(part.max()) for part in values) + 1
     if count > 4096:
-        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than a label map has")
+        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than 4,096")
     return count
 
 
@@ -257,7 +257,7 @@ def load_stage(run, folder):
 def check_tokenizer(run, state, folder):
     """Raise UserError for a second stage of other tokens than the run's."""
     if state.get("tokenizer") != run.tokenizer:
-        raise UserError(f"'{folder}' was trained on tokens of another state of '{run.path}'; train it with --overwrite")
+        raise UserError(f"'{folder}' was trained on tokens of other weights of '{run.path}'; train it with --overwrite")
 
 
 def losses_of(config, run, count, network, tokens, rows, drop=None, generator=None):
@@ -412,7 +412,7 @@ def given_features(run, tokens, rows, given):
         mask = (index >= 0).all(dim=1, keepdim=True)
         put = ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
         if run.config.quantizer == "gumbel" and put.any():
-            raise UserError("--pin with --model ldm needs codes that are features; Gumbel-VQ's are not")
+            raise UserError("--pin with --model ldm is not possible with Gumbel-VQ, whose codes are no features")
         vectors = codebook[index.clamp_min(0)].mean(dim=1).permute(0, 3, 1, 2)  # (B, D, h, w)
         kept.append(torch.where(put, vectors, z))
         masks.append(mask.expand_as(z))
@@ -578,7 +578,7 @@ def evaluate_stage(run, stage, choices, inception):
 COLUMNS = {  # of Table 6: name in evaluation.json → title, format
     "fid": ("FID ↓", ".2f"),
     "bits_image": ("bits per image ↓", ",.1f"),
-    "bits_per_bit": ("per bit of its tokens ↓", ".3f"),
+    "bits_per_bit": ("over uniform ↓", ".3f"),
     "bits_unigram": ("unigram", ",.0f"),
     "bits_uniform": ("uniform", ",.0f"),
     "own_map_wins": ("own map likelier", ".1%"),
@@ -676,7 +676,7 @@ COMMANDS = {  # sub-command → its flags' dataclass, what it does
 
 
 def main(argv=None):
-    """Open the runs, whose tokenizers stay as they are, and do with their tokens what the sub-command says."""
+    """Run a sub-command on some runs, whose tokenizers do not change."""
     args = parse(argv)
     name, where = args.pop("command"), [args.pop(flag) for flag in ("device", "data", "labels")]
     runs = [Run(path, *where) for path in args.pop("runs")]

@@ -69,16 +69,16 @@ class Config(ModelConfig):
     init: str = option("", "published VQGAN weights to start from, of taming-transformers (.ckpt, .pt, .safetensors)")
     method: str = option("vqct", "a system of the paper or a control: quantizer, codes, transfer and losses",
                          choices=lambda: METHODS)
-    recipe: str = option("paper", "official: the authors' code's, where they are flags here (the README lists both)",
+    recipe: str = option("paper", "official: the settings of the authors' code, as far as flags go (see the README)",
                          choices=lambda: RECIPES)
     shuffle: str = option("none", "control: word vectors permuted, or edges rewired, each word keeping its number",
                           choices=("none", "vectors", "edges"))
-    preset: str = option("", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network (every other)",
+    preset: str = option("", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network (the others')",
                          choices=("", "tiny", "f16"))
     out: str = option("", "run folder (default: runs/, data set, method and what departs from it)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0, most=2**62)
-    steps: int = option(500_000, "generator steps; the 500 epochs of the authors' code, of CUB, are 375,000", least=0)
+    steps: int = option(500_000, "generator steps; the authors' 500 epochs on CUB are 375,000", least=0)
     batch_size: int = option(8, "images per process and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
@@ -99,7 +99,7 @@ class Config(ModelConfig):
     workers: int = option(-1, "processes that read images; −1: at most 8 for a GPU, none on the CPU", least=-1)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(2_000, "steps between validations, with checkpoint and picture")
-    eval_images: int = option(256, "at most so many of the held-out twentieth of the training images at those times")
+    eval_images: int = option(256, "images of a validation, from the held-out twentieth of the training images")
 
 
 PRESETS = {
@@ -149,7 +149,8 @@ def resolve(given):
         losses = ("pixel_loss", "gan_weight", "perceptual_weight")
         named = ("preset", "recipe", "shuffle", "seed", *losses, *ModelConfig.__annotations__)
         differs = lambda name: given[name] != usual.get(name, getattr(Config, name))
-        departs = {name: given[name] for name in named if name in given and differs(name)}
+        departs = {"prior": Path(given["prior"]).stem} if given.get("prior") else {}
+        departs |= {name: given[name] for name in named if name in given and differs(name)}
         told = lambda name, x: x if isinstance(x, str) and x != "none" else f"{name}-{x}"
         words = [re.sub(r"[^\w.]+", "-", told(*each)) for each in departs.items()]
         config.out = "runs/" + "-".join([dataset, method, *words, *(["init"] if config.init else [])])
@@ -158,6 +159,7 @@ def resolve(given):
 
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
     "data": lambda config: config.dataset != "demo",
+    "prior": lambda config: needs_prior(config),
     "download": lambda config: config.dataset in ARCHIVES,
     "labels": lambda config: config.dataset == "folder",
     "shuffle": lambda config: config.codes == "words" if config.shuffle == "vectors" else config.transfer == "gcn",
@@ -184,7 +186,7 @@ def refuse_idle(config, given, matters):
     for names, holds in matters.items():
         for name in given.keys() & names.split():
             if not holds(config):
-                raise UserError(f"--{name.replace('_', '-')} changes nothing with the other choices made; leave it out")
+                raise UserError(f"--{name.replace('_', '-')} changes nothing beside the other flags; leave it out")
     return config
 
 
@@ -195,7 +197,7 @@ class Trainer:
 
     config: Config; prior: dict of `Prior.tensors`, or None; device: torch.device.
     training_images: how many train; `usage` counts the codes chosen in the latest epoch.
-    Raises UserError for choices that exclude each other.
+    Raises UserError for incompatible choices.
     """
 
     def __init__(self, config, prior, device, training_images=1):
@@ -208,8 +210,8 @@ class Trainer:
         self.generator_optimizer = self._adam(self.model)
         self.discriminator = self.discriminator_optimizer = self.perceptual = None
         if config.gan_weight > 0:
-            if config.resolution >> config.discriminator_layers < 3:
-                raise UserError(f"--discriminator-layers {config.discriminator_layers} leave nothing of the image")
+            if config.resolution // 2**config.discriminator_layers < 3:
+                raise UserError(f"--discriminator-layers {config.discriminator_layers} are too many for these images")
             self.discriminator = Discriminator(layers=config.discriminator_layers)
             self.discriminator.to(device, memory_format=torch.channels_last)
             if device.type == "cuda" and distributed():  # batch statistics are those of all processes; gloo cannot
@@ -418,7 +420,7 @@ def fit(trainer, batches, validate, out, journal):
                     save_checkpoint(out / "last.pt", trainer)
                 seed_rank(trainer)
             if stop and not last:
-                print(f"stopped by {signal.Signals(stop).name} after step {trainer.step:,}, saved; --resume goes on")
+                print(f"stopped by {signal.Signals(stop).name} after step {trainer.step:,}, saved; go on with --resume")
                 raise SystemExit(128 + stop)
     if distributed():
         torch.distributed.barrier()  # the first may still be saving
@@ -431,7 +433,7 @@ def record(values, trainer, out, journal):
     """
     for name, value in values.items():
         if not math.isfinite(value):
-            advice = f"'{out / 'last.pt'}' is as it was; try a smaller --lr"
+            advice = f"'{out / 'last.pt'}' is unchanged; try a smaller --lr"
             raise UserError(f"{name} is not finite at step {trainer.step:,}; {advice}")
     usage = trainer.usage()
     line = {"step": trainer.step, **values, "codes_used": [used for used, _ in usage]}
@@ -513,10 +515,11 @@ class ImageDataset(Dataset):
         return list(read_captions(captions)) if isinstance(captions, Path) else captions
 
     def fingerprint(self):
-        """What tells these files from others: a list of name, size and time of change; nothing for the demo."""
+        """Identity of the files, for caching: labels, names, sizes and times of change."""
+        found = [(record.label, isinstance(record.segmentation, tuple)) for record in self.records]
         paths = [path for record in self.records for path in (record.path, record.segmentation)]
         stats = [(str(path), path.stat()) for path in paths if isinstance(path, Path)]
-        return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        return found + [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def read(self, index, draft=False):
         """→ image (3, h, w) uint8 and segmentation (1, h, w) integers or None, shorter sides the resolution.
@@ -554,7 +557,7 @@ FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # not EPS, which
 
 
 def read_image(path, side, draft=False):
-    """An RGB image as it is meant to be seen, its shorter side resized to `side`: turned as its EXIF note says, 16 bits
+    """An RGB image as it is meant to be seen, its shorter side resized to `side`: turned as its EXIF says, 16 bits
     scaled to 8, transparency on white, of an animation the first picture.
 
     Raises UserError if it is missing, damaged or truncated.
@@ -602,7 +605,7 @@ def cub_records(root, split):
     require(root, *CUB_TABLES, "images")
     images, splits, labels, classes = (read_table(root / name) for name in CUB_TABLES)
     sentences, records = {} if (root / "text").is_dir() else cub_sentences(root), []
-    with user_error(f"the tables of '{root}' do not fit together; unpack them again: {{}}"):
+    with user_error(f"the tables of '{root}' are inconsistent; unpack them again: {{}}"):
         for key, name in images.items():
             if (splits[key] == "1") == (split == "train"):
                 text = (root / "text" / name).with_suffix(".txt")
@@ -733,7 +736,7 @@ def download(dataset, root):
             archive.unlink(missing_ok=True)  # as nothing tells whether it is whole
         with user_error(f"{url} is unavailable: {{}}; try again, or unpack it by hand and point --data at {root.name}"):
             torchvision.datasets.utils.download_and_extract_archive(
-                url, root.parent, (root / into).resolve(), archive.name, md5, remove_finished=True
+                url, root.parent, os.path.normpath(root / into), archive.name, md5, remove_finished=True
             )
 
 
@@ -776,12 +779,12 @@ def make_prior(config, dataset):
     """The prior that a Config names, or one of the data set's own captions; None where no word is needed."""
     if not needs_prior(config):
         return None
-    captions = [caption for index in range(len(dataset)) for caption in dataset.captions_of(index)]
     if config.prior.endswith(".npz"):
-        prior = Prior.load(config.prior)
-    elif config.prior:
-        prior = build_prior(read_captions(config.prior), name=config.prior)
-    elif config.dataset == "demo":
+        return shuffled(Prior.load(config.prior), config.shuffle, config.seed)
+    if config.prior:
+        return shuffled(build_prior(read_captions(config.prior), name=config.prior), config.shuffle, config.seed)
+    captions = [caption for index in range(len(dataset)) for caption in dataset.captions_of(index)]
+    if config.dataset == "demo":
         prior = build_prior(captions, DEMO_SPEECH, min_count=1, workers=1, name="demo captions")
     elif not captions:
         raise UserError(f"{config.dataset} has no captions to make a prior of; give --prior CORPUS or prior.npz")
@@ -933,7 +936,7 @@ def restore(trainer, state, out):
             part.load_state_dict(state[name])
             for parameter, moments in getattr(part, "state", {}).items():  # an optimizer's, which a fused step trusts
                 if any(x.dim() and x.shape != parameter.shape for x in moments.values()):
-                    raise ValueError(f"{name} is of other shapes than the weights")
+                    raise ValueError(f"{name} has other shapes than the weights")
         for name in state.keys() & {"last_used", "start"}:
             setattr(trainer, name, [part.to(trainer.device) for part in state[name]])
         torch.set_rng_state(state["random"])
@@ -944,7 +947,7 @@ def restore(trainer, state, out):
 
 def fitting(path):
     """A block in which errors of loading become a UserError."""
-    return user_error(f"'{path}' holds other than its configuration says: {{}}")
+    return user_error(f"'{path}' does not match its configuration: {{}}")
 
 
 def resumed_config(kind, given, changeable, out):
@@ -960,10 +963,10 @@ def resumed_config(kind, given, changeable, out):
             flag = name.replace("_", "-")
             raise UserError(f"--resume cannot change --{flag} from {stored[name]!r}; start another run")
     if state["processes"] != processes():
-        raise UserError(f"'{out}' was trained by {state['processes']} processes; resume it by as many")
+        raise UserError(f"'{out}' was trained by {state['processes']} processes; resume with as many")
     config = kind(**{**stored, **given})
     if state["step"] >= config.steps:
-        raise UserError(f"'{out}' is at step {state['step']:,} already; give --steps more than that")
+        raise UserError(f"'{out}' is at step {state['step']:,} already; give a larger --steps")
     return state, config
 
 
@@ -1131,7 +1134,7 @@ def take_published_weights(trainer, path):
     with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} (published: --preset f16)"):
         left = {name.partition(".")[0] for name in load_taming(trainer.model, trainer.discriminator, state)}
     trainer.start = [codes.detach().clone() for codes in trainer.model.codebook()]
-    print(f"init: {path}" + (f"; as without it: {', '.join(sorted(left))}" if left else ""))
+    print(f"init: {path}" + (f"; not taken from it: {', '.join(sorted(left))}" if left else ""))
 
 
 # ======== Command line
@@ -1160,7 +1163,7 @@ def main(argv=None):
     config, state, overwrite = parse(argv)
     out, device = Path(config.out), pick_device(config.device)
     if state is None and not rank():
-        check_folder(out, overwrite)  # known before the data are looked through
+        check_folder(out, overwrite)  # before the data are scanned
     with first_process_first():
         if config.download:
             download(config.dataset, Path(config.data))

@@ -15,7 +15,7 @@ The file reads in the paper's order:
     VQGAN's published weights  load_taming
 
 `prior.py` makes the words, vectors and graph that VQModel starts from; Eq. 2's pixel term and the training step are
-`Trainer` in train.py. Each class and function can be lifted out with what else it names here, and nothing more.
+`Trainer` in train.py. Each class and function can be copied out together with the names it uses from this file.
 To see Eq. 3, 1 and 2 worked on four words:
 
     python vqct.py
@@ -42,7 +42,7 @@ def nearest_code(z, codebook):
     rows whose scores fit in 16 MiB: there is never an N × K matrix.
 
     z: (N, D) features of any floating type; codebook: (K, D) codes, K ≥ 1.
-    Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); of ties any one.
+    Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); ties are broken arbitrarily.
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with torch.autocast(z.device.type, enabled=False):
@@ -76,7 +76,8 @@ class VectorQuantizer(nn.Module):
     def __init__(self, beta=0.25, beta_on="commitment", neighbours=1):
         super().__init__()
         self.neighbours = neighbours
-        self.codebook_weight, self.commitment_weight = (1.0, beta) if beta_on == "commitment" else (beta, 1.0)
+        self.codebook_weight = beta if beta_on == "codebook" else 1.0
+        self.commitment_weight = beta if beta_on == "commitment" else 1.0
 
     @torch.no_grad()
     def indices(self, z, codebook):
@@ -86,7 +87,6 @@ class VectorQuantizer(nn.Module):
         if self.neighbours == 1:
             found = nearest_code(rows, codebook)
         else:
-            codebook = codebook.float() if codebook.element_size() < 4 else codebook  # no half precision on CPUs
             chunks = rows.to(codebook.dtype).split(max(1, 2**22 // len(codebook)))
             distances = (torch.cdist(part, codebook, compute_mode="donot_use_mm_for_euclid_dist") for part in chunks)
             found = torch.cat([part.topk(self.neighbours, largest=False).indices for part in distances])
@@ -104,7 +104,7 @@ class VectorQuantizer(nn.Module):
             return self.quantize(z, codebook, self.indices(z, codebook))
 
     def quantize(self, z, codebook, indices):
-        """The given indices' codes: what `forward` returns."""
+        """z_q, indices and loss as `forward` returns them, for indices already chosen."""
         z_q = look_up(indices, codebook)  # (B, D, H, W)
         loss = self.codebook_weight * F.mse_loss(z_q, z.detach()) + self.commitment_weight * F.mse_loss(z, z_q.detach())
         if self.training:
@@ -171,7 +171,7 @@ class GraphConvolution(nn.Module):
 
     def forward(self, nodes, adjacency):
         """nodes: (N, in_features); adjacency: a module or function (N, D) → (N, D)."""
-        # Â goes where there are fewer features to multiply, and before W where the nodes are constant: no gradient.
+        # Â multiplies the narrower side; first, if the nodes need no gradient, as it needs no backward pass then.
         if self.weight.shape[0] < self.weight.shape[1] or not nodes.requires_grad:
             return adjacency(nodes) @ self.weight
         return adjacency(nodes @ self.weight)  # (N, out_features)
@@ -264,7 +264,7 @@ class VQModel(nn.Module):
     config: a ModelConfig.
     prior: mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d) and `edges` (E, 2) of adjective and noun
         index, as prior.py writes; may be None when `codebook_size` is set.
-    Raises ValueError if the resolution does not divide, or the choice of codes needs a missing prior.
+    Raises ValueError if the resolution is not a multiple of the encoder's reduction, or a prior is missing.
 
     >>> prior = {"adjective_vectors": torch.randn(70, 100), "noun_vectors": torch.randn(61, 100), "edges": [(0, 0)]}
     >>> model = VQModel(ModelConfig(**NETWORKS["tiny"]), prior).eval()
@@ -345,7 +345,7 @@ class VQModel(nn.Module):
         return self.decode_features(look_up(index, codebook) for index, codebook in parts)
 
     def anneal(self, progress):
-        """Set the quantizers' temperature by a cosine from 1 to its end; progress: the part of training done, 0 … 1."""
+        """Set the quantizers' temperature, by a cosine from 1 to its end; progress: the share done, 0 … 1."""
         end = self.config.temperature_end
         for quantizer in self.quantizers:
             if hasattr(quantizer, "temperature"):
@@ -424,7 +424,7 @@ def keep_variance(network):
 
 
 class Encoder(nn.Module):
-    """Image to continuous features, ẑ = E(x). Layers bear taming-transformers' names, a dash for each dot.
+    """Image to continuous features, ẑ = E(x). Layers are named as in taming-transformers, with - for a dot.
 
     channels: width of the first level; multipliers: width of each level in units of it. Each level after the first
         halves the resolution, so (1, 1, 2, 2, 4) is f16.
@@ -835,7 +835,7 @@ def needs_prior(config):
 def make_quantizer(config, dim, size, neighbours):
     """The quantizer that a ModelConfig names, for one codebook of `size` codes of `dim` channels.
 
-    Raises ValueError if the choices exclude each other.
+    Raises ValueError for incompatible choices.
     """
     if neighbours > size or neighbours > 1 and config.quantizer != "nearest":
         raise ValueError(f"a mean of {neighbours} neighbours needs as many codes, and quantizer 'nearest'")
@@ -1007,7 +1007,7 @@ class TokenTransformer(nn.Module):
     sizes: codes of each of the M tokens of a position; grid: (h, w) positions.
     condition: Condition of the same width.
     joint: whether a token's prediction sees those before it at its position; a control without.
-    codes: M tensors (K_i, D), the tokenizer's codes, as a first idea of which tokens are alike; or None.
+    codes: M tensors (K_i, D), the tokenizer's codes, so that tokens that are alike start alike; or None.
 
     >>> gpt = TokenTransformer((70, 61), (8, 8), Condition("class", 16, (8, 8), 64), width=64, depth=2).eval()
     >>> adjective, noun = gpt.loss(torch.zeros(2, 2, 8, 8, dtype=torch.int64), torch.tensor([3, 5]))  # nats
@@ -1223,7 +1223,7 @@ def taming_names(name):
     """A parameter's name here → its names there, whose tensors are concatenated."""
     for ours, theirs in TAMING.items():
         name = name.replace(ours, theirs)
-    return [name.replace("query_key_value", part) for part in ("qkv" if "query_key_value" in name else "q")]
+    return [name.replace("query_key_value", part) for part in ("qkv" if "query_key_value" in name else "-")]
 
 
 def load_taming(model, discriminator, state):

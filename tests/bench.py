@@ -13,7 +13,6 @@ import argparse
 import functools
 import importlib
 import itertools
-import math
 import platform
 import statistics
 import sys
@@ -23,13 +22,11 @@ from unittest import mock
 
 import nltk
 import numpy as np
-import scipy.linalg
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 import vqct  # noqa: E402
-from evaluate import fid  # noqa: E402
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
 from vqct import CodebookTransfer, NormalizedAdjacency, VectorQuantizer, nearest_code  # noqa: E402
 
@@ -251,26 +248,6 @@ def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
     first, *others = (gradients(product, vectors.double()) for product in products(ours.value).values())
     worst = max(((other - first).norm() / first.norm()).item() for other in others)
     print(f"  gradients differ by at most {worst:.1e} in float64, relative")
-
-
-def bench_frechet(dim=2048):
-    """The Fréchet distance of Inception-sized Gaussians."""
-
-    def by_sqrtm(a, b):
-        mean_a, mean_b, cov_a, cov_b = a.mean(0), b.mean(0), np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-        root = scipy.linalg.sqrtm(cov_a @ cov_b)
-        return np.square(mean_a - mean_b).sum() + np.trace(cov_a + cov_b) - 2 * np.trace(root.real)
-
-    rng = np.random.default_rng(0)
-    mix, moments = rng.standard_normal((dim, dim)) / math.sqrt(dim), lambda x: (x.mean(0), np.cov(x, rowvar=False))
-    peers = {"scipy.linalg.sqrtm of the product": by_sqrtm}
-    peers["pytorch-fid"] = installed("pytorch_fid.fid_score", lambda module: lambda a, b: (
-        module.calculate_frechet_distance(*moments(a), *moments(b))))
-    for images in (3 * dim, dim // 4):
-        make = lambda: (rng.standard_normal((images, dim)) @ mix, 0.1 + rng.standard_normal((images, dim)) @ mix)
-        compare(f"Fréchet distance, twice {images:,} features of {dim:,} channels", fid, peers, make, rounds=3)
-        a, b = make()
-        print(f"  they differ by {abs(fid(a, b) / by_sqrtm(a, b) - 1):.1e}, relative")
 
 
 def straightforward_prior(captions):

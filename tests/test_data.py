@@ -158,7 +158,7 @@ def add_attributes(root, place):
 @pytest.mark.parametrize("left", ["<html>\n<body>no</body>\n", "1 1\n2"])
 def test_damaged_tables_are_a_line(cub, name, left):
     (cub / name).write_text(left)
-    with pytest.raises(UserError, match="do not fit together|cannot be read"):
+    with pytest.raises(UserError, match="are inconsistent|cannot be read"):
         split_of("cub", cub, "train")
 
 

@@ -107,6 +107,13 @@ def pairs(text):
     ("a/DT bird/NN stands/VBZ on/IN white/JJ bird/NN walks/NNS ./.", "white walk"),  # the clause has one already
     ("a/DT black/NN striped/VBD wing/NN", "black wing, striped wing"),
     ("a/DT black/JJ ,/, white/JJ ,/, and/CC brown/JJ bird/NN", "black bird, white bird, brown bird"),
+    ("a/DT pointed/VBD ,/, and/CC black/JJ beak/NN", "pointed beak, black beak"),
+    ("with/IN orange/NN and/CC black/JJ wings/NNS", "orange wing, black wing"),
+    ("an/DT orange/NN and/CC table/NN are/VBP white/JJ", "white table, white orange"),
+    ("a/DT long/RB pointed/JJ beak/NN", "pointed beak"), ("the/DT table/NN is/VBZ covered/VBN up/RP", ""),
+    ("its/PRP$ belly/NN is/VBZ white/JJ and/CC wings/NNS are/VBP brown/JJ", "white belly, brown wing"),
+    ("its/PRP$ belly/NN is/VBZ white/JJ wall/NN", "white wall"),
+    ("its/PRP$ belly/NN and/CC breast/NN is/VBZ white/JJ", "white breast"),
 ])
 def test_modifying_pairs_of_tagged_text(text, expected):
     tagged = [tuple(token.rsplit("/", 1)) for token in text.split()]
@@ -329,6 +336,7 @@ def test_words_of_like_contexts_are_near():
     vectors = vectors_of("corpus", " ".join([*words, "alone"]), dim=4, contexts=contexts)
     near = lambda of: [name for name, _ in nearest_words(list(vectors), np.stack(list(vectors.values())), of, 2)]
     assert list(vectors) == words  # a word without neighbours has no vector
+    assert (np.max([*vectors.values()], 0) > -np.min([*vectors.values()], 0)).all()  # the largest entry is positive
     assert {*near("orange")} == {"red", "yellow"} and {*near("breast")} == {"belly", "wing"}
     with pytest.raises(UserError, match="12 words have neighbours, too few"):
         vectors_of("corpus", " ".join(words), dim=12, contexts=contexts)

@@ -146,7 +146,7 @@ def test_every_second_stage_trains_and_completes(run, model, condition):
     trained[0].loss = lambda x, *_: [torch.tensor(float(len(x)))]
     assert losses_of(trained[1], here, trained[2], trained[0], tokens, torch.tensor([3]))[0] == 1  # one image
     here.tokenizer = "0" * 64
-    with pytest.raises(UserError, match="another state"):
+    with pytest.raises(UserError, match="of other weights"):
         load_stage(here, stage_folder(here, choices))
 
 

@@ -18,7 +18,7 @@ from test_vqct import Published
 from train import (DEMO_SPEECH, LAYERS, METHODS, RUN_FILES, SEGMENTS, SPECIES, Config, DemoDataset, Run, Trainer,
                    describe_scene, load_checkpoint, make_loader, parse, psnr, render_scene, resolve, sample_scene,
                    save_checkpoint, to_images)
-from vqct import LPIPS, hinge_loss, needs_prior
+from vqct import LPIPS, adaptive_weight, hinge_loss, needs_prior
 
 CPU = torch.device("cpu")
 
@@ -126,7 +126,7 @@ def test_flags_win_over_method_over_recipe_over_preset():
     ("demo-vqct", dict(steps=5, lr=1.0)), ("coco-vqgan-official", dict(dataset="coco", method="vqgan", recipe="official")),
     ("demo-vqct-edges-random-seed-2", dict(shuffle="edges", codes="random", seed=2)),
     ("demo-random-mlp", dict(method="random-mlp", codes="random", seed=0)),  # neither departs from anything
-    ("demo-matched-cvq", dict(method="matched", quantizer="cvq")), ("demo-vqct-transfer-none", dict(transfer="none")),
+    ("demo-vqct-glove", dict(prior="priors/glove.npz")), ("demo-matched-cvq", dict(method="matched", quantizer="cvq")), ("demo-vqct-transfer-none", dict(transfer="none")),
     ("demo-vqct-gan_weight-0.5-init", dict(init="vqgan.ckpt", gan_weight=0.5)),
 ])
 def test_a_default_folder_names_what_departs_from_the_method(name, given):
@@ -246,12 +246,16 @@ def test_shared_forward_gives_the_gradients_of_the_written_loss(prior, pixel_los
     trainer.generator_optimizer.step = trainer.discriminator_optimizer.step = lambda: None
     model, discriminator = trainer.model.double(), trainer.discriminator.double()
     x = torch.randn(4, 3, 32, 32).double()
-    metrics = trainer.train_step([x])
+    metrics = [trainer.train_step([x, x]) for _ in range(2)][1]  # nothing adds up over micro-steps, or steps
     found = [{name: p.grad.clone() for name, p in network.named_parameters()} for network in (model, discriminator)]
     model.zero_grad()
     output = model(x)
     pixel = (output.x_hat - x).square().mean() if pixel_loss == "l2" else (output.x_hat - x).abs().mean()
-    (pixel + output.quantizer_loss - metrics["adaptive_weight"] * discriminator(output.x_hat).mean()).backward()
+    losses = pixel, discriminator(output.x_hat).mean()
+    at_x_hat = (torch.autograd.grad(loss, output.x_hat, retain_graph=True)[0] for loss in losses)
+    weight = trainer.config.gan_weight * adaptive_weight(output.x_hat, model.decoder.to_image.weight, *at_x_hat)
+    assert metrics["adaptive_weight"].item() == pytest.approx(weight.item(), rel=1e-5)
+    (pixel + output.quantizer_loss - metrics["adaptive_weight"] * losses[1]).backward()
     discriminator.zero_grad()
     hinge_loss(discriminator(x), discriminator(output.x_hat.detach())).backward()
     for network, gradients, name in zip((model, discriminator), found, ("gradient", "discriminator_gradient")):
@@ -266,12 +270,14 @@ def test_a_step_follows_the_schedules(prior):
     for _ in range(2):
         trainer.train_step([torch.zeros(1, 3, 32, 32)])
         optimizers = trainer.generator_optimizer, trainer.discriminator_optimizer
+        assert all(each.defaults["betas"] == (0.5, 0.9) for each in optimizers)  # VQGAN's
         found += [trainer.model.quantizers[0].temperature, *(each.param_groups[0]["lr"] for each in optimizers)]
     assert found == pytest.approx([1.0, 2e-3, 2e-3, (1 + 1 / 16) / 2, 1e-3, 1e-3])
+    assert trainer.last_used[0].max() == 1  # steps count from 0
 
 
 def test_codes_used_counts_the_latest_epoch(prior):
-    trainer = Trainer(tiny(), prior.tensors(), CPU, training_images=40)
+    trainer = Trainer(tiny(accumulate=2), prior.tensors(), CPU, training_images=75)  # ten steps
     assert trainer.usage() == [[0, 7], [0, 9]]
     trainer.step = 30
     trainer.last_used[0][:] = torch.tensor([-1, 5, 19, 20, 25, 29, 0])
@@ -283,7 +289,9 @@ def test_codes_used_counts_the_latest_epoch(prior):
 def test_validation_is_the_mean_of_its_images_some_of_which_are_drawn(prior, monkeypatch):
     trainer, dataset, drawn = Trainer(tiny(), prior.tensors(), CPU), DemoDataset("val", 32), []
     monkeypatch.setattr(train_module, "draw_grid", lambda rows, path: drawn.extend([*rows, path]))
+    trainer.model.train()
     score, values = trainer.validate(make_loader(dataset, CPU, batch_size=3), "x.png", 3)
+    assert not trainer.model.training
     x = torch.stack([to_images(dataset[i]["image"], CPU) for i in range(8)])
     with torch.no_grad():
         x_hat = trainer.model(x).x_hat
@@ -315,7 +323,9 @@ def test_seed_repeats_a_run_whatever_the_workers():
 @pytest.mark.parametrize("method", ["vqct", "cvq", "regvq", "gumbel"])
 def test_resuming_equals_an_uninterrupted_run(method, prior):
     prior.save("prior.npz")
-    choices = dict(method=method, batch_size=2, accumulate=2, prior="prior.npz", steps=6, eval_every=3)
+    choices = dict(method=method, batch_size=2, accumulate=2, steps=6, eval_every=3)
+    if method == "vqct":
+        choices["prior"] = "prior.npz"
     if method in ("regvq", "gumbel"):
         choices |= dict(codebook_size=32, temperature_end=1.0)  # a schedule would depend on the length of the run
     whole, parts = run_tiny("whole", **choices), run_tiny("parts", **{**choices, "steps": 3})
@@ -338,7 +348,7 @@ def test_resuming_refuses_to_become_another_run():
     for flags, message in (
         ("--channels 16 --steps 2", "cannot change --channels from 8"),
         ("--method vqgan --steps 2", "cannot change --method from 'vqct'"),
-        ("", "is at step 1 already; give --steps more than that"),
+        ("", "is at step 1 already; give a larger --steps"),
     ):
         with pytest.raises(UserError, match=message):
             train_module.main(["--out", "run", "--resume", *flags.split()])
@@ -354,10 +364,10 @@ def test_a_folder_trains_with_a_prior_lpips_and_the_cosine(prior, monkeypatch):
         Image.fromarray(pixels).save(f"data/{i:02d}.png")
     prior.save("prior.npz")
     choices = dict(dataset="folder", preset="tiny", data="data", prior="prior.npz", perceptual_trunk="squeeze")
-    out = run_tiny("run", steps=4, perceptual_weight=1.0, schedule="cosine", eval_every=2, **choices)
+    out = run_tiny("run", steps=4, perceptual_weight=0.5, schedule="cosine", eval_every=2, **choices)
     lines, state = lines_of(out), load_checkpoint(out / "last.pt")
     for line in lines:
-        assert line["loss"] - line["pixel"] - line["quantizer"] == pytest.approx(line["perceptual"], rel=1e-3) != 0
+        assert line["loss"] - line["pixel"] - line["quantizer"] == pytest.approx(line["perceptual"] / 2, rel=1e-3) != 0
     rates = [state[f"{name}_optimizer"]["param_groups"][0]["lr"] for name in ("generator", "discriminator")]
     assert rates == pytest.approx([2e-3 * (0.5 + 0.5 * np.cos(np.pi * 3 / 4))] * 2)
     train_module.main(["--out", "run", "--resume", "--steps", "5"])
@@ -372,7 +382,7 @@ def test_training_starts_from_published_weights(capsys):
     state = load_checkpoint(run_tiny("run", steps=1, **sizes) / "last.pt")["model"]
     for ours, name in (("encoder.layers.conv_in.weight", "encoder.conv_in.weight"), ("to_codes.bias", "quant_conv.bias")):
         assert torch.allclose(state[ours], theirs[name], atol=1e-9)
-    assert "init: vqgan.ckpt; as without it: codebook, discriminator\n" in capsys.readouterr().out
+    assert "init: vqgan.ckpt; not taken from it: codebook, discriminator\n" in capsys.readouterr().out
     sizes = dict(channels=128, z_channels=16, init="vqgan.ckpt", method="vqgan", codebook_size=12, code_dim=8)
     run = Run(run_tiny("published", steps=0, **sizes, gan_weight=0.0), "cpu")  # to be evaluated as it is
     assert torch.equal(run.model.codebook()[0], theirs["quantize.embedding.weight"]) and run.step == 0
@@ -440,7 +450,7 @@ def test_bad_checkpoints_are_named(tmp_path, prior):
         with pytest.raises(UserError, match=f"{name}.pt' is no checkpoint of this program, or damaged: "):
             load_checkpoint(tmp_path / f"{name}.pt")
     torch.save({**state, "config": {**state["config"], "channels": 16}}, "best.pt")
-    with pytest.raises(UserError, match="best.pt' holds other than its configuration says"):
+    with pytest.raises(UserError, match="best.pt' does not match its configuration"):
         Run(tmp_path, "cpu", checkpoint="best")
 
 

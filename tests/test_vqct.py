@@ -128,6 +128,7 @@ def test_two_neighbours_are_averaged():
     z_q, indices, _ = VectorQuantizer(neighbours=2).eval()(z, codebook)
     assert indices[0, :, 0].T.tolist() == [[0, 2], [1, 2]]
     assert z_q[0, :, 0, 0].tolist() == [0.5, 0.5] and torch.equal(z_q, look_up(indices, codebook))
+    assert torch.equal(VectorQuantizer(neighbours=2).indices(z + 1e4, codebook + 1e4), indices)  # far from zero
 
 
 # ======== The other quantizers
@@ -195,11 +196,11 @@ def test_cvq_writes_to_the_codebook_it_was_given_and_its_gradient_is_equation_2s
 
 
 def test_cvq_draws_nearer_features_more_often():
-    features, codebook = torch.tensor([[0.0], [1.0], [3.0]]), torch.zeros(4000, 1)
+    features, codebook = torch.tensor([[0.0], [0.5], [1.5]]), torch.zeros(4000, 1)
     ClusteredQuantizer(4000).re_anchor(features, torch.full((3,), 3999), codebook)  # all codes but the last unused
     anchors = codebook[:3999, 0] / math.exp(-1e-3)  # e = 0, so the code is α ẑ
     expected = torch.softmax(-features.flatten().square(), 0)
-    for value, share in zip((0.0, 1.0), expected):
+    for value, share in zip((0.0, 0.5), expected):
         assert ((anchors - value).abs() < 1e-3).float().mean().item() == pytest.approx(share.item(), abs=0.03)
 
 
@@ -218,6 +219,8 @@ def test_regvq_tends_to_uniform_under_its_prior_term_alone():
         divergences.append(RegularizedQuantizer.divergence_from_uniform(-torch.cdist(z, codebook).square()))
         optimizer.zero_grad(), divergences[-1].backward(), optimizer.step()
     assert divergences[0] > 0.3 and divergences[-1] < 1e-3
+    mean = RegularizedQuantizer.divergence_from_uniform(torch.tensor([[3.0, 1.0], [1.0, 1.0]]).log())  # (5, 3) / 8
+    assert mean.item() == pytest.approx(5 / 8 * math.log(5 / 4) + 3 / 8 * math.log(3 / 4), rel=1e-4)
 
 
 def test_regvq_draws_masked_positions_from_their_distribution():
@@ -253,13 +256,17 @@ def test_regvq_contrast_pulls_a_far_draw_less():
     features = torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.2], [0.3, 0.0, 1.0]])
     codebook = torch.cat([torch.eye(3), torch.tensor([[0.1, 0.9, 0.1], [0.6, 0.6, 0.6]])])
     nearest, pulls = torch.tensor([0, 1, 2]), []
-    for drawn in (nearest, torch.tensor([0, 3, 4])):  # the third far from its nearest, the second close to it
+    # one code twice; then the third far from its nearest, the second close to it
+    for drawn in (nearest, torch.tensor([0, 0, 2]), torch.tensor([0, 3, 4])):
         noise = (codebook[drawn] - codebook[nearest]).square().sum(1)
         pulls.append(torch.exp(-noise / noise[noise > 0].mean()) if noise.any() else torch.ones(3))
         cosine = F.normalize(features, dim=1) @ F.normalize(codebook[drawn], dim=1).T / 0.07
+        cosine = cosine.masked_fill((drawn[:, None] == drawn) & ~torch.eye(3).bool(), -1e9)  # that is no negative
         expected = F.cross_entropy(cosine * (1 - torch.eye(3)) + torch.diag(cosine.diag() * pulls[-1]), nearest)
-        torch.testing.assert_close(RegularizedQuantizer.contrast(features, codebook, drawn, nearest), expected)
-    assert pulls[0].tolist() == [1, 1, 1] and pulls[1][0] == 1 > pulls[1][1] > pulls[1][2]
+        found = RegularizedQuantizer.contrast(features, codebook.requires_grad_(), drawn, nearest)
+        torch.testing.assert_close(found, expected)
+    assert not torch.autograd.grad(found, codebook)[0][1:3].any()  # a nearest code that was not drawn only weighs
+    assert pulls[0].tolist() == [1, 1, 1] and pulls[2][0] == 1 > pulls[2][1] > pulls[2][2]
 
 
 # ======== Eq. 3
@@ -324,6 +331,8 @@ def test_transfer_network_is_equation_3(options):
     torch.testing.assert_close(transfer.eval()(nodes), expected)
     assert transfer.train().dropout(torch.ones(10000)).unique().tolist() == ([0.0, 2.0] if options else [1.0])
     assert torch.allclose(transfer(nodes), expected) != bool(options)
+    words = CodebookTransfer((64, 512, 512, 256), nn.Identity())(torch.randn(400, 64))  # no graph: the same scale
+    assert words.square().mean().item() == pytest.approx(1, rel=0.2)
 
 
 def test_one_code_moves_its_neighbourhood_most():
@@ -361,6 +370,8 @@ def test_simvq_starts_as_published(prior, small):
     assert isinstance(model.codebook.transfer, nn.Linear) and model.codebook.transfer.bias.abs().max() > 0
     assert not isinstance(model.codebook.vectors, nn.Parameter) and model.codebook.vectors.shape == (16, 256)
     assert model.codebook.vectors.std().item() == pytest.approx(256**-0.5, rel=0.05)  # N(0, 1/D)
+    largest = [codes.abs().max().item() for codes in build("matched", prior, {**small, "code_dim": 512}).codebook()]
+    assert largest == pytest.approx([1 / 7, 1 / 9], rel=0.02)  # VQ-VAE's ±1/K, of each codebook's own K
 
 
 def test_unit_codes_are_the_nearest_by_cosine(prior, small):
@@ -383,6 +394,10 @@ def test_networks_have_vqgans_shapes():
     with torch.device("meta"):
         sizes = [sum(p.numel() for p in network.parameters()) for network in (Encoder(), Decoder(), Discriminator())]
     assert [round(size / 1e6, 2) for size in sizes] == [29.30, 42.45, 2.77]
+    assert not any(m.conv2.weight.any() for m in encoder.modules() if isinstance(m, vqct.ResidualBlock))  # at first
+    spread, discriminator = decoder.layers.conv_in.weight.std() * 54**0.5, Discriminator().layers
+    assert [spread.item(), discriminator[0].weight.std().item()] == pytest.approx([1, 0.02], rel=0.1)
+    assert {m.negative_slope for m in discriminator if isinstance(m, nn.LeakyReLU)} == {0.2}
 
 
 def test_hinge_loss_by_hand():
@@ -401,12 +416,13 @@ def test_adaptive_weight_is_the_ratio_of_gradients_at_the_last_layer():
     assert adaptive_weight(x_hat, last.weight, gradients[0] * 1e9, gradients[1] * 0).item() == 1e4
 
 
-@pytest.mark.parametrize("trunk, taps", [("vgg", 5), ("squeeze", 7)])
+@pytest.mark.parametrize("trunk, taps", [("vgg", (3, 8, 15, 22, 29)), ("squeeze", (1, 4, 7, 9, 10, 11, 12))])
 def test_lpips_is_zero_on_equal_images_and_differentiable(trunk, taps):
     lpips = LPIPS(trunk).train()
     x, y = torch.rand(2, 3, 64, 64) * 2 - 1, (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
     distance = lpips(x, y)
-    assert distance.shape == (2,) and (distance > 0).all() and len(lpips.heads) == taps
+    assert distance.shape == (2,) and (distance > 0).all() and lpips.taps == taps
+    assert [head.weight.sum().item() for head in lpips.heads] == pytest.approx([1] * len(taps))
     assert (lpips(x, x).abs() < 1e-9).all()
     distance.sum().backward()
     assert y.grad.abs().sum() > 0 and not any(p.requires_grad for p in lpips.parameters()) and not lpips.training
@@ -414,10 +430,9 @@ def test_lpips_is_zero_on_equal_images_and_differentiable(trunk, taps):
 
 def test_lpips_is_its_formula():
     """By hand on the first tap: unit features, squared difference, head, mean over positions."""
-    lpips = LPIPS("squeeze")
-    for head in lpips.heads[1:]:
-        nn.init.zeros_(head.weight)
-    nn.init.uniform_(lpips.heads[0].weight)
+    widths = LPIPS.TRUNKS["squeeze"][2]
+    heads = {f"lin{i}.model.1.weight": (i == 0) * torch.rand(1, width, 1, 1) for i, width in enumerate(widths)}
+    lpips = LPIPS("squeeze", None, heads)
     x, y = torch.rand(1, 3, 32, 32) * 2 - 1, torch.rand(1, 3, 32, 32) * 2 - 1
     shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
     features = [F.relu(lpips.features[0]((image - shift) / scale)) for image in (x, y)]
@@ -556,6 +571,7 @@ def test_losses_reach_the_weights_they_should(prior, small):
     assert reached(output.quantizer_loss) == {"encoder", "to_codes", "codebook"}
     assert all(p.grad.any() for p in model.codebook.parameters())  # every weight of the transfer network
     commitment = sum(q(z, codes)[2] for q, z, codes in zip(model.quantizers, model.features(x), frozen))
+    torch.testing.assert_close(commitment, output.quantizer_loss)  # the sum over codebooks, not the mean
     assert reached(commitment) == {"encoder", "to_codes"} and model.encoder.layers[0].weight.grad.any()
 
 
@@ -836,7 +852,11 @@ def test_two_heads_cannot_model_what_a_noun_owes_to_its_adjective(joint):
 
 def test_modulated_blocks_start_as_the_identity():
     x = torch.randn(2, 5, 16)
-    assert torch.equal(Block(16, 2, modulated=True)(x, torch.randn(2, 1, 16)), x)
+    block, plain = Block(16, 2, modulated=True), Block(16, 2)
+    assert torch.equal(block(x, torch.randn(2, 1, 16)), x)
+    block.load_state_dict(plain.state_dict(), strict=False)
+    block.modulation[1].bias.data.view(6, 16)[[2, 5]] = 1  # open gates
+    torch.testing.assert_close(block(x, torch.randn(2, 1, 16)), plain(x))
 
 
 def test_diffusion_finds_what_the_noise_hides_and_keeps_what_is_given():
@@ -845,15 +865,19 @@ def test_diffusion_finds_what_the_noise_hides_and_keeps_what_is_given():
     answer = torch.randn(2, 6, 3, 4)
 
     def noise(z_t, t, condition):  # that which leads to the answer
-        t = (t * math.pi / 2)[:, None, None, None]
-        return (z_t - t.cos() * (answer - model.mean) / model.std) / t.sin()
+        t, sought = (t * math.pi / 2)[:, None, None, None], answer * (1 + condition[:, :, :1, None])
+        return (z_t - t.cos() * (sought - model.mean) / model.std) / t.sin()
 
     model.forward = noise
     assert torch.allclose(sample_features(model, 2, generator=torch.manual_seed(0)), answer, atol=1e-4)
+    assert model.loss(answer)[0] < 1e-6
     given, mask = torch.randn(2, 6, 3, 4), torch.zeros(2, 1, 3, 4, dtype=torch.bool)
     mask[:, :, 0] = True
     z = sample_features(model, 2, None, given, mask, generator=torch.manual_seed(0))
     assert torch.equal(z[:, :, 0], given[:, :, 0]) and torch.allclose(z[:, :, 1:], answer[:, :, 1:], atol=1e-4)
+    model.condition.forward = lambda known, batch: torch.full((batch, 1, 16), 0.0 if known is None else 1.0)
+    guided = sample_features(model, 2, answer, scale=1.5, generator=torch.manual_seed(0))
+    assert torch.allclose(guided, 2.5 * answer, atol=1e-3)  # one answer without the condition, two with it
 
 
 def test_the_denoiser_learns():

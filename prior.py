@@ -165,7 +165,7 @@ class WordNetSpeech:
     def noun(self, word):
         """Singular of a noun WordNet knows, or None."""
         lemma = PLURALS.get(word) or (self.lemmatize(word, "n") if word.isalpha() and len(word) > 1 else None)
-        return lemma if lemma in self.known["n"] - QUANTIFIERS else None
+        return lemma if lemma in self.known["n"] and lemma not in QUANTIFIERS else None
 
     @functools.lru_cache(1 << 16)
     def verb(self, word):
@@ -1002,17 +1002,17 @@ class Parser(argparse.ArgumentParser):
                 choices = more.get("choices", lambda: None)
                 choices = choices() if callable(choices) else choices
                 least = more.get("least", 0 if isinstance(value, float) else 1)
-                kept = bounded(type(value), least, more.get("most", 2**62))
+                kept = str if isinstance(value, str) else bounded(type(value), least, more.get("most", 2**62))
                 flag.update(type=kept, choices=choices and tuple(choices), metavar=None if choices else "X")
             self.add_argument("--" + item.name.replace("_", "-"), **flag)
 
 
 def bounded(kind, least, most=2**62):
-    """For argparse: a number, numbers such as 1,2,4, or a text, the numbers within bounds."""
+    """For argparse: a number, or numbers such as 1,2,4, within bounds."""
 
     def value(text):
         found = tuple(map(int, text.split(","))) if kind is tuple else kind(text)
-        for number in () if kind is str else found if kind is tuple else (found,):
+        for number in found if kind is tuple else (found,):
             if not least <= number <= most:
                 raise argparse.ArgumentTypeError(f"{text} does not lie between {least} and {most}")
         return found

@@ -145,15 +145,15 @@ def resolve(given):
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
     config.data = config.data or ("" if dataset in ("demo", "folder") else f"data/{DATASETS[dataset].folder}")
     if not config.out:
-        usual["preset"] = "tiny" if dataset == "demo" else "f16"
+        usual["preset"], words = "tiny" if dataset == "demo" else "f16", [dataset, method]
+        words += [Path(config.prior).stem] if config.prior else []
         losses = ("pixel_loss", "gan_weight", "perceptual_weight")
-        named = ("preset", "recipe", "shuffle", "seed", *losses, *ModelConfig.__annotations__)
-        differs = lambda name: given[name] != usual.get(name, getattr(Config, name))
-        departs = {"prior": Path(given["prior"]).stem} if given.get("prior") else {}
-        departs |= {name: given[name] for name in named if name in given and differs(name)}
-        told = lambda name, x: x if isinstance(x, str) and x != "none" else f"{name}-{x}"
-        words = [re.sub(r"[^\w.]+", "-", told(*each)) for each in departs.items()]
-        config.out = "runs/" + "-".join([dataset, method, *words, *(["init"] if config.init else [])])
+        for name in ("preset", "recipe", "shuffle", "seed", *losses, *ModelConfig.__annotations__):
+            if name in given and given[name] != usual.get(name, getattr(Config, name)):
+                told = isinstance(given[name], str) and given[name] != "none"
+                words.append(given[name] if told else f"{name}-{given[name]}")
+        words = [re.sub(r"[^\w.]+", "-", word) for word in [*words, *(["init"] if config.init else [])]]
+        config.out = "runs/" + "-".join(words)
     return refuse_idle(config, given, MATTERS)
 
 

@@ -855,7 +855,7 @@ def make_codebook(config, prior=None):
         words, sizes = torch.cat(parts), tuple(map(len, parts))  # (ΣK, d)
         sizes = sizes if config.codebooks == 2 else (sum(sizes),)
     dim = config.code_dim // len(sizes)
-    input_dim = dim if config.transfer not in ("gcn", "mlp") or words is None else words.shape[1]
+    input_dim = words.shape[1] if words is not None and config.transfer in ("gcn", "mlp") else dim
     if config.codes == "words":  # language models differ in scale a hundredfold; the layers assume entries of about one
         centred = words - words.mean(0) if config.vector_scale == "standard" else words
         over = {"rms": words.square().mean().sqrt(), "standard": words.std(0), "none": torch.ones(())}

@@ -127,7 +127,9 @@ class WordNetSpeech:
             except LookupError:
                 return True
 
-        missing = [path.split("/")[1] for path in self.RESOURCES if lacks(path) and lacks(f"{path}.zip")]
+        damaged = "NLTK's data cannot be read: {}; fetch it anew, unpack averaged_perceptron_tagger_eng.zip"
+        with user_error(damaged):
+            missing = [path.split("/")[1] for path in self.RESOURCES if lacks(path) and lacks(f"{path}.zip")]
         missing = [name for name in missing if not download or not nltk.download(name, quiet=True)]
         if missing:
             raise UserError(
@@ -137,7 +139,7 @@ class WordNetSpeech:
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
-        with user_error("NLTK's data cannot be read: {}; fetch it anew, unpack averaged_perceptron_tagger_eng.zip"):
+        with user_error(damaged):
             self.tagger = PerceptronTagger()
             self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
         self.tagger.model = DensePerceptron(self.tagger.model)

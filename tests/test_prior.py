@@ -156,6 +156,14 @@ def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
         WordNetSpeech()
 
 
+def test_damaged_nltk_data_is_a_line(speech, tmp_path, monkeypatch):
+    (tmp_path / "corpora").mkdir()
+    (tmp_path / "corpora" / "wordnet.zip").write_bytes(b"cut")
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    with pytest.raises(UserError, match="^NLTK's data cannot be read: File is not a zip file; fetch it anew"):
+        WordNetSpeech()
+
+
 SPEECH = WordListSpeech("small red orange white".split(), "bird wing belly titmouse foot".split(), {"feet": "foot"})
 BIRDS = ["a small bird with red feet", "its wings are white", "a white bird with a red wing and an orange belly"]
 

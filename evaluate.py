@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -350,6 +351,13 @@ def spread(values, form):
     return form.format(np.mean(values)) + (f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else "")
 
 
+def against(values, others):
+    """Welch's p of two rows' seeds, in brackets; "" where either has one seed or no figure."""
+    if min(len(values), len(others)) < 2 or None in (*values, *others):
+        return ""
+    return f" (p {scipy.stats.ttest_ind(values, others, equal_var=False).pvalue:.2g})"
+
+
 COLUMNS = {  # in the paper's order, then ours
     "FID ↓": ("fid", "{:.2f}"),
     "PSNR ↑": ("psnr", "{:.2f}"),
@@ -366,9 +374,12 @@ COLUMNS = {  # in the paper's order, then ours
 
 
 def markdown(results):
-    """Results → a table, a row for each group of seeds; columns by codebook are joined by a plus."""
-    table = [["run", *COLUMNS]]
-    for name, group in rows_of(results):
+    """Results → a table, a row for each group of seeds; columns by codebook are joined by a plus.
+
+    For PSNR and LPIPS of several seeds, Welch's p against the first row.
+    """
+    table, rows = [["run", *COLUMNS]], rows_of(results)
+    for name, group in rows:
         row = [name]
         for column, form in COLUMNS.values():
             if isinstance(group[0][column], dict):
@@ -378,7 +389,9 @@ def markdown(results):
                     cells = [f"{cell}/{size:,} {part}s" for cell, (part, size) in zip(cells, sizes.items())]
                 row.append(" + ".join(cells))
             else:
-                row.append(spread([result[column] for result in group], form))
+                values, others = ([result[column] for result in of] for of in (group, rows[0][1]))
+                tested = column in ("psnr", "lpips") and group is not rows[0][1]
+                row.append(spread(values, form) + (against(values, others) if tested else ""))
         table.append(row)
     return as_markdown(table)
 

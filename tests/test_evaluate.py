@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -249,6 +250,10 @@ def test_table_of_runs_that_differ_by_seed_or_more():
     assert lines[2].startswith("| seed0 (2 seeds) | 4.00 ± 1.41 | 20.00 ± 0.00 |") and len(lines) == 4
     assert lines[3].startswith("| other | – | 20.00 | 0.1000 | 0.0200 | 0.5000 | – | 4/4 adjectives + 5/5 nouns |")
     assert len({line.count("|") for line in lines}) == 1
+    better = [{**seed, "psnr": 21.0 + i, "config": {**seed["config"], "beta": 0.5}} for i, seed in enumerate(seeds)]
+    worse = [{**seed, "psnr": 20.0 + 0.5 * i} for i, seed in enumerate(seeds)]
+    p = scipy.stats.ttest_ind([21.0, 22.0], [20.0, 20.5], equal_var=False).pvalue
+    assert f"| 21.50 ± 0.71 (p {p:.2g}) |" in markdown([*worse, *better]) and "(p" not in markdown([*worse, other])
     rows = alignment_table([*seeds, other]).splitlines()
     assert len(rows) == 2 + 4 and rows[2] == "| seed0 (2 seeds) | adjective | 2.00 ± 0.00 | 0.010, 0.010 |"
     assert alignment_table([{**result, "alignment": {}}]) == ""

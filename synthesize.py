@@ -560,12 +560,13 @@ def evaluate_stage(run, stage, choices, inception):
     else:
         result["noise"] = validation(config, run, count, network, val_set, range(len(val_set.labels)))["noise"]
     scores, features, done = [], ([], []), 0
+    if inception is not None:  # as many samples as there are evaluation images
+        drawn = draw_images(run, stage, val_set, torch.arange(len(val_set.labels)), choices, choices.seed)
     for x, batch in run.batches(run.dataset("val")):
         rows = torch.arange(done, done + len(x))
         scores.append(psnr(decode_tokens(run, val_set.indices[rows]), x.cpu()))
-        if inception is not None:  # as many samples as there are evaluation images
-            drawn = decode_tokens(run, draw_images(run, stage, val_set, rows, choices, choices.seed + done))
-            for kept, images in zip(features, (batch["image"], to_bytes(drawn))):
+        if inception is not None:
+            for kept, images in zip(features, (batch["image"], to_bytes(decode_tokens(run, drawn[rows])))):
                 kept.append(inception(images.to(run.device)).cpu().double())
         done += len(x)
     result["psnr"] = torch.cat(scores).mean().item()

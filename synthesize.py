@@ -83,6 +83,7 @@ MATTERS = {  # flags that matter only where this holds, and are refused elsewher
     "sampling_steps": lambda config: config.model == "ldm",
     "guidance drop_condition": lambda config: config.condition != "none",
     "label": lambda config: config.condition == "class",
+    "count": lambda config: not config.images,
 }
 CHANGEABLE = "steps log_every eval_every deterministic".split()
 

@@ -253,6 +253,7 @@ train --dropout 1.5 → 2 error: argument --dropout
 sample --label robin → --label changes nothing
 sample --guidance 2 → --guidance changes nothing
 sample --sampling-steps 5 → --sampling-steps changes nothing
+sample --count 3 --images 1 2 → --count changes nothing
 sample → no second stage 'gpt-none' in 'run' .there: gpt-segmentation.
 complete --condition segmentation --pin 3,99=red → --pin 3,99=red: expected row,column=adjective1,adjective2,noun
 complete --condition segmentation --pin 3,4=,,zqxv → 'zqxv' is no noun of this run's codebook; spelled alike: none

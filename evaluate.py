@@ -14,6 +14,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -533,7 +534,8 @@ def draw_curves(evaluations, path):
     for title, name in {**shown, "codes used, all codebooks": "codes_used"}.items():
         lines = []
         for colour, evaluation in enumerate(evaluations):
-            logged = map(json.loads, (evaluation.run.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+            text = (evaluation.run.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+            logged = map(json.loads, re.findall(r'^\{"step": .*\}$', text, re.M))  # a kill may cut the last line
             points = [(line["step"], np.sum(line[name])) for line in logged if name in line]
             lines += [(points, colour, evaluation.run.path.name)] if points else []
         panels += [dict(title=title, lines=lines, x="steps")] if lines else []
@@ -596,7 +598,8 @@ def main(argv=None):
     for path in paths:
         save = choices.save and (Path(choices.save) / path.resolve().name if len(paths) > 1 else Path(choices.save))
         evaluations.append(evaluate(path, choices, inception, lpips, save))
-        print(f"{path}: evaluation.json, reconstructions.png" + ", curves, Fig. 3, 5, 6, 7" * choices.figures)
+        figures = ", curves, Fig. 3, 5, 6, 7" if choices.figures else ""
+        print(f"{path}: evaluation.json, reconstructions.png{figures}")
     if not rank():
         results = [evaluation.result for evaluation in evaluations]
         alike = len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1

@@ -70,7 +70,7 @@ class SynthesisConfig(Stage):
     warmup: int = option(500, "steps over which it rises from 0", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay, of matrices alone")
     ema: float = option(0.9999, "decay of the averaged weights, which are used for sampling and evaluation", most=1)
-    amp: bool = option(True, "bfloat16 autocast on CUDA")
+    amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
     seed: int = option(0, "seed of weights, data order and dropout", least=0, most=2**62)
     log_every: int = option(20, "steps between lines of metrics.jsonl")

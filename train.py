@@ -137,7 +137,10 @@ METHODS = {
 
 
 def resolve(given):
-    """Explicit choices → the whole Config: flags come before the method, then the recipe, then the preset."""
+    """Explicit choices → the whole Config: flags come before the method, then the recipe, then the preset.
+
+    Raises UserError for a choice that changes nothing in this system.
+    """
     dataset, method = given.get("dataset", Config.dataset), given.get("method", Config.method)
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
     usual = {**PRESETS[preset], **RECIPES[given.get("recipe", Config.recipe)], **METHODS[method]}
@@ -874,7 +877,8 @@ def open_run(out, trainer, overwrite=False, resumed=None):
         check_folder(out, overwrite)
     journal = open(out / "metrics.jsonl", "a+", encoding="utf-8", errors="replace", newline="\n")
     try:
-        fcntl and fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if fcntl:
+            fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"another process works in '{out}'") from None
     except OSError:

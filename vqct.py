@@ -1223,7 +1223,9 @@ def taming_names(name):
     """A parameter's name here → its names there, whose tensors are concatenated."""
     for ours, theirs in TAMING.items():
         name = name.replace(ours, theirs)
-    return [name.replace("query_key_value", part) for part in ("qkv" if "query_key_value" in name else "-")]
+    if "query_key_value" not in name:
+        return [name]
+    return [name.replace("query_key_value", part) for part in ("q", "k", "v")]
 
 
 def load_taming(model, discriminator, state):
@@ -1237,8 +1239,10 @@ def load_taming(model, discriminator, state):
     Raises ValueError naming a parameter of encoder or decoder that is missing or of another shape.
     """
     taken, left = renamed(model, state)
-    if not isinstance(model.codebook.vectors, nn.Parameter) or len(model.codebook.sizes) > 1:
-        left += ["codebook.vectors"] * (taken.pop("codebook.vectors", None) is not None)
+    one_learned = isinstance(model.codebook.vectors, nn.Parameter) and len(model.codebook.sizes) == 1
+    if "codebook.vectors" in taken and not one_learned:
+        del taken["codebook.vectors"]
+        left.append("codebook.vectors")
     for name in left:
         if name.startswith(("encoder", "decoder")):
             there = [tuple(state[key].shape) for key in taming_names(name) if key in state]

@@ -306,7 +306,7 @@ def test_regions_are_those_of_their_words(run, seen):
 def test_curves_are_those_of_the_journal(seen):
     lines = [{"step": 2, "loss": 3.0, "codes_used": [5, 7]}, {"step": 2, "validation_psnr": 14.0, "codes_used": [5, 7]}]
     Path("a").mkdir()
-    Path("a/metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    Path("a/metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"step": 4, "lo']))  # the last by a kill
     draw_curves([SimpleNamespace(run=SimpleNamespace(path=Path("a")))], "curves.png")
     drawn = {panel["title"]: panel["lines"] for panel in seen[0]}
     assert drawn["loss"] == [([(2, 3.0)], 0, "a")] and drawn["PSNR of held-out images, dB"] == [([(2, 14.0)], 0, "a")]

@@ -46,8 +46,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, checksum,
                    command, fetch, read_captions, read_tensors, regular, save_png, shuffled, user_error)
-from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce, distributed,
-                  hinge_loss, load_taming, needs_prior, option)
+from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VectorQuantizer, VQModel, adaptive_weight, all_reduce,
+                  distributed, hinge_loss, load_taming, needs_prior, option)
 
 try:
     import fcntl
@@ -94,7 +94,7 @@ class Config(ModelConfig):
     gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks)", least=0)
     discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)", most=6)
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
-    compile: bool = option(False, "torch.compile the networks: slower start, faster steps on CUDA")
+    compile: bool = option(True, "torch.compile the networks on CUDA: a slower start, faster steps")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
     workers: int = option(-1, "processes that read images; −1: at most 8 for a GPU, none on the CPU", least=-1)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
@@ -229,14 +229,27 @@ class Trainer:
         for network in filter(None, (self.model, self.discriminator)) if distributed() else ():
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
-        if config.compile:  # the decoder's last layer stays apart: the adaptive weight differentiates it alone
-            networks = [self.model.encoder, self.model.decoder.layers, self.perceptual]
-            networks += [] if distributed() else [self.discriminator]  # batch norm of all processes breaks the graph
-            for network in filter(None, networks):
-                network.compile()
+        if config.compile and device.type == "cuda":
+            self.compile()
 
     def _adam(self, network):
         return torch.optim.Adam(network.parameters(), lr=self.config.lr, betas=(0.5, 0.9), fused=True)
+
+    def compile(self):
+        """torch.compile what a step runs; where that fails, as without a C compiler, a line says so."""
+        try:
+            torch.compile(F.silu)(torch.zeros(1, device=self.device))
+        except Exception as error:  # Triton's, the C compiler's and torch's have no class in common
+            print(f"not compiled: {' '.join(str(error).split())[:200]}")
+            return
+        # The adaptive weight differentiates the last layer alone; baselines draw, anneal and move codes as they go.
+        apart = [quantizer for quantizer in self.model.quantizers if type(quantizer) is not VectorQuantizer]
+        for module in (self.model.decoder.to_image, *apart):
+            module.forward = torch.compiler.disable(module.forward)
+        networks = [self.model, self.perceptual]
+        networks += [] if distributed() else [self.discriminator]  # batch norm of all processes breaks the graph
+        for network in filter(None, networks):
+            network.compile()
 
     def parts(self):
         """The networks and optimizers that a checkpoint holds, by name."""
@@ -342,7 +355,7 @@ class Trainer:
         scores, originals, reconstructions, wanted = [], [], [], spread_indices(len(loader.dataset), shown)
         for batch in loader:
             x = to_images(batch["image"], self.device)
-            x_hat = self.model(x).x_hat
+            x_hat = self.model.forward(x).x_hat  # which is not compiled again for evaluation
             rows = [row for row in range(len(x)) if len(scores) + row in wanted]
             originals += x[rows]
             reconstructions += x_hat[rows]
@@ -362,9 +375,14 @@ def psnr(x_hat, x):
 
 
 def autocast(trainer):
-    """bfloat16 where a trainer's configuration wants it and its device has it, as GPUs do since Ampere."""
-    has_it = trainer.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=trainer.config.amp and has_it)
+    """bfloat16, or nothing where `precision` is float32."""
+    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=precision(trainer) == "bfloat16")
+
+
+def precision(trainer):
+    """What networks compute in: bfloat16 where it is wanted and the GPU has it, as since Ampere; else float32."""
+    wanted = trainer.config.amp and trainer.device.type == "cuda"
+    return "bfloat16" if wanted and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 
 
 def add_up(metrics, terms, share):
@@ -1191,7 +1209,8 @@ def main(argv=None):
         codes = " + ".join(f"{len(used):,}" for used in trainer.last_used)
         sizes = f"{len(kept):,} images train, {len(chosen):,} choose best.pt, {len(val_set):,} evaluate"
         print(f"{config.dataset}: {sizes}; run {out}")
-        print(f"{config.method} ({config.preset}) on {device}: {trainer.model.grid} positions of {codes} codes")
+        where = f"on {device} in {precision(trainer)}"
+        print(f"{config.method} ({config.preset}) {where}: {trainer.model.grid} positions of {codes} codes")
         adversary = f"adversary × {config.gan_weight} from step {config.gan_start:,}"
         print(f"losses: {config.pixel_loss}, LPIPS × {config.perceptual_weight}, {adversary}", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)

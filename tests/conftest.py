@@ -25,7 +25,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    items.sort(key=lambda item: "cuda_dry" in item.nodeid)  # last: after CUDA's autograd no process may be forked
+    last = "cuda_dry", "compile"  # after autograd of CUDA, which compiling begins, no process may be forked
+    items.sort(key=lambda item: any(name in item.nodeid for name in last))
     if "slow" not in config.getoption("markexpr"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -27,10 +27,15 @@ class Unwaiting(TorchDispatchMode):
     """Raises where an operation joins devices or types, or where the host waits for CUDA, but for so many `waits`."""
     waits = 0
 
+    def __init__(self):
+        super().__init__()
+        self.norms = set()  # types of what group norms give
+
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, named = str(function), {k: None if k == "generator" else x for k, x in (kwargs or {}).items()}
         result = function(*args, **named)
         given, made = ([x for x in tree_leaves(part) if torch.is_tensor(x)] for part in ((args, named), result))
+        self.norms |= {made[0].dtype} if "native_group_norm" in name else set()
         copy, kinds = "copy" in name, {x.dtype for x in given if x.is_floating_point()}
         devices = {x.device for x in (*given, *made) if copy or x.dim() or x.device == CUDA}  # a CPU's () is a number
         self.waits -= copy and len(devices) > 1 and (made[0].device != CUDA or True not in (*args[2:], *named.values()))
@@ -79,8 +84,10 @@ def test_a_step_stays_on_the_device(small, more):
     choices, useless = {**small, "resolution": 32, "preset": "f16", "gan_start": 0, **more}, idle(train.resolve(more))
     config = train.resolve({name: x for name, x in choices.items() if name not in useless})
     trainer, x = train.Trainer(config, PRIOR, CUDA), torch.empty(2, 3, 32, 32, device=CUDA)
-    with Unwaiting():
+    with Unwaiting() as mode:
         metrics = trainer.train_step([x])
+    assert mode.norms == {torch.bfloat16 if config.amp else torch.float32}
+    with Unwaiting():
         output, indices = trainer.model.eval()(x), trainer.model.encode(x)
     assert output.x_hat.dtype == trainer.model.decode(indices).dtype == torch.float32
     assert {x.device for x in (*metrics.values(), *(p.grad for p in trainer.model.parameters()))} == {CUDA}

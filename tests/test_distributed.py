@@ -56,14 +56,21 @@ def evaluation():
     return list(map(torch.tensor, (*scores.values(), *more)))
 
 
-def in_two(function):
+def group_on_gpus(backend="cuda:nccl", begin=torch.distributed.init_process_group, **more):
+    """As on a machine with GPUs, where torch's own choice has no backend for the CPU; gloo stands for nccl."""
+    begin(backend.replace("nccl", "gloo"), **more)
+
+
+def in_two(function, gpus=False):
     """Call a function in two processes that are told what torchrun tells them."""
     with socket.create_server(("127.0.0.1", 0)) as free:  # a port
         place = dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free.getsockname()[1]))
 
     def process(share):
         torch.set_num_threads(1)
-        torch.cuda.is_available = lambda: False  # gloo
+        torch.cuda.is_available = lambda: gpus
+        if gpus:
+            torch.cuda.set_device, torch.distributed.init_process_group = id, group_on_gpus
         os.environ.update(place, RANK=str(share), LOCAL_RANK=str(share))
         launch(function)
 
@@ -95,6 +102,11 @@ def test_two_processes_share_the_work(found, function, precision):
     assert all(map(torch.equal, first, second))
     for value, expected in zip(first, function()):
         torch.testing.assert_close(value, expected, rtol=precision, atol=1e-12)
+
+
+def test_a_group_on_gpus_joins_tensors_of_the_cpu_too(tmp_path):
+    in_two(lambda: torch.save(all_gather(torch.tensor([rank()])), tmp_path / str(rank())), gpus=True)
+    assert torch.load(tmp_path / "1").tolist() == [0, 1]
 
 
 def test_torchrun_trains_and_resumes(capfd):

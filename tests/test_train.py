@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from conftest import ROOT, idle, run_training
 from prior import UserError, command, count_captions
 from test_vqct import Published
 from train import (DEMO_SPEECH, LAYERS, METHODS, RUN_FILES, SEGMENTS, SPECIES, Config, DemoDataset, Run, Trainer,
-                   describe_scene, load_checkpoint, make_loader, parse, psnr, render_scene, resolve, sample_scene,
-                   save_checkpoint, to_images)
+                   describe_scene, load_checkpoint, make_loader, parse, precision, psnr, render_scene, resolve,
+                   sample_scene, save_checkpoint, to_images)
 from vqct import LPIPS, adaptive_weight, hinge_loss, needs_prior
 
 CPU = torch.device("cpu")
@@ -301,6 +302,70 @@ def test_validation_is_the_mean_of_its_images_some_of_which_are_drawn(prior, mon
     torch.testing.assert_close(torch.stack(reconstructions), x_hat[[0, 3, 7]])
     x_hat = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])  # the second is clamped to 1
     assert psnr(x_hat, torch.zeros(2, 3, 4, 4)).tolist() == pytest.approx([10 * np.log10(4 / 0.04), 10 * np.log10(4)])
+
+
+def test_a_compiled_step_is_the_step(monkeypatch, prior):
+    as_traced = lambda network: compile_in_place(network, backend="aot_eager")
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", as_traced)
+    trainers = [Trainer(tiny(gan_start=0, perceptual_weight=0.0), prior.tensors(), CPU) for _ in range(2)]
+    trainers[1].compile()
+    assert all(trainers[1].__dict__[name]._compiled_call_impl for name in ("model", "discriminator"))
+    torch._dynamo.utils.counters.clear()
+    for step in range(2):
+        x = torch.rand(2, 3, 32, 32) * 2 - 1
+        values = [trainer.train_step([x]) for trainer in trainers]
+        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 9 and trainers[0].parts().keys() == trainers[1].parts().keys()
+    assert trainers[0].model.state_dict().keys() == trainers[1].model.state_dict().keys()
+
+
+def test_what_does_not_compile_well_stays_apart(monkeypatch, prior):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    trainer = Trainer(tiny(gan_start=0, method="matched-cvq"), prior.tensors(), CPU)
+    monkeypatch.setattr(train_module, "distributed", lambda: True)
+    trainer.compile()
+    assert compiled == [trainer.model]  # not the discriminator, whose batch norm is of all processes
+    apart = trainer.model.decoder.to_image, *trainer.model.quantizers
+    assert all(module.forward._torchdynamo_disable for module in apart)
+
+
+def test_without_a_compiler_networks_are_trained_as_they_are(monkeypatch, prior, capsys):
+    def fails(function):
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    trainer = Trainer(tiny(), prior.tensors(), CPU)
+    trainer.compile()
+    assert trainer.model._compiled_call_impl is None
+    assert capsys.readouterr().out == "not compiled: Failed to find C compiler. Please specify one\n"
+
+
+@pytest.mark.parametrize("amp, since_ampere, expected", [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")])
+def test_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch, amp, since_ampere, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: since_ampere or including_emulation)
+    trainer = SimpleNamespace(config=Config(amp=amp), device=torch.device("cuda"))
+    assert precision(trainer) == expected
+    assert precision(SimpleNamespace(config=Config(), device=CPU)) == "float32"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_cudnn_seeks_its_fastest_unless_runs_shall_repeat(deterministic):
+    run_tiny("run", steps=1, deterministic=deterministic)
+    assert torch.backends.cudnn.benchmark == (not deterministic)
+    Run("run")
+    assert not torch.backends.cudnn.allow_tf32  # tokens and figures are those of the CPU
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("processes, expected", [(1, 8), (4, 4), (32, 1)])
+def test_processes_share_the_cores_that_read_images(monkeypatch, processes, expected):
+    monkeypatch.setattr(train_module, "CORES", 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    dataset = DemoDataset("val", 32)
+    assert make_loader(dataset, torch.device("cuda")).num_workers == expected
+    assert make_loader(dataset, CPU).num_workers == 0 and make_loader(dataset, CPU, 3).num_workers == 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA on this machine")

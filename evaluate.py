@@ -309,17 +309,17 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         "alignment": caption_alignment(run, indices, dataset),
         "config": asdict(run.config),
     }
-    with atomic_write(run.path / "evaluation.json") as part:
+    with atomic_write(run.results / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=1))
-    draw_grid(reconstructed(run, dataset, 16), run.path / "reconstructions.png")
+    draw_grid(reconstructed(run, dataset, 16), run.results / "reconstructions.png")
     evaluation = Evaluation(run, result, indices)
     if choices.figures:
-        draw_usage([evaluation], run.path / "fig5_usage.png")
-        draw_similarity(evaluation, run.path / "fig6_similarity.png")
-        draw_regions(evaluation, dataset, run.path / "fig7_regions.png")
-        draw_curves([evaluation], run.path / "curves.png")
+        draw_usage([evaluation], run.results / "fig5_usage.png")
+        draw_similarity(evaluation, run.results / "fig6_similarity.png")
+        draw_regions(evaluation, dataset, run.results / "fig7_regions.png")
+        draw_curves([evaluation], run.results / "curves.png")
         if run.prior is not None and len(run.prior["edges"]):
-            draw_toy(run.prior, run.path / "fig3_toy.png")
+            draw_toy(run.prior, run.results / "fig3_toy.png")
     return evaluation
 
 
@@ -449,7 +449,9 @@ def draw_toy(prior, path, steps=80):
     for title, way in ways.items():
         lines = [(way[:, i], 1 if i == followed else 0, name) for i, name in enumerate(names)]
         moved = (np.abs(way[-1] - way[0]).max(axis=1) > 0).sum()
-        notes = [f"{moved} of {len(names)} codes have moved; dots: after {steps} steps"]
+        last = names[nearest_code(feature[None], torch.from_numpy(way[-1])).item()]
+        notes = [f"{moved} of {len(names)} codes have moved; dots: after {steps} steps",
+                 f"each step pulls the code nearest at the time: at first {names[followed]}, at last {last}"]
         panels.append(dict(title=title, lines=[*lines, ([feature.numpy()], 2, "feature")], notes=notes))
     draw_plots(panels, path)
 
@@ -474,10 +476,10 @@ def draw_usage(evaluations, path):
         ranked, growth, run = [], [], evaluation.run
         for colour, (codes, words, name) in enumerate(zip(evaluation.indices, run.words, run.names)):
             by_position = np.moveaxis(codes, 1, -1).ravel()
-            counts = np.sort(np.bincount(by_position, minlength=len(words)))[::-1]
+            counts = np.sort(np.bincount(by_position))[::-1]
             used, first = (counts > 0).sum(), np.sort(np.unique(by_position, return_index=True)[1]) // codes.shape[1]
             label = f"{used:,} of {len(words):,} {name}s ({used / len(words):.1%})"
-            ranked.append((np.stack([1 + np.arange(len(counts)), counts.clip(min=0.5)], axis=1), colour, label))
+            ranked.append((np.stack([1 + np.arange(used), counts[:used]], axis=1), colour, label))
             growth.append((np.stack([1 + first, 1 + np.arange(used)], axis=1), colour, f"{name}s"))
         title = run.path.name
         panels.append(dict(title=title, lines=ranked, x="codes, most used first", y="times chosen", log="y"))
@@ -491,6 +493,7 @@ def draw_similarity(evaluation, path):
     Beside each codebook: the ten words, and the correlation of start and end over all pairs of 1,000 codes in use.
     """
     run, rows = evaluation.run, []
+    colour = lambda m: torch.stack([1 + 2 * m.clamp(max=0), 1 - 2 * m.abs(), 1 - 2 * m.clamp(min=0)])
     unit = lambda codes: codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
     for i, (name, codes, words) in enumerate(zip(run.names, run.model.codebook(), run.words)):
         tables = [unit(run.start[i].cpu().numpy()), unit(codes.float().cpu().numpy())]
@@ -499,9 +502,10 @@ def draw_similarity(evaluation, path):
         pairs = np.triu_indices(min(len(used), 1000), 1)
         before, after = ((table[used[:1000]] @ table[used[:1000]].T)[pairs] for table in tables)
         kept = np.corrcoef(before, after)[0, 1] if len(before) > 1 and before.std() * after.std() > 0 else math.nan
-        pictures = [torch.stack([1 + 2 * m.clamp(max=0), 1 - 2 * m.abs(), 1 - 2 * m.clamp(min=0)]) for m in matrices]
+        pictures = [colour(matrix) for matrix in matrices]
         listed = ", ".join(words[code] for code in used[:10])
         rows.append((f"{name}s at start, at end: correlation {kept:.2f}\n{listed}", pictures))
+    rows.append(("scale: cosines from -1 to 1", [colour(torch.linspace(-1, 1, 11).expand(11, 11))]))
     draw_grid(rows, path, 300)
 
 
@@ -518,6 +522,7 @@ def draw_regions(evaluation, dataset, path):
             codes = torch.cat([torch.from_numpy(part[index, :, row, column]) for part in evaluation.indices])
             words = run.spell(codes[:, None, None]).split()
             lines.append(f"{len(boxes)} " + " ".join(word + ("*" if word in said else "") for word in words))
+        lines += ["* said in a caption"] if any("*" in line for line in lines) else []
         scale = max(1, 256 // image.shape[-1])
         image = TF.resize(image, image.shape[-1] * scale, TF.InterpolationMode.NEAREST)
         labels = [str(number) for number in range(1, 6)]
@@ -543,6 +548,17 @@ def draw_curves(evaluations, path):
         draw_plots(panels, path)
 
 
+def draw_rate_distortion(results, path):
+    """PSNR against bits at the codes' entropy: a dot for each row, ± the standard deviations of its seeds."""
+    lines = []
+    for colour, (name, group) in enumerate(rows_of(results)):
+        seeds = np.array([(result["bits_entropy"], result["psnr"]) for result in group])
+        mean, bars = seeds.mean(axis=0), seeds.std(axis=0, ddof=1) * np.eye(2) if len(seeds) > 1 else ()
+        lines += [*(([mean - bar, mean + bar], colour, "") for bar in bars), ([mean], colour, Path(name).name)]
+    panel = dict(title="rate and distortion", x="bits per image, ideal code", y="PSNR, dB", lines=lines)
+    draw_plots([panel], path, size=(900, 600))
+
+
 def compare(evaluations, folder):
     """Fig. 4 and 5, the rate–distortion picture and the table of several runs, into a folder."""
     results, rows = [evaluation.result for evaluation in evaluations], []
@@ -552,13 +568,7 @@ def compare(evaluations, folder):
     draw_grid(rows, folder / "fig4_reconstructions.png")
     draw_usage(evaluations, folder / "fig5_usage.png")
     draw_curves(evaluations, folder / "curves.png")
-    lines = []
-    for colour, (name, group) in enumerate(rows_of(results)):
-        for result in group:
-            ends = [(result[bits], result["psnr"]) for bits in ("bits", "bits_entropy")]
-            lines += [(ends, -1, ""), (ends[1:], colour, Path(name).name)]
-    panel = dict(title="rate and distortion", x="bits per image: fixed length to entropy", y="PSNR, dB", lines=lines)
-    draw_plots([panel], folder / "rate_distortion.png", size=(900, 600))
+    draw_rate_distortion(results, folder / "rate_distortion.png")
     with atomic_write(folder / "table.md") as part:
         part.write_text(f"{markdown(results)}\n\n{alignment_table(results)}\n", encoding="utf-8")
     print(f"{folder}: table.md, curves.png, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
@@ -599,12 +609,13 @@ def main(argv=None):
         save = choices.save and (Path(choices.save) / path.resolve().name if len(paths) > 1 else Path(choices.save))
         evaluations.append(evaluate(path, choices, inception, lpips, save))
         figures = ", curves, Fig. 3, 5, 6, 7" if choices.figures else ""
-        print(f"{path}: evaluation.json, reconstructions.png{figures}")
+        if not rank():
+            print(f"{evaluations[-1].run.results}: evaluation.json, reconstructions.png{figures}")
     if not rank():
         results = [evaluation.result for evaluation in evaluations]
         alike = len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1
         if choices.figures and len(results) > 1 and alike:
-            compare(evaluations, paths[0].parent / "comparison")
+            compare(evaluations, evaluations[0].run.results.parent / "comparison")
         report(results, inception, lpips)
 
 

@@ -17,6 +17,7 @@ looking at it, the command line, and what other scripts share (errors, whole fil
 """
 
 import argparse
+import difflib
 import functools
 import gzip
 import hashlib
@@ -342,9 +343,16 @@ def subjects(tokens, copula):
     if i < 0 or tokens[i].part != "noun":
         return []
     heads, start = [i], phrase_start(i)
-    while start > 1 and tokens[start - 1].tag == "IN" and tokens[start - 2].part == "noun":  # "belly of the bird is"
-        heads = [start - 2]
-        start = phrase_start(heads[0])
+    while start > 1:  # "belly of the bird is", "man wearing a hat is", "bird perched on a twig is"
+        j = start - 1
+        if tokens[j].tag == "IN" and tokens[j].word not in SUBORDINATORS:
+            j = j - 1 if tokens[j - 1].tag in ("VBG", "VBN") else j
+        elif tokens[j].tag != "VBG":
+            break
+        j = j - 1 if tokens[j - 1].tag == "CC" and j > 1 else j  # "man holding a bat and wearing a hat is"
+        if tokens[j - 1].part != "noun":
+            break
+        heads, start = [j - 1], phrase_start(j - 1)
     link = ("CC",)  # "its belly and breast are white": bare nouns before "and", then before commas
     while tokens[copula].word in ("are", "were") and start > 1 and tokens[start].tag not in ("DT", "PRP$"):
         if tokens[start - 1].tag not in link or tokens[start - 2].part != "noun":
@@ -782,7 +790,12 @@ def show_prior(prior, args):
     if args.figure:
         draw_codebook_space(prior, chosen, args.figure)
         print(f"\nFig. 1: {args.figure}")
-    show_caption(prior, args.caption, args.download)
+    try:
+        show_caption(prior, args.caption or CAPTION, args.download)
+    except UserError as error:
+        if args.caption:
+            raise
+        print(f"\nno caption is taken apart: {error}")
 
 
 def show_caption(prior, caption, download=False):
@@ -820,6 +833,7 @@ def draw_codebook_space(prior, chosen, path, neighbours=4):
         lines = [([place[word], place[name]], -1, "") for word, names in near.items() for name, _ in names]
         lines += [([place[word]], 1 if word in near else 0, word) for word in shown]
         notes = [f"{word}: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near[word]) for word in near]
+        notes = ["lines lead from chosen words to their nearest, by cosine:", *notes]
         panels.append(dict(title=f"{part} codebook space ({len(words):,} words)", lines=lines, notes=notes))
     draw_plots(panels, path)
 
@@ -860,8 +874,11 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
         x, y = (point - low) / span
         return left + x * width, top + (1 - y) * height
 
+    def ink(number):
+        return INK[number if number < 0 else number % (len(INK) - 1)]
+
     draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
-    draw.text((left, top - 30), title, "black", FONT)
+    draw.text((left, top - 36), title, "black", FONT)
     draw.text((left + width / 2, top + height + 32), x, "black", SMALL, anchor="mm")
     draw.text((left, top - 8), y, "black", SMALL, anchor="lm")
     for tick in np.linspace(0, 1, 4):
@@ -869,19 +886,19 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
         draw.text((left + tick * width, top + height + 12), f"{values[0]:,.4g}", "black", SMALL, anchor="mm")
         draw.text((left - 6, top + (1 - tick) * height), f"{values[1]:,.4g}", "black", SMALL, anchor="rm")
     taken = []
-    for points, (_, number, label) in zip(scaled, lines):
-        colour = INK[number if number < 0 else number % (len(INK) - 1)]
-        draw.line([at(point) for point in points], colour, 2)
+    for points, (_, number, _) in zip(scaled, lines):
+        draw.line([at(point) for point in points], ink(number), 2)
+    for points, (_, number, label) in zip(scaled, lines):  # above all lines
         px, py = at(points[-1])
         if label:
-            draw.ellipse((px - 4, py - 4, px + 4, py + 4), colour)
+            draw.ellipse((px - 4, py - 4, px + 4, py + 4), ink(number))
             length = draw.textlength(label, SMALL)
             right = left + width + 36 - length
             px, py = min(px + 7, right), py - (7 if px + 7 <= right else 22)  # beside the dot, or above it
             while any(abs(py - y) < 14 and px < end and begin < px + length for begin, end, y in taken):
                 py += 3  # below the labels that stand there already
             taken.append((px, px + length, py))
-            draw.text((px, py), label, colour, SMALL)
+            draw.text((px, py), label, ink(number), SMALL, stroke_width=2, stroke_fill="white")
     for row, note in enumerate(notes):
         draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
 
@@ -896,7 +913,7 @@ def parse(argv):
     if argv[:1] == ["show"]:
         add("show", choices=["show"], help="print what a prior holds")
         add("prior", metavar="PRIOR", help="a .npz of prior.py")
-        add("--caption", default=CAPTION, help="caption to take apart")
+        add("--caption", help="caption to take apart")
         add("--pairs", type=int, default=20, help="most frequent pairs to print")
         add("--figure", help="PNG of nearest neighbours in codebook space, Fig. 1")
         add("--words", nargs="+", default=(), help="words to look at, instead of the paper's or the most frequent")
@@ -986,6 +1003,14 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **more):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse unknown arguments here, so that a sub-command names its own page and flags."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + "".join(f"; near: {flag}" for flag in near))
+        return found, unknown
 
     def error(self, message):
         self.exit(2, f"error: {message} ({self.prog} --help lists all flags)\n")

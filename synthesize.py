@@ -5,7 +5,7 @@
     python synthesize.py runs/demo-vqct complete --condition segmentation   keeps the top of images: Fig. 8's grid
     python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast --words     words in their places, the rest drawn
     python synthesize.py runs/demo-vqct runs/demo-vqgan evaluate            Table 6
-    python synthesize.py runs/demo-vqct tokens --words 0                    what image 0 reads as
+    python synthesize.py runs/demo-vqct tokens PHOTO.jpg                    what a photograph reads as
     python synthesize.py runs/demo-vqct tokens --decode runs/demo-vqct/tokens-val.npz     and back to images
 
 A token file holds `indices` (N, M, h, w), an adjective and a noun at each position, each codebook's words, labels and
@@ -21,6 +21,7 @@ import json
 import math
 import os
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -155,7 +156,8 @@ def encode_dataset(run, dataset, views, path=None):
 
 def tokens_of(run, split, views=1, with_features=False):
     """A split of a run's data set as Tokens, kept in the run; made anew if tokenizer, files or views change."""
-    dataset, path, stored = run.dataset(split), run.path / f"tokens-{split}.npz", run.path / f"features-{split}.npy"
+    dataset = run.dataset(split)
+    path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
     key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
     key, tokens = hashlib.sha256(key.encode()).hexdigest(), None
     try:
@@ -204,6 +206,15 @@ def known_of(config, tokens, rows, device, count):
     shares = torch.zeros(*cells.shape[:3], count + 1, device=device)
     shares.scatter_add_(3, cells, torch.ones_like(cells).float())
     return shares[..., :count].permute(0, 3, 1, 2) / cells.shape[3]
+
+
+def check_condition(config, run):
+    """Raise UserError for a condition that a run's data set lacks, before anything is encoded."""
+    records = run.dataset("train").records if config.condition != "none" else ()
+    if config.condition == "class" and all(record.label < 0 for record in records):
+        raise UserError("--condition class: this run's data set has no classes (of a folder, its sub-folders)")
+    if config.condition == "segmentation" and all(record.segmentation is None for record in records):
+        raise UserError("--condition segmentation: this run's data set has no label maps (of a folder, --labels DIR)")
 
 
 def condition_count(config, *splits):
@@ -357,6 +368,7 @@ def train_stage(run, given, resume, overwrite):
     if resume:
         state, config = resumed_config(SynthesisConfig, given, CHANGEABLE, folder)
         check_tokenizer(run, state, folder)
+    check_condition(config, run)
     with first_process_first():
         train_set, val_set = tokens_of(run, "train", config.views, ldm), tokens_of(run, "val", 1, ldm)
     count = state["count"] if state else condition_count(config, train_set, val_set)
@@ -465,7 +477,7 @@ def draw_samples(runs, choices, part=""):
     Rows: label maps and originals, and what each run makes of them: its tokens decoded, completions, samples.
     """
     path = stage_folder(runs[0], choices) / ("completions.png" if part else "samples.png")
-    path, rows, ldm = Path(choices.output or path), [], choices.model == "ldm"
+    path, rows, legend, ldm = Path(choices.output or path), [], [], choices.model == "ldm"
     if part and choices.output == part:
         raise UserError(f"--output {part} is the picture of --part; name another")
     for run in runs:
@@ -478,16 +490,20 @@ def draw_samples(runs, choices, part=""):
         if images.max() >= len(dataset) or images.min() < 0:
             raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
         if not rows and choices.condition == "segmentation":
-            maps = colours_of_labels(tokens.segmentation[images].long(), count)
-            rows.append(("label map", F.interpolate(maps, size=run.config.resolution)))
-        if len(rows) < 2:
-            rows.append(("original", [dataset[index]["image"] / 127.5 - 1 for index in images.tolist()]))
+            maps = tokens.segmentation[images].long()
+            rows.append(("label map", F.interpolate(colours_of_labels(maps, count), size=run.config.resolution)))
+            there = maps.unique()
+            names = [dataset.labels.get(label, str(label)) for label in there.tolist()]
+            legend = [("labels", colours_of_labels(there[:, None, None], count), names)]
+        if run is runs[0]:
+            originals = [dataset[index]["image"] / 127.5 - 1 for index in images.tolist()]
+            rows.append(("original", originals, list(map(str, images.tolist()))))
         if choices.label:
             if choices.label not in dataset.classes[:count]:
                 raise UserError(f"--label {choices.label}: classes are {', '.join(dataset.classes[:count])}")
             tokens = tokens._replace(labels=torch.full_like(tokens.labels, dataset.classes.index(choices.label)))
         rows += rows_of_run(run, stage, tokens, images, choices, part)
-    draw_grid(rows, path)
+    draw_grid([*rows, *legend], path)
     print(f"{path}: images {', '.join(map(str, images.tolist()))} from left to right, {len(rows)} rows")
 
 
@@ -502,16 +518,24 @@ def rows_of_run(run, stage, tokens, images, choices, part):
         mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
         rows.append((f"{name}: known", decoded * mask))
         ways = {"completed": pin_words(run, torch.where(known, own, -1), choices.pin), **ways}
+    pinned = (pin_words(run, nothing, choices.pin) >= 0).any(dim=1, keepdim=True)
     if choices.model == "gpt" and (choices.pin or (known.flatten().int().diff() > 0).any()):
         print("gpt draws from the top left: positions before a given token do not see it (--model ldm sees all)")
     for way, given in ways.items():
         for repeat in range(choices.repeat):
             seed = choices.seed + repeat
             drawn = draw_images(run, stage, tokens, images, choices, seed, given if (given >= 0).any() else None)
-            rows.append((f"{name}: {way} {repeat + 1}", decode_tokens(run, drawn)))
+            rows.append((f"{name}: {way} {repeat + 1}", framed(decode_tokens(run, drawn), pinned)))
             for index, indices in zip(images.tolist(), drawn) if choices.words else ():
                 print(f"\n{way} {repeat + 1} for image {index}\n{run.spell(indices)}\n")
     return rows
+
+
+def framed(images, cells):
+    """(B, 3, H, W) images with a white frame in each cell of (B, 1, h, w) that is True."""
+    inside = F.interpolate(cells.float(), size=images.shape[2:])
+    edge = inside.bool() & (F.max_pool2d(1 - inside, 3, 1, 1) > 0)
+    return images.masked_fill(edge, 1.0)
 
 
 def colours_of_labels(maps, count):
@@ -572,7 +596,7 @@ def evaluate_stage(run, stage, choices, inception):
         done += len(x)
     result["psnr"] = torch.cat(scores).mean().item()
     result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features)) if inception is not None else None
-    with atomic_write(stage_folder(run, config) / "evaluation.json") as part:
+    with atomic_write(run.results / stage_folder(run, config).relative_to(run.path) / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=1))
     return result
 
@@ -613,9 +637,15 @@ def print_table(runs, choices, path=""):
 
 # ======== Command line
 
-def convert(run, split, decode, output, words):
-    """The sub-command tokens: encode a split, or decode a file."""
-    if decode:
+def convert(run, photographs, split, decode, output, words):
+    """The sub-command tokens: encode photographs or a split, or decode a file."""
+    if photographs:
+        path = Path(output or run.path / "photographs.png")
+        x = torch.cat([run.read(photograph) for photograph in photographs])
+        indices, words = run.model.encode(x), words or range(len(x))
+        draw_grid([("original", x), ("from its tokens", run.model.decode(indices))], path)
+        print(f"{path}: {len(x):,} images above what their tokens give")
+    elif decode:
         with user_error(f"'{decode}' is no token file of this run: {{}}"):
             arrays = dict(np.load(decode))
             indices, sizes = torch.from_numpy(arrays["indices"]).long(), torch.tensor(run.model.sizes)[:, None, None]
@@ -629,7 +659,7 @@ def convert(run, split, decode, output, words):
     else:
         if output and not output.endswith(".npz"):
             raise UserError(f"--output {output} must end in .npz")
-        indices, path = tokens_of(run, split).indices, run.path / f"tokens-{split}.npz"
+        indices, path = tokens_of(run, split).indices, run.results / f"tokens-{split}.npz"
         if output:
             with atomic_write(output) as part:
                 part.write_bytes(path.read_bytes())
@@ -642,11 +672,12 @@ def convert(run, split, decode, output, words):
 
 def parse(argv=None):
     """Command line → dict: `command`, `runs`, and its flags."""
-    parser = Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders of train.py; train and tokens take one")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="|".join(COMMANDS))
+    argv = sys.argv[1:] if argv is None else argv
+    at = next((i for i, word in enumerate(argv) if word in COMMANDS), max(0, len(argv) - 1))  # runs come before it
+    parser = Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] COMMAND, of which train and tokens take one RUN")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, (kind, what) in COMMANDS.items():
-        sub = commands.add_parser(name, help=what, description=what)
+        sub = commands.add_parser(name, help=what, description=what, prog=f"{parser.prog} RUN {name}")
         sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
         sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
@@ -661,11 +692,16 @@ def parse(argv=None):
         elif name == "evaluate":
             sub.add_argument("--inception", default="", help="local copy of FID's weights; without any, FID is a dash")
         elif name == "tokens":
-            sub.add_argument("--split", default="val", choices=("train", "val"), help="images to encode")
-            sub.add_argument("--decode", default="", help="token file to turn back into images")
-            sub.add_argument("--output", default="", help="token file, or with --decode a folder (else in the run)")
+            what = sub.add_mutually_exclusive_group()
+            what.add_argument("photographs", nargs="*", default=(), metavar="PHOTO", help="images to read as words")
+            what.add_argument("--split", default="val", choices=("train", "val"), help="split to encode")
+            what.add_argument("--decode", default="", help="token file to turn back into images")
+            sub.add_argument("--output", default="", help="PNG of photographs, token file, or folder of --decode")
             sub.add_argument("--words", default=(), nargs="+", type=int, help="images to print as words, by number")
-    return vars(parser.parse_args(argv))
+    args = vars(parser.parse_args(argv[at:]))
+    if not at:
+        parser.error(f"name a run of train.py before {args['command']}")
+    return {"runs": argv[:at], **args}
 
 
 COMMANDS = {  # sub-command → its flags' dataclass, what it does

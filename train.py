@@ -144,6 +144,8 @@ def resolve(given):
     dataset, method = given.get("dataset", Config.dataset), given.get("method", Config.method)
     preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
     usual = {**PRESETS[preset], **RECIPES[given.get("recipe", Config.recipe)], **METHODS[method]}
+    if preset == "tiny" and "steps" in given:
+        usual["gan_start"] = usual["gan_start"] * given["steps"] // usual["steps"]
     config = Config(**{**usual, **given, "preset": preset})
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
     config.data = config.data or ("" if dataset in ("demo", "folder") else f"data/{DATASETS[dataset].folder}")
@@ -522,6 +524,7 @@ class ImageDataset(Dataset):
     """
 
     with_segmentation = False
+    labels = {-1: "none"}  # names of label maps' values, where they have any
 
     def __init__(self, records, classes, resolution, seed=0, unlabeled=-1):
         self.records, self.classes, self.resolution, self.seed = records, classes, resolution, seed
@@ -783,6 +786,18 @@ def folder_records(root, split, labels=""):
     return records, classes
 
 
+def warn_of_label_maps(records):
+    """Name the folders whose first image has one channel, where others have more: these may be label maps."""
+    modes = {}
+    for path in (record.path for record in records):
+        if path.parent not in modes:
+            with user_error(f"image '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as image:
+                modes[path.parent] = len(image.getbands())
+    if {1} < set(modes.values()):
+        found = ", ".join(f"'{folder}'" for folder, bands in modes.items() if bands == 1)
+        print(f"one-channel images train as photographs: {found}; of label maps, name the folder by --labels")
+
+
 def make_dataset(config, split):
     """The "train" or "val" split that a Config names."""
     root, layout = Path(config.data), DATASETS.get(config.dataset)
@@ -793,6 +808,8 @@ def make_dataset(config, split):
     records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels)
     if not records:
         raise UserError(f"no images for the {split} split in '{root}' (a folder needs ten to hold one out)")
+    if not layout and split == "train":
+        warn_of_label_maps(records)
     return ImageDataset(records, classes, config.resolution, config.seed, layout.unlabeled if layout else -1)
 
 
@@ -868,13 +885,14 @@ def worker_init(worker):
 VERSION = 3  # of checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
     tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
-    fig7_regions.png curves.png samples.png completions.png""".split()
+    fig7_regions.png curves.png samples.png completions.png
+    photographs.png""".split()
 
 
 def check_folder(out, overwrite):
     """Raise UserError for a run that may not be overwritten, or a folder that holds what no run of train.py writes."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    ours = (*RUN_FILES, "synthesis", "decoded")  # the latter two of synthesize.py, and kept
+    ours = (*RUN_FILES, "synthesis", "decoded", "other")  # the latter of other scripts, and kept
     foreign = [name for name in names if name.removesuffix(".part") not in ours]
     if "last.pt" in names and not overwrite:
         raise UserError(f"run '{out}' exists; go on with --resume, replace it with --overwrite, or name another --out")
@@ -1015,6 +1033,9 @@ class Run:
         self.model.codebook.forward = lambda: codes  # made once, not for each batch
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
             raise UserError(f"--data or --labels changes nothing for '{path}', a run of {self.config.dataset}")
+        self.results = self.path  # … of another data set than the run's own lie apart
+        if data and Path(data).resolve().name != Path(self.config.data).resolve().name:
+            self.results = self.path / "other" / Path(data).resolve().name
         self.config.data, self.config.labels = data or self.config.data, labels or self.config.labels
         sizes = self.model.codebook.sizes
         self.names = ("adjective", "noun") if len(sizes) == 2 else ("code",)
@@ -1058,18 +1079,22 @@ def to_bytes(x):
 def draw_grid(rows, path, size=128, columns=8):
     """Rows of pictures, each with a label at its left → PNG; rows longer than `columns` go on below.
 
-    rows: list of (label, images (3, H, W) in [-1, 1]); size: pixels a side at the least.
+    rows: list of (label, images (3, H, W) in [-1, 1]), and maybe the images' names; size: pixels a side at the least.
     """
-    size, length = max(size, rows[0][1][0].shape[-1]), max(len(images) for _, images in rows)
-    parts = [(label, images[i : i + columns]) for i in range(0, length, columns) for label, images in rows]
+    size, length = max(size, rows[0][1][0].shape[-1]), max(len(row[1]) for row in rows)
+    parts = [(label, *(part[i : i + columns] for part in parts)) for i in range(0, length, columns)
+             for label, *parts in rows if i < len(parts[0])]
     grid = Image.new("RGB", (150 + min(length, columns) * (size + 4), len(parts) * (size + 4)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(14)
-    for row, (label, images) in enumerate(parts):
+    for row, (label, images, *names) in enumerate(parts):
         lines = [part for line in label.split("\n") for part in textwrap.wrap(line, 20)]
         draw.multiline_text((8, (row + 0.5) * (size + 4)), "\n".join(lines), "black", font, anchor="lm")
         for column, x in enumerate(images):
             picture = TF.to_pil_image(to_bytes(x).cpu()).resize((size, size), Image.Resampling.NEAREST)
-            grid.paste(picture, (150 + column * (size + 4), row * (size + 4)))
+            corner = 150 + column * (size + 4), row * (size + 4)
+            grid.paste(picture, corner)
+            for name in (part[column] for part in names):
+                draw.text((corner[0] + 4, corner[1]), name, "black", font, stroke_width=2, stroke_fill="white")
     save_png(grid, path)
 
 
@@ -1211,7 +1236,8 @@ def main(argv=None):
         print(f"{config.dataset}: {sizes}; run {out}")
         where = f"on {device} in {precision(trainer)}"
         print(f"{config.method} ({config.preset}) {where}: {trainer.model.grid} positions of {codes} codes")
-        adversary = f"adversary × {config.gan_weight} from step {config.gan_start:,}"
+        never = ", after the last" if config.gan_start >= config.steps else ""
+        adversary = f"adversary × {config.gan_weight} from step {config.gan_start:,}{never}"
         print(f"losses: {config.pixel_loss}, LPIPS × {config.perceptual_weight}, {adversary}", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation, out / "reconstructions.png"), out, journal)
@@ -1446,10 +1472,11 @@ class DemoDataset(ImageDataset):
     """Birds drawn on first use and kept, the same whatever the seed, so that runs can be compared."""
 
     SIZES = {"train": 2048, "val": 256}
+    labels = dict(enumerate(SEGMENTS))
 
     def __init__(self, split, resolution, seed=0):
         self.scenes, self.drawn = [sample_scene(split, index) for index in range(self.SIZES[split])], {}
-        records = [Record(None, scene.species, describe_scene(scene)) for scene in self.scenes]
+        records = [Record(None, scene.species, describe_scene(scene), ()) for scene in self.scenes]
         super().__init__(records, [species.name for species in SPECIES], resolution, seed)
 
     def read(self, index, draft=False):

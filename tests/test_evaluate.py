@@ -18,7 +18,7 @@ from PIL import Image
 
 import train
 from evaluate import Evaluation, EvaluationConfig, alignment_table, caption_alignment, code_statistics, draw_curves
-from evaluate import draw_regions, draw_toy, draw_usage, evaluate, fid, frechet_distance, load_inception, load_or_reason
+from evaluate import draw_rate_distortion, draw_regions, draw_toy, draw_usage, evaluate, fid, frechet_distance, load_inception, load_or_reason
 from evaluate import main, markdown, mean_image, rows_of, ssim
 from prior import UserError, checksum, fetch
 from train import DemoDataset, ImageDataset, Record, Run, load_lpips, to_bytes, to_images
@@ -279,7 +279,7 @@ def seen(monkeypatch):
     """What is given to the functions that draw."""
     found = []
     for name in ("draw_grid", "draw_plots"):
-        monkeypatch.setattr(f"evaluate.{name}", lambda what, *more: found.append(what))
+        monkeypatch.setattr(f"evaluate.{name}", lambda what, *more, **size: found.append(what))
     return found
 
 
@@ -288,7 +288,7 @@ def test_usage_counts_codes_and_when_they_turned_up(seen):
     codes = np.array([[[[2, 0]], [[2, 2]]], [[[4, 2]], [[0, 2]]]])  # two images of two positions, two codes at each
     draw_usage([Evaluation(run, {}, [codes])], "usage.png")
     ((ranked, _, label),), ((growth, _, _),) = (panel["lines"] for panel in seen[0])
-    assert ranked.tolist() == [[1, 5], [2, 2], [3, 1], [4, 0.5], [5, 0.5], [6, 0.5]] and label == "3 of 6 codes (50.0%)"
+    assert ranked.tolist() == [[1, 5], [2, 2], [3, 1]] and label == "3 of 6 codes (50.0%)"
     assert growth.tolist() == [[1, 1], [2, 2], [3, 3]]
 
 
@@ -298,9 +298,22 @@ def test_regions_are_those_of_their_words(run, seen):
     draw_regions(evaluation, dataset, "regions.png")
     for index, (label, _) in zip(train.spread_indices(11, 8), seen[-1], strict=True):
         spoken = " ".join(dataset.captions_of(index))
-        for line, (row, column) in zip(label.split("\n"), ((2, 2), (2, 6), (4, 4), (6, 2), (6, 6)), strict=True):
+        *lines, last = label.split("\n")
+        assert (last == "* said in a caption") == ("*" in "".join(lines))
+        lines += [last] if len(lines) < 5 else []
+        for line, (row, column) in zip(lines, ((2, 2), (2, 6), (4, 4), (6, 2), (6, 6)), strict=True):
             words = [listed[i[index, 0, row, column]] for listed, i in zip(evaluation.run.words, evaluation.indices)]
             assert line.split()[1:] == [word + "*" * bool(re.search(rf"\b{word}s?\b", spoken)) for word in words]
+
+
+def test_rate_and_distortion_have_bars_of_the_seeds(seen):
+    results = [dict(run=f"a/r{seed}", bits_entropy=10.0 + seed, psnr=20.0, step=1, checkpoint="last",
+                    config=dict(seed=seed, method=method)) for seed, method in ((0, "x"), (2, "x"), (0, "y"))]
+    draw_rate_distortion(results, "rate.png")
+    bars = [(np.array(points).tolist(), label) for points, _, label in seen[0][0]["lines"]]
+    half = 2**0.5
+    assert bars[:3] == [([[11 - half, 20], [11 + half, 20]], ""), ([[11, 20], [11, 20]], ""), ([[11, 20]], "r0 (2 seeds)")]
+    assert bars[3:] == [([[10, 20]], "r0")]
 
 
 def test_curves_are_those_of_the_journal(seen):

@@ -537,6 +537,44 @@ def test_tokens_follow_what_they_were_made_of(photographs, run, tmp_path):
     assert not tokens().indices.equal(changed)
 
 
+def test_results_of_other_data_lie_apart(photographs, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "load_or_reason", lambda *_: (None, "none here"))
+    data, before = shutil.copytree(photographs / "images", tmp_path / "others"), files_of(run)
+    evaluate.main([str(run), f"--data={data}"])
+    synthesize.main([str(run), "tokens", f"--data={data}"])
+    other = run / "other" / "others"
+    assert set(files_of(other)) >= {"evaluation.json", "reconstructions.png", "tokens-val.npz"}
+    assert {name: content for name, content in files_of(run).items() if "other" not in str(name)} == before
+    assert json.loads((other / "evaluation.json").read_text())["config"]["data"] == str(data)
+    moved = shutil.copytree(photographs / "images", tmp_path / "moved" / "images")
+    evaluate.main([str(run), f"--data={moved}"])  # the same data set elsewhere
+    assert "evaluation.json" in files_of(run)
+
+
+def test_label_maps_among_photographs_are_named(photographs, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(photographs / "images", data / "train" / "pictures")
+    record = lambda: train.make_dataset(train.resolve(dict(dataset="folder", data=str(data))), "train")
+    record()
+    assert "one-channel" not in capsys.readouterr().out
+    shutil.copytree(photographs / "maps", data / "train" / "maps")
+    shutil.copytree(photographs / "images" / "val", data / "val")
+    record()
+    printed = capsys.readouterr().out
+    assert "maps" in printed and "pictures" not in printed and "--labels" in printed and printed.count("\n") == 1
+
+
+@pytest.mark.parametrize("condition, message", [("class", "has no classes"), ("segmentation", "has no label maps (of a folder, --labels DIR)")])
+def test_a_condition_that_the_data_lack_is_refused_before_encoding(photographs, run, tmp_path, capsys, condition, message):
+    data, words = tmp_path / "images", [*STAGE, f"--condition={condition}"]
+    for split in ("train", "val"):
+        (data / split).mkdir(parents=True)
+        for path in (photographs / "images" / split).rglob("*.png"):
+            shutil.copy(path, data / split)
+    assert message in said(synthesize.main, capsys, [str(run), *words, f"--data={data}"])
+    assert not list(run.glob("tokens-*"))
+
+
 def test_evaluation_changes_nothing_and_repeats_itself(run, monkeypatch):
     before = files_of(run)
     monkeypatch.setattr(evaluate, "load_or_reason", lambda *_: (None, "none here"))

@@ -114,6 +114,12 @@ def pairs(text):
     ("its/PRP$ belly/NN is/VBZ white/JJ and/CC wings/NNS are/VBP brown/JJ", "white belly, brown wing"),
     ("its/PRP$ belly/NN is/VBZ white/JJ wall/NN", "white wall"),
     ("its/PRP$ belly/NN and/CC breast/NN is/VBZ white/JJ", "white breast"),
+    ("a/DT bird/NN stands/VBZ on/IN stone/NN while/IN its/PRP$ belly/NN is/VBZ white/JJ", "white belly"),
+    ("the/DT bird/NN holding/VBG an/DT orange/NN is/VBZ brown/JJ", "brown bird"),
+    ("a/DT bird/NN perched/VBN on/IN a/DT wall/NN is/VBZ small/JJ", "small bird"),
+    ("a/DT bird/NN standing/VBG on/IN a/DT wall/NN of/IN the/DT table/NN is/VBZ small/JJ", "small bird"),
+    ("a/DT bird/NN holding/VBG stone/NN and/CC standing/VBG on/IN a/DT wall/NN is/VBZ small/JJ", "small bird"),
+    ("he/PRP sees/VBZ standing/VBG bird/NN is/VBZ small/JJ", "small bird"),
 ])
 def test_modifying_pairs_of_tagged_text(text, expected):
     tagged = [tuple(token.rsplit("/", 1)) for token in text.split()]
@@ -481,6 +487,19 @@ def test_command_builds_and_shows(capsys, show, words, panels):
         assert image.width == 520 * panels and set(map(ImageColor.getrgb, INK[:2])) <= colours
 
 
+def test_a_prior_is_shown_and_drawn_without_nltk(capsys, show, monkeypatch):
+    def missing(download):
+        raise UserError("NLTK data missing")
+
+    monkeypatch.setattr(prior_module, "WordNetSpeech", missing)
+    monkeypatch.setattr(prior_module.WordListSpeech, "name", "another")
+    prior_module.main([*show[:2], "--figure", "f.png"])
+    assert capsys.readouterr().out.endswith("\nno caption is taken apart: NLTK data missing\n") 
+    assert Image.open("f.png").width == 1040
+    with pytest.raises(UserError, match="NLTK data missing"):
+        prior_module.main(show)
+
+
 @pytest.mark.parametrize("log", ["", "x", "y", "xy"])
 def test_a_line_runs_straight_on_its_own_axes(tmp_path, log):
     steps = np.linspace(0, 1, 9)
@@ -499,6 +518,7 @@ def test_a_line_runs_straight_on_its_own_axes(tmp_path, log):
     ("c.txt --embeddings bert", "bert needs --weights"), ("c.txt --embeddings clip --dim 3", "--dim changes nothing"),
     ("c.txt --embeddings glove", "glove needs --weights"), ("show absent.npz", "'absent.npz' is no prior: [Errno 2]"),
     ("c.txt --weights x", "--weights changes nothing"), ("show birds.npz --figure f.jpg", "must end in .png"),
+    ("c.txt --wieghts x", "unrecognized arguments: --wieghts x; near: --weights"),
     ("c.txt --embeddings random --weights x", "--weights changes nothing"), ("c.txt --dim few", "invalid int"),
     ("c.txt --min-count 0", "0 does not lie between 1"), ("c.txt --min 3", "unrecognized arguments: --min 3"),
     ("c.txt --out prior.npy", "must end in .npz"), ("c.txt --min-count 2 --dim 4", "4 words have neighbours, too few"),

@@ -220,11 +220,17 @@ def test_words_are_pinned_and_parts_completed(run, capsys):
     flags = ["--condition=segmentation", "--words", "--output=s.png"]
     go("sample", *flags, "--pin", f"3,4={adjectives[3]},{adjectives[5]},{nouns[4]}", "--count=1", "--repeat=1")
     grid = capsys.readouterr().out.split("sample 1 for image 0\n")[1].splitlines()
-    assert f"{adjectives[3]} {adjectives[5]} {nouns[4]}" in grid[3] and Image.open("s.png").size == (150 + 132, 4 * 132)
+    assert f"{adjectives[3]} {adjectives[5]} {nouns[4]}" in grid[3] 
+    sample = np.array(Image.open("s.png"))[3 * 132 :, 150:][:128:4, :128:4]  # 32 pixels a side, four of a cell
+    cell = sample[12:16, 16:20]
+    assert (cell[[0, 3]] == 255).all() and (cell[:, [0, 3]] == 255).all() and not (cell[1:3, 1:3] == 255).all()
+    assert not (sample[8:12, 16:20] == 255).all(axis=(1, 2)).any()  # the cell above has no frame
     Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save("mask.png")
     assert known_part("mask.png", (4, 4)).tolist() == [[True] + [False] * 3] * 4
     go("complete", *flags, "--part=mask.png", "--count=3")
-    assert Image.open("s.png").size == (150 + 3 * 132, 8 * 132)  # maps, originals, decoded, known; twice two drawn
+    labels = stage(run, condition="segmentation")[2].segmentation[[0, 5, 10]].unique()
+    rows = 8 + math.ceil(len(labels) / 8)  # maps, originals, decoded, known; twice two drawn; what colours mean
+    assert Image.open("s.png").size == (150 + min(8, len(labels)) * 132, rows * 132)
 
 
 def test_a_class_is_drawn_instead_of_an_images_own(run, capsys):
@@ -238,12 +244,38 @@ def test_a_class_is_drawn_instead_of_an_images_own(run, capsys):
 
 def test_two_runs_share_a_picture(run):
     main("run run sample --device=cpu --condition=segmentation --count=2 --repeat=1 --output=s.png".split())
-    rows = np.array(Image.open("s.png"))[:, 150:].reshape(6, 132, -1, 3)  # maps, originals; twice decoded, drawn
+    rows = np.array(Image.open("s.png"))[: 6 * 132, 150 : 150 + 2 * 132].reshape(6, 132, -1, 3)
+    # maps, originals; twice decoded, drawn
     assert np.array_equal(rows[2:4], rows[4:6]) and not np.array_equal(rows[2], rows[3])
-    assert np.array_equal(rows[1][:128:4, :128:4], images_of(Run(run, "cpu"))[0][0].permute(1, 2, 0).numpy())
+    first = images_of(Run(run, "cpu"))[0][0].permute(1, 2, 0).numpy()
+    assert np.array_equal(rows[1][20:128:4, :128:4], first[5:])  # above them stands the image's number
+
+
+def test_photographs_are_read_as_they_are(run, capsys):
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 40, 64, 3), np.uint8)
+    for name, picture in zip("ab", pictures):
+        Image.fromarray(picture).save(f"{name}.png")
+    go("tokens", "a.png", "b.png", "--output=seen.png")
+    here, printed = Run(run, "cpu"), capsys.readouterr().out
+    for i, name in enumerate("ab"):
+        x = here.read(f"{name}.png")
+        assert f"\nimage {i}\n{here.spell(here.model.encode(x)[0])}\n" in printed
+    assert Image.open("seen.png").size == (150 + 2 * 132, 2 * 132) 
+
+
+def test_sub_commands_have_their_own_page(capsys):
+    for words in (["train", "--help"], ["run", "train", "--help"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        assert "--weight-decay" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "--steps=3"])
+    assert "name a run of train.py before train" in capsys.readouterr().err
 
 
 REFUSED = """
+train --stepz 3 → near: --steps .*RUN train --help lists all flags
+tokens a.png --split train → argument --split: not allowed with argument PHOTO
 train --condition class --heads 5 → must be a multiple of twice the 5 heads
 train --condition segmentation → exists; go on with --resume
 train --condition segmentation --resume --lr 1 → --resume cannot change --lr from

@@ -218,6 +218,14 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run(tmp_path):
         assert picture.size == (150 + 4 * 132, 2 * 132)  # four originals and, below, what became of them
 
 
+def test_tiny_begins_its_adversary_at_the_same_share_of_the_steps(tmp_path, capsys):
+    assert resolve({"steps": 1200}).gan_start == 1000 and resolve({}).gan_start == 1500
+    assert resolve({"steps": 1200, "gan_start": 7}).gan_start == 7
+    assert resolve({"dataset": "cub", "steps": 1200}).gan_start == 5000
+    run_tiny(tmp_path / "run", steps=2, gan_start=5)
+    assert "adversary × 0.2 from step 5, after the last\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_reloads(method, tmp_path):
     run = Run(run_tiny(tmp_path / "run", method=method, steps=4), "cpu")

@@ -13,6 +13,7 @@ run's folder holds config.json, metrics.jsonl, last.pt, best.pt, prior.npz and r
 """
 
 import contextlib
+import copy
 import datetime
 import io
 import json
@@ -238,12 +239,7 @@ class Trainer:
         return torch.optim.Adam(network.parameters(), lr=self.config.lr, betas=(0.5, 0.9), fused=True)
 
     def compile(self):
-        """torch.compile what a step runs; where that fails, as without a C compiler, a line says so."""
-        try:
-            torch.compile(F.silu)(torch.zeros(1, device=self.device))
-        except Exception as error:  # Triton's, the C compiler's and torch's have no class in common
-            print(f"not compiled: {' '.join(str(error).split())[:200]}")
-            return
+        """torch.compile what a step runs, by one on black images; where it fails, a line says so and nothing is."""
         # The adaptive weight differentiates the last layer alone; baselines draw, anneal and move codes as they go.
         apart = [quantizer for quantizer in self.model.quantizers if type(quantizer) is not VectorQuantizer]
         for module in (self.model.decoder.to_image, *apart):
@@ -252,6 +248,17 @@ class Trainer:
         networks += [] if distributed() else [self.discriminator]  # batch norm of all processes breaks the graph
         for network in filter(None, networks):
             network.compile()
+        changed = list(filter(None, (self.model.train(), self.discriminator)))
+        before = [copy.deepcopy(network.state_dict()) for network in changed]
+        side = self.config.resolution
+        try:
+            self.micro_step(torch.zeros(self.config.batch_size, 3, side, side, device=self.device), 1.0, len(before) > 1)
+        except Exception as error:  # Triton's, the C compiler's and torch's have no class in common
+            print(f"not compiled: {' '.join(str(error).split())[:200]}")
+            torch.compiler.set_stance("force_eager")
+        for network, state in zip(changed, before):
+            network.load_state_dict(state)
+        torch.manual_seed(self.config.seed)
 
     def parts(self):
         """The networks and optimizers that a checkpoint holds, by name."""

@@ -81,7 +81,7 @@ def fake(monkeypatch):
 
 @pytest.mark.parametrize("more", CASES, ids=str)
 def test_a_step_stays_on_the_device(small, more):
-    choices, useless = {**small, "resolution": 32, "preset": "f16", "gan_start": 0, **more}, idle(train.resolve(more))
+    choices, useless = {**small, "resolution": 32, "preset": "f16", "gan_start": 0, "compile": False, **more}, idle(train.resolve(more))
     config = train.resolve({name: x for name, x in choices.items() if name not in useless})
     trainer, x = train.Trainer(config, PRIOR, CUDA), torch.empty(2, 3, 32, 32, device=CUDA)
     with Unwaiting() as mode:
@@ -95,7 +95,7 @@ def test_a_step_stays_on_the_device(small, more):
 
 @pytest.mark.parametrize("stage", "gpt-none gpt-class gpt-segmentation ldm-none ldm-class ldm-segmentation".split())
 def test_the_second_stage_stays_on_the_device(small, stage):
-    run = train.Trainer(train.resolve({**small, "multipliers": (1, 1, 2), "gan_weight": 0.0}), PRIOR, CUDA)  # as a Run
+    run = train.Trainer(train.resolve({**small, "multipliers": (1, 1, 2), "gan_weight": 0.0, "compile": False}), PRIOR, CUDA)  # as a Run
     vars(run).update(model=run.model.requires_grad_(False), names=["a", "n"], token_names=["a", "n"])
     indices, labels, maps = (torch.zeros(*shape, dtype=torch.int16) for shape in ((4, 2, 4, 4), (4,), (4, 16, 16)))
     tokens = synthesize.Tokens(indices.long(), labels.long(), maps, np.zeros((4, 8, 4, 4), np.float16))
@@ -109,7 +109,7 @@ def test_the_second_stage_stays_on_the_device(small, stage):
 
 
 def test_evaluation_waits_for_its_results_alone(small):
-    run = train.Trainer(train.resolve({**small, "resolution": 32}), PRIOR, CUDA)
+    run = train.Trainer(train.resolve({**small, "resolution": 32, "compile": False}), PRIOR, CUDA)
     images = [torch.zeros(1, 3, 32, 32, dtype=torch.uint8) for _ in range(2)]
     run.batches = lambda *which: ((train.to_images(x, CUDA), {"image": x}) for x in images)
     state = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()

@@ -1,6 +1,7 @@
 """The demo, the command line, and training itself: steps, run folders, checkpoints, resuming."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -316,16 +317,16 @@ def test_a_compiled_step_is_the_step(monkeypatch, prior):
     as_traced = lambda network: compile_in_place(network, backend="aot_eager")
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", as_traced)
-    trainers = [Trainer(tiny(gan_start=0, perceptual_weight=0.0), prior.tensors(), CPU) for _ in range(2)]
+    trainers = [Trainer(tiny(gan_start=0), prior.tensors(), CPU) for _ in range(2)]
     trainers[1].compile()
-    assert all(trainers[1].__dict__[name]._compiled_call_impl for name in ("model", "discriminator"))
+    states = [trainer.model.state_dict() for trainer in trainers]
+    torch.testing.assert_close(*states, rtol=0, atol=0)  # what the trial changed is as it was
     torch._dynamo.utils.counters.clear()
     for step in range(2):
-        x = torch.rand(2, 3, 32, 32) * 2 - 1
+        x = torch.rand(trainers[0].config.batch_size, 3, 32, 32) * 2 - 1
         values = [trainer.train_step([x]) for trainer in trainers]
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] < 9 and trainers[0].parts().keys() == trainers[1].parts().keys()
-    assert trainers[0].model.state_dict().keys() == trainers[1].model.state_dict().keys()
+    assert not torch._dynamo.utils.counters["stats"]  # the trial has compiled all that a step needs
 
 
 def test_what_does_not_compile_well_stays_apart(monkeypatch, prior):
@@ -340,14 +341,16 @@ def test_what_does_not_compile_well_stays_apart(monkeypatch, prior):
 
 
 def test_without_a_compiler_networks_are_trained_as_they_are(monkeypatch, prior, capsys):
-    def fails(function):
+    def no_compiler(graph, inputs):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
-    monkeypatch.setattr(torch, "compile", fails)
-    trainer = Trainer(tiny(), prior.tensors(), CPU)
-    trainer.compile()
-    assert trainer.model._compiled_call_impl is None
-    assert capsys.readouterr().out == "not compiled: Failed to find C compiler. Please specify one\n"
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compile_in_place(network, backend=no_compiler))
+    with torch.compiler.set_stance("default"):  # and again afterwards
+        trainer = Trainer(tiny(gan_start=0), prior.tensors(), CPU)
+        trainer.compile()
+        assert re.match("not compiled: .*Failed to find C compiler. Please specify one", capsys.readouterr().out)
+        assert trainer.train_step([torch.rand(2, 3, 32, 32)])["loss"].isfinite()
 
 
 @pytest.mark.parametrize("amp, since_ampere, expected", [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")])

@@ -195,10 +195,10 @@ def bench_step():
     """A step of the f16 network with its adversary against taming-transformers' way."""
     cuda = DEVICE.type == "cuda"
     resolution, batch = (256, 8) if cuda else (128, 2)
-    trainers = {"eager, float32": make_trainer(resolution, amp=False)}
+    trainers = {"eager, float32": make_trainer(resolution, amp=False, compile=False)}
     if cuda:
-        trainers["--compile, bfloat16"] = make_trainer(resolution, compile=True)
-    theirs = make_trainer(resolution, amp=False)
+        trainers["compiled, bfloat16"] = make_trainer(resolution)
+    theirs = make_trainer(resolution, amp=False, compile=False)
     for network in (theirs.model, theirs.discriminator, theirs.perceptual):
         network.to(memory_format=torch.contiguous_format)
     make = lambda: (torch.rand(batch, 3, resolution, resolution, device=DEVICE) * 2 - 1,)

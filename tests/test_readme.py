@@ -5,10 +5,13 @@ import ast
 import builtins
 import dis
 import doctest
+import itertools
+import json
 import re
 import shlex
 import sys
 import types
+from collections import defaultdict
 
 import pytest
 import torch
@@ -98,6 +101,36 @@ def test_every_flag_named_exists(capsys):
     known |= {"--nproc-per-node"} | set(re.findall(r'"(--[\w-]+)"', (ROOT / "tests" / "bench.py").read_text()))
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 40 and named <= known, named - known
+
+
+# ======== Results
+
+RESULTS = defaultdict(list)  # row → its seeds' evaluations, without pictures
+for path in sorted((ROOT / "tests" / "reference" / "cub64").glob("*.json")):
+    RESULTS[path.stem.rpartition("-")[0]].append(json.loads(path.read_text(encoding="utf-8")))
+
+
+def cells_of(name):
+    """A row of the README's table: seeds, PSNR, LPIPS, codes used, bits."""
+    group, first, cells = RESULTS[name], RESULTS["vqct"], [str(len(RESULTS[name]))]
+    for column, form in (("psnr", "{:.2f}"), ("lpips", "{:.3f}")):
+        values, others = ([result[column] for result in results] for results in (group, first))
+        cells.append(evaluate.spread(values, form) + ("" if group is first else evaluate.against(values, others)))
+    codes = [evaluate.spread([result["codes_used"][part] for result in group], "{:,.0f}") for part in group[0]["codes"]]
+    return [*cells, " + ".join(codes), evaluate.spread([result["bits_entropy"] for result in group], "{:,.0f}")]
+
+
+def test_the_table_of_results_is_that_of_its_evaluations():
+    section = README.split("\n## Results")[1].split("\n## ")[0]
+    rows = {re.sub("^vqct --(.*) ", r"\1-", name): cells.split(" | ")
+            for name, cells in re.findall(r"(?m)^\| `(.*?)`[^|]*\| (\d \|.*) \|$", section)}
+    assert rows.keys() == RESULTS.keys()
+    for name, cells in rows.items():
+        seeds = [result["seed"] for result in RESULTS[name]]
+        assert cells == cells_of(name) and seeds == list(range(len(seeds))) and len(evaluate.rows_of(RESULTS[name])) == 1
+    for name, part in itertools.product(("vqct", "shuffle-vectors", "matched-cvq"), prior.PARTS):
+        said = [result["alignment"][part]["ratio"] for result in RESULTS[name]]
+        assert evaluate.spread(said, "{:.2f}") in " ".join(section.split()), (name, part)
 
 
 @pytest.fixture

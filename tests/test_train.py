@@ -318,6 +318,7 @@ def test_a_compiled_step_is_the_step(monkeypatch, prior):
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", as_traced)
     trainers = [Trainer(tiny(gan_start=0), prior.tensors(), CPU) for _ in range(2)]
+    assert torch._dynamo.explain(trainers[0].model)(torch.zeros(2, 3, 32, 32)).graph_count == 1  # search and all
     trainers[1].compile()
     states = [trainer.model.state_dict() for trainer in trainers]
     torch.testing.assert_close(*states, rtol=0, atol=0)  # what the trial changed is as it was

@@ -49,7 +49,7 @@ FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and inc
 class EvaluationConfig:
     """How runs are measured; weights without a local copy are in torch hub's cache, or downloaded."""
 
-    data: str = option("", "where the data set lies now, if not where the run found it")
+    data: str = option("", "where the data set lies now, or another data set, whose results go to RUN/other/NAME")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     checkpoint: str = option("last", "the last step, as in the paper, or the best by validation",
                             choices=("last", "best"))
@@ -320,6 +320,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         draw_curves([evaluation], run.results / "curves.png")
         if run.prior is not None and len(run.prior["edges"]):
             draw_toy(run.prior, run.results / "fig3_toy.png")
+    print(f"{run.results}: evaluation.json, reconstructions.png{', curves, Fig. 3, 5 to 7' if choices.figures else ''}")
     return evaluation
 
 
@@ -332,7 +333,7 @@ def reconstructed(run, dataset, count):
 
 # ======== Tables
 
-SAME_ROW = ("seed", "out", "device", "workers", "log_every", "eval_every", "eval_images")  # may differ within a row
+SAME_ROW = "seed out device compile workers log_every eval_every eval_images".split()  # may differ within a row
 
 
 def rows_of(results):
@@ -608,9 +609,6 @@ def main(argv=None):
     for path in paths:
         save = choices.save and (Path(choices.save) / path.resolve().name if len(paths) > 1 else Path(choices.save))
         evaluations.append(evaluate(path, choices, inception, lpips, save))
-        figures = ", curves, Fig. 3, 5, 6, 7" if choices.figures else ""
-        if not rank():
-            print(f"{evaluations[-1].run.results}: evaluation.json, reconstructions.png{figures}")
     if not rank():
         results = [evaluation.result for evaluation in evaluations]
         alike = len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1

@@ -349,8 +349,8 @@ def subjects(tokens, copula):
             j = j - 1 if tokens[j - 1].tag in ("VBG", "VBN") else j
         elif tokens[j].tag != "VBG":
             break
-        j = j - 1 if tokens[j - 1].tag == "CC" and j > 1 else j  # "man holding a bat and wearing a hat is"
-        if tokens[j - 1].part != "noun":
+        j = j - 1 if tokens[j - 1].tag == "CC" else j  # "man holding a bat and wearing a hat is"
+        if j < 1 or tokens[j - 1].part != "noun":
             break
         heads, start = [j - 1], phrase_start(j - 1)
     link = ("CC",)  # "its belly and breast are white": bare nouns before "and", then before commas

@@ -212,9 +212,10 @@ def check_condition(config, run):
     """Raise UserError for a condition that a run's data set lacks, before anything is encoded."""
     records = run.dataset("train").records if config.condition != "none" else ()
     if config.condition == "class" and all(record.label < 0 for record in records):
-        raise UserError("--condition class: this run's data set has no classes (of a folder, its sub-folders)")
+        raise UserError("--condition class: the data set has no classes (with --dataset folder, sub-folders are)")
     if config.condition == "segmentation" and all(record.segmentation is None for record in records):
-        raise UserError("--condition segmentation: this run's data set has no label maps (of a folder, --labels DIR)")
+        advice = "with --dataset folder, --labels DIR names them"
+        raise UserError(f"--condition segmentation: the data set has no label maps ({advice})")
 
 
 def condition_count(config, *splits):
@@ -230,6 +231,12 @@ def condition_count(config, *splits):
     return count
 
 
+def check_labels(config, count, tokens):
+    """Raise UserError for images of more classes or labels than a second stage knows."""
+    if (found := condition_count(config, tokens)) > count:
+        raise UserError(f"--condition {config.condition}: the second stage knows {count} of {found} in these images")
+
+
 def make_network(config, run, count):
     """The network that a SynthesisConfig names, for a tokenizer."""
     model, codes = run.model, run.model.codebook()
@@ -243,10 +250,10 @@ def make_network(config, run, count):
     return network.to(run.device)
 
 
-def stage_folder(run, config):
-    """Where a second stage lies."""
+def stage_folder(run, config, root=None):
+    """Where a second stage lies, in its run or below another root."""
     name = f"{config.model}-{config.condition}" + ("" if config.joint else "-independent")
-    return run.path / "synthesis" / name
+    return (root or run.path) / "synthesis" / name
 
 
 def load_stage(run, folder):
@@ -476,7 +483,7 @@ def draw_samples(runs, choices, part=""):
 
     Rows: label maps and originals, and what each run makes of them: its tokens decoded, completions, samples.
     """
-    path = stage_folder(runs[0], choices) / ("completions.png" if part else "samples.png")
+    path = stage_folder(runs[0], choices, runs[0].results) / ("completions.png" if part else "samples.png")
     path, rows, legend, ldm = Path(choices.output or path), [], [], choices.model == "ldm"
     if part and choices.output == part:
         raise UserError(f"--output {part} is the picture of --part; name another")
@@ -486,6 +493,7 @@ def draw_samples(runs, choices, part=""):
         stage = load_stage(run, stage_folder(run, choices))
         count = stage[2]
         tokens, dataset = tokens_of(run, "val", 1, ldm and bool(part or choices.pin)), run.dataset("val")
+        check_labels(choices, count, tokens)
         images = torch.tensor(choices.images or spread_indices(len(dataset), choices.count))
         if images.max() >= len(dataset) or images.min() < 0:
             raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
@@ -503,7 +511,7 @@ def draw_samples(runs, choices, part=""):
                 raise UserError(f"--label {choices.label}: classes are {', '.join(dataset.classes[:count])}")
             tokens = tokens._replace(labels=torch.full_like(tokens.labels, dataset.classes.index(choices.label)))
         rows += rows_of_run(run, stage, tokens, images, choices, part)
-    draw_grid([*rows, *legend], path)
+    draw_grid(rows, path, legend=legend)
     print(f"{path}: images {', '.join(map(str, images.tolist()))} from left to right, {len(rows)} rows")
 
 
@@ -511,21 +519,20 @@ def rows_of_run(run, stage, tokens, images, choices, part):
     """What a run makes of some images: a list of (label, pictures)."""
     name, own = run.path.name, tokens.indices[images]
     known = known_part(part, run.model.grid)
-    decoded, nothing = decode_tokens(run, own), torch.full_like(own, -1)
+    decoded, pinned = decode_tokens(run, own), pin_words(run, torch.full_like(own, -1), choices.pin)
     rows = [(f"{name}: tokens decoded", decoded)]
-    ways = {choices.label or "sample": pin_words(run, nothing, choices.pin)}
+    ways = {choices.label or "sample": pinned}
     if part:
         mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
         rows.append((f"{name}: known", decoded * mask))
         ways = {"completed": pin_words(run, torch.where(known, own, -1), choices.pin), **ways}
-    pinned = (pin_words(run, nothing, choices.pin) >= 0).any(dim=1, keepdim=True)
     if choices.model == "gpt" and (choices.pin or (known.flatten().int().diff() > 0).any()):
         print("gpt draws from the top left: positions before a given token do not see it (--model ldm sees all)")
     for way, given in ways.items():
         for repeat in range(choices.repeat):
             seed = choices.seed + repeat
             drawn = draw_images(run, stage, tokens, images, choices, seed, given if (given >= 0).any() else None)
-            rows.append((f"{name}: {way} {repeat + 1}", framed(decode_tokens(run, drawn), pinned)))
+            rows.append((f"{name}: {way} {repeat + 1}", framed(decode_tokens(run, drawn), (pinned >= 0).any(1, True))))
             for index, indices in zip(images.tolist(), drawn) if choices.words else ():
                 print(f"\n{way} {repeat + 1} for image {index}\n{run.spell(indices)}\n")
     return rows
@@ -566,6 +573,7 @@ def evaluate_stage(run, stage, choices, inception):
     """One row of Table 6 → dict, also in evaluation.json."""
     network, config, count, step = stage
     val_set, positions = tokens_of(run, "val", 1, config.model == "ldm"), math.prod(run.model.grid)
+    check_labels(config, count, val_set)
     model = config.model + ("" if config.joint else ", independent heads")
     result = {"run": str(run.path), "model": model, "condition": config.condition, "step": step}
     if config.model == "gpt":
@@ -596,7 +604,7 @@ def evaluate_stage(run, stage, choices, inception):
         done += len(x)
     result["psnr"] = torch.cat(scores).mean().item()
     result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features)) if inception is not None else None
-    with atomic_write(run.results / stage_folder(run, config).relative_to(run.path) / "evaluation.json") as part:
+    with atomic_write(stage_folder(run, config, run.results) / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=1))
     return result
 
@@ -673,12 +681,13 @@ def convert(run, photographs, split, decode, output, words):
 def parse(argv=None):
     """Command line → dict: `command`, `runs`, and its flags."""
     argv = sys.argv[1:] if argv is None else argv
-    at = next((i for i, word in enumerate(argv) if word in COMMANDS), max(0, len(argv) - 1))  # runs come before it
-    parser = Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] COMMAND, of which train and tokens take one RUN")
+    starts = (i for i, word in enumerate(argv) if word in COMMANDS or word.startswith("-"))
+    at = next(starts, min(1, len(argv[1:])))  # runs come before it
+    parser = Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] COMMAND ...; train and tokens take one RUN")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, (kind, what) in COMMANDS.items():
         sub = commands.add_parser(name, help=what, description=what, prog=f"{parser.prog} RUN {name}")
-        sub.add_argument("--data", default="", help="where the data set lies now, if not where the run found it")
+        sub.add_argument("--data", default="", help="where the data set lies now, or another data set")
         sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
         if kind:

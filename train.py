@@ -16,6 +16,7 @@ import contextlib
 import copy
 import datetime
 import io
+import itertools
 import json
 import math
 import os
@@ -92,7 +93,8 @@ class Config(ModelConfig):
     trunk_weights: str = option("", "local copy of its torchvision ImageNet weights (else downloaded)")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads (else downloaded)")
     gan_weight: float = option(0.8, "adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
-    gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks)", least=0)
+    gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks); tiny: "
+                            "after five sixths of the steps", least=0)
     discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)", most=6)
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     compile: bool = option(True, "torch.compile the networks on CUDA: a slower start, faster steps")
@@ -226,38 +228,37 @@ class Trainer:
         if config.perceptual_weight > 0:
             self.perceptual = load_lpips(config.perceptual_trunk, config.trunk_weights, config.lpips_weights)
             self.perceptual.to(device, memory_format=torch.channels_last)
-        self.start = [codes.detach().clone() for codes in self.model.eval().codebook()]  # for Fig. 6
         # the step at which each code was last chosen
         self.last_used = [torch.full((size,), -1, device=device) for size in self.model.codebook.sizes]
         for network in filter(None, (self.model, self.discriminator)) if distributed() else ():
             for tensor in network.state_dict().values():
                 torch.distributed.broadcast(tensor, 0)
-        if config.compile and device.type == "cuda":
+        if config.compile and config.steps and not config.deterministic and device.type == "cuda":
             self.compile()
+        self.start = [codes.detach().clone() for codes in self.model.eval().codebook()]  # for Fig. 6
 
     def _adam(self, network):
         return torch.optim.Adam(network.parameters(), lr=self.config.lr, betas=(0.5, 0.9), fused=True)
 
     def compile(self):
-        """torch.compile what a step runs, by one on black images; where it fails, a line says so and nothing is."""
-        # The adaptive weight differentiates the last layer alone; baselines draw, anneal and move codes as they go.
+        """Compile the networks and try a step on black images; where that fails, print why and train uncompiled."""
+        # Apart: the last layer, which the adaptive weight differentiates alone, and quantizers that draw or move codes.
         apart = [quantizer for quantizer in self.model.quantizers if type(quantizer) is not VectorQuantizer]
         for module in (self.model.decoder.to_image, *apart):
             module.forward = torch.compiler.disable(module.forward)
-        networks = [self.model, self.perceptual]
-        networks += [] if distributed() else [self.discriminator]  # batch norm of all processes breaks the graph
-        for network in filter(None, networks):
+        alone = None if distributed() else self.discriminator  # batch norm of all processes breaks the graph
+        for network in filter(None, (self.model, self.perceptual, alone)):
             network.compile()
-        changed = list(filter(None, (self.model.train(), self.discriminator)))
-        before = [copy.deepcopy(network.state_dict()) for network in changed]
-        side = self.config.resolution
+        changed = filter(None, (self.model.train(), self.discriminator))
+        before, side = [(part, copy.deepcopy(part.state_dict())) for part in changed], self.config.resolution
         try:
-            self.micro_step(torch.zeros(self.config.batch_size, 3, side, side, device=self.device), 1.0, len(before) > 1)
+            x = torch.zeros(self.config.batch_size, 3, side, side, device=self.device)
+            self.micro_step(x, 1.0, self.discriminator is not None)
         except Exception as error:  # Triton's, the C compiler's and torch's have no class in common
             print(f"not compiled: {' '.join(str(error).split())[:200]}")
             torch.compiler.set_stance("force_eager")
-        for network, state in zip(changed, before):
-            network.load_state_dict(state)
+        for part, state in before:
+            part.load_state_dict(state)
         torch.manual_seed(self.config.seed)
 
     def parts(self):
@@ -364,7 +365,7 @@ class Trainer:
         scores, originals, reconstructions, wanted = [], [], [], spread_indices(len(loader.dataset), shown)
         for batch in loader:
             x = to_images(batch["image"], self.device)
-            x_hat = self.model.forward(x).x_hat  # which is not compiled again for evaluation
+            x_hat = self.model.forward(x).x_hat  # uncompiled, as evaluation would compile graphs of its own
             rows = [row for row in range(len(x)) if len(scores) + row in wanted]
             originals += x[rows]
             reconstructions += x_hat[rows]
@@ -384,7 +385,7 @@ def psnr(x_hat, x):
 
 
 def autocast(trainer):
-    """bfloat16, or nothing where `precision` is float32."""
+    """Autocast to bfloat16 where `precision` says so."""
     return torch.autocast(trainer.device.type, torch.bfloat16, enabled=precision(trainer) == "bfloat16")
 
 
@@ -798,11 +799,11 @@ def warn_of_label_maps(records):
     modes = {}
     for path in (record.path for record in records):
         if path.parent not in modes:
-            with user_error(f"image '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as image:
-                modes[path.parent] = len(image.getbands())
+            with user_error(f"image '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as file:
+                modes[path.parent] = len(file.getbands())
     if {1} < set(modes.values()):
         found = ", ".join(f"'{folder}'" for folder, bands in modes.items() if bands == 1)
-        print(f"one-channel images train as photographs: {found}; of label maps, name the folder by --labels")
+        print(f"one-channel images train as photographs: {found}; move label maps out of --data, and give --labels DIR")
 
 
 def make_dataset(config, split):
@@ -815,8 +816,6 @@ def make_dataset(config, split):
     records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels)
     if not records:
         raise UserError(f"no images for the {split} split in '{root}' (a folder needs ten to hold one out)")
-    if not layout and split == "train":
-        warn_of_label_maps(records)
     return ImageDataset(records, classes, config.resolution, config.seed, layout.unlabeled if layout else -1)
 
 
@@ -892,14 +891,13 @@ def worker_init(worker):
 VERSION = 3  # of checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
     tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
-    fig7_regions.png curves.png samples.png completions.png
-    photographs.png""".split()
+    fig7_regions.png curves.png samples.png completions.png photographs.png""".split()
 
 
 def check_folder(out, overwrite):
     """Raise UserError for a run that may not be overwritten, or a folder that holds what no run of train.py writes."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    ours = (*RUN_FILES, "synthesis", "decoded", "other")  # the latter of other scripts, and kept
+    ours = (*RUN_FILES, "synthesis", "decoded", "other")  # the last three are other scripts' folders, and kept
     foreign = [name for name in names if name.removesuffix(".part") not in ours]
     if "last.pt" in names and not overwrite:
         raise UserError(f"run '{out}' exists; go on with --resume, replace it with --overwrite, or name another --out")
@@ -1040,9 +1038,9 @@ class Run:
         self.model.codebook.forward = lambda: codes  # made once, not for each batch
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
             raise UserError(f"--data or --labels changes nothing for '{path}', a run of {self.config.dataset}")
-        self.results = self.path  # … of another data set than the run's own lie apart
+        self.results = self.path  # where results go; those on another data set have a folder of their own
         if data and Path(data).resolve().name != Path(self.config.data).resolve().name:
-            self.results = self.path / "other" / Path(data).resolve().name
+            self.results, self.config.labels = self.path / "other" / Path(data).resolve().name, ""
         self.config.data, self.config.labels = data or self.config.data, labels or self.config.labels
         sizes = self.model.codebook.sizes
         self.names = ("adjective", "noun") if len(sizes) == 2 else ("code",)
@@ -1083,18 +1081,20 @@ def to_bytes(x):
     return x.float().clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8)
 
 
-def draw_grid(rows, path, size=128, columns=8):
+def draw_grid(rows, path, size=128, columns=8, legend=()):
     """Rows of pictures, each with a label at its left → PNG; rows longer than `columns` go on below.
 
     rows: list of (label, images (3, H, W) in [-1, 1]), and maybe the images' names; size: pixels a side at the least.
+    legend: rows that stand below all others.
     """
-    size, length = max(size, rows[0][1][0].shape[-1]), max(len(row[1]) for row in rows)
-    parts = [(label, *(part[i : i + columns] for part in parts)) for i in range(0, length, columns)
-             for label, *parts in rows if i < len(parts[0])]
+    size, parts = max(size, rows[0][1][0].shape[-1]), []
+    length = max(len(images) for _, images, *_ in (*rows, *legend))
+    for group, i in itertools.product((rows, legend), range(0, length, columns)):
+        parts += [(label, *(x[i : i + columns] for x in row)) for label, *row in group if i < len(row[0])]
     grid = Image.new("RGB", (150 + min(length, columns) * (size + 4), len(parts) * (size + 4)), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(14)
     for row, (label, images, *names) in enumerate(parts):
-        lines = [part for line in label.split("\n") for part in textwrap.wrap(line, 20)]
+        lines = [part for line in label.split("\n") for part in textwrap.wrap(line, 18)]
         draw.multiline_text((8, (row + 0.5) * (size + 4)), "\n".join(lines), "black", font, anchor="lm")
         for column, x in enumerate(images):
             picture = TF.to_pil_image(to_bytes(x).cpu()).resize((size, size), Image.Resampling.NEAREST)
@@ -1222,6 +1222,8 @@ def main(argv=None):
         if config.download:
             download(config.dataset, Path(config.data))
         train_set, val_set = make_dataset(config, "train"), make_dataset(config, "val")  # the latter is for evaluate.py
+    if config.dataset == "folder":
+        warn_of_label_maps(train_set.records)
     kept, chosen = hold_out(len(train_set))
     prior = None if state else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
     tensors = state["prior"] if state else prior and prior.tensors()
@@ -1243,7 +1245,7 @@ def main(argv=None):
         print(f"{config.dataset}: {sizes}; run {out}")
         where = f"on {device} in {precision(trainer)}"
         print(f"{config.method} ({config.preset}) {where}: {trainer.model.grid} positions of {codes} codes")
-        never = ", after the last" if config.gan_start >= config.steps else ""
+        never = ", that is never" if config.gan_start >= config.steps else ""
         adversary = f"adversary × {config.gan_weight} from step {config.gan_start:,}{never}"
         print(f"losses: {config.pixel_loss}, LPIPS × {config.perceptual_weight}, {adversary}", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)

@@ -549,22 +549,39 @@ def test_results_of_other_data_lie_apart(photographs, run, tmp_path, monkeypatch
     moved = shutil.copytree(photographs / "images", tmp_path / "moved" / "images")
     evaluate.main([str(run), f"--data={moved}"])  # the same data set elsewhere
     assert "evaluation.json" in files_of(run)
+    synthesize.main([str(run), *STAGE, "--steps=2"])
+    synthesize.main([str(run), "sample", "--count=1", f"--data={data}"])
+    assert list(run.rglob("samples.png")) == [other / "synthesis" / "gpt-none" / "samples.png"]
+
+
+def test_a_second_stage_knows_the_classes_that_it_was_trained_with(photographs, run, tmp_path, capsys):
+    data, which = tmp_path / "kinds", ["--condition=class", f"--data={tmp_path / 'kinds'}"]
+    for kind in "ab":
+        for split in ("train", "val"):
+            shutil.copytree(photographs / "images" / split, data / split / kind)
+        if kind == "a":
+            synthesize.main([str(run), *STAGE, *which, "--steps=2"])
+            synthesize.main([str(run), "sample", *which, "--count=1"])
+    for command in ("sample", "evaluate"):
+        more = which if command == "sample" else which[1:]
+        with pytest.raises(UserError, match="knows 1 of 2|no second stage"):
+            synthesize.main([str(run), command, *more])
 
 
 def test_label_maps_among_photographs_are_named(photographs, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(photographs / "images", data / "train" / "pictures")
-    record = lambda: train.make_dataset(train.resolve(dict(dataset="folder", data=str(data))), "train")
-    record()
+    warn = lambda: train.warn_of_label_maps(train.folder_records(data, "train")[0])
+    warn()
     assert "one-channel" not in capsys.readouterr().out
     shutil.copytree(photographs / "maps", data / "train" / "maps")
     shutil.copytree(photographs / "images" / "val", data / "val")
-    record()
+    warn()
     printed = capsys.readouterr().out
     assert "maps" in printed and "pictures" not in printed and "--labels" in printed and printed.count("\n") == 1
 
 
-@pytest.mark.parametrize("condition, message", [("class", "has no classes"), ("segmentation", "has no label maps (of a folder, --labels DIR)")])
+@pytest.mark.parametrize("condition, message", [("class", "has no classes"), ("segmentation", "has no label maps (with --dataset folder, --labels DIR names them)")])
 def test_a_condition_that_the_data_lack_is_refused_before_encoding(photographs, run, tmp_path, capsys, condition, message):
     data, words = tmp_path / "images", [*STAGE, f"--condition={condition}"]
     for split in ("train", "val"):

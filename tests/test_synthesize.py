@@ -220,7 +220,7 @@ def test_words_are_pinned_and_parts_completed(run, capsys):
     flags = ["--condition=segmentation", "--words", "--output=s.png"]
     go("sample", *flags, "--pin", f"3,4={adjectives[3]},{adjectives[5]},{nouns[4]}", "--count=1", "--repeat=1")
     grid = capsys.readouterr().out.split("sample 1 for image 0\n")[1].splitlines()
-    assert f"{adjectives[3]} {adjectives[5]} {nouns[4]}" in grid[3] 
+    assert f"{adjectives[3]} {adjectives[5]} {nouns[4]}" in grid[3]
     sample = np.array(Image.open("s.png"))[3 * 132 :, 150:][:128:4, :128:4]  # 32 pixels a side, four of a cell
     cell = sample[12:16, 16:20]
     assert (cell[[0, 3]] == 255).all() and (cell[:, [0, 3]] == 255).all() and not (cell[1:3, 1:3] == 255).all()
@@ -260,7 +260,7 @@ def test_photographs_are_read_as_they_are(run, capsys):
     for i, name in enumerate("ab"):
         x = here.read(f"{name}.png")
         assert f"\nimage {i}\n{here.spell(here.model.encode(x)[0])}\n" in printed
-    assert Image.open("seen.png").size == (150 + 2 * 132, 2 * 132) 
+    assert Image.open("seen.png").size == (150 + 2 * 132, 2 * 132)
 
 
 def test_sub_commands_have_their_own_page(capsys):

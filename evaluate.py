@@ -552,10 +552,11 @@ def draw_curves(evaluations, path):
 def draw_rate_distortion(results, path):
     """PSNR against bits at the codes' entropy: a dot for each row, ± the standard deviations of its seeds."""
     lines = []
-    for colour, (name, group) in enumerate(rows_of(results)):
+    for colour, (_, group) in enumerate(rows_of(results)):
         seeds = np.array([(result["bits_entropy"], result["psnr"]) for result in group])
         mean, bars = seeds.mean(axis=0), seeds.std(axis=0, ddof=1) * np.eye(2) if len(seeds) > 1 else ()
-        lines += [*(([mean - bar, mean + bar], colour, "") for bar in bars), ([mean], colour, Path(name).name)]
+        lines += [([mean - bar, mean + bar], colour, "") for bar in bars]
+        lines.append(([mean], colour, Path(group[0]["run"]).name))
     panel = dict(title="rate and distortion", x="bits per image, ideal code", y="PSNR, dB", lines=lines)
     draw_plots([panel], path, size=(900, 600))
 

@@ -312,7 +312,7 @@ def test_rate_and_distortion_have_bars_of_the_seeds(seen):
     draw_rate_distortion(results, "rate.png")
     bars = [(np.array(points).tolist(), label) for points, _, label in seen[0][0]["lines"]]
     half = 2**0.5
-    assert bars[:3] == [([[11 - half, 20], [11 + half, 20]], ""), ([[11, 20], [11, 20]], ""), ([[11, 20]], "r0 (2 seeds)")]
+    assert bars[:3] == [([[11 - half, 20], [11 + half, 20]], ""), ([[11, 20], [11, 20]], ""), ([[11, 20]], "r0")]
     assert bars[3:] == [([[10, 20]], "r0")]
 
 

@@ -226,7 +226,7 @@ def mean_image(run, limit=10_000):
     """(3, R, R) mean of at most `limit` training images, evenly spaced: the best constant prediction."""
     dataset = run.dataset("train")
     chosen = spread_indices(len(dataset), limit)
-    return sum(x.sum(dim=0) for x, _ in run.batches(dataset, chosen)).div(len(chosen))
+    return sum(x.sum(dim=0) for x, _ in run.batches(dataset, chosen, "averaging")).div(len(chosen))
 
 
 @torch.no_grad()
@@ -483,8 +483,8 @@ def draw_usage(evaluations, path):
             ranked.append((np.stack([1 + np.arange(used), counts[:used]], axis=1), colour, label))
             growth.append((np.stack([1 + first, 1 + np.arange(used)], axis=1), colour, f"{name}s"))
         title = run.path.name
-        panels.append(dict(title=title, lines=ranked, x="codes, most used first", y="times chosen", log="y"))
-        panels.append(dict(title=title, lines=growth, x="positions seen", y="codes used so far", log="x"))
+        panels.append(dict(title=title, lines=ranked, x="codes, most used first", y="times chosen, log scale", log="y"))
+        panels.append(dict(title=title, lines=growth, x="positions seen, log scale", y="codes used so far", log="x"))
     draw_plots(panels, path)
 
 

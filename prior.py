@@ -750,7 +750,7 @@ def rewired(edges, rng, rounds=100):
 # ======== Looking at a prior: prior.py show
 
 EXAMPLES = {"adjective": ("orange", "yellow", "blue"), "noun": ("breast", "belly", "wheel")}  # the paper's Fig. 1
-CAPTION = "this small brown bird has a bright orange breast and a short sharp beak."
+CAPTION = "this small brown bird has a bright orange breast and a short black beak."
 
 
 def nearest_words(words, vectors, word, count):

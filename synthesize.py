@@ -512,7 +512,7 @@ def draw_samples(runs, choices, part=""):
             tokens = tokens._replace(labels=torch.full_like(tokens.labels, dataset.classes.index(choices.label)))
         rows += rows_of_run(run, stage, tokens, images, choices, part)
     draw_grid(rows, path, legend=legend)
-    print(f"{path}: images {', '.join(map(str, images.tolist()))} from left to right, {len(rows)} rows")
+    print(f"{path}: images {', '.join(map(str, images.tolist()))} from left to right")
 
 
 def rows_of_run(run, stage, tokens, images, choices, part):
@@ -532,7 +532,8 @@ def rows_of_run(run, stage, tokens, images, choices, part):
         for repeat in range(choices.repeat):
             seed = choices.seed + repeat
             drawn = draw_images(run, stage, tokens, images, choices, seed, given if (given >= 0).any() else None)
-            rows.append((f"{name}: {way} {repeat + 1}", framed(decode_tokens(run, drawn), (pinned >= 0).any(1, True))))
+            label = "\n".join([f"{name}: {way} {repeat + 1}", *choices.pin])
+            rows.append((label, framed(decode_tokens(run, drawn), (pinned >= 0).any(1, True))))
             for index, indices in zip(images.tolist(), drawn) if choices.words else ():
                 print(f"\n{way} {repeat + 1} for image {index}\n{run.spell(indices)}\n")
     return rows
@@ -651,8 +652,8 @@ def convert(run, photographs, split, decode, output, words):
         path = Path(output or run.path / "photographs.png")
         x = torch.cat([run.read(photograph) for photograph in photographs])
         indices, words = run.model.encode(x), words or range(len(x))
-        draw_grid([("original", x), ("from its tokens", run.model.decode(indices))], path)
-        print(f"{path}: {len(x):,} images above what their tokens give")
+        draw_grid([("original", x, photographs), ("from its tokens", run.model.decode(indices))], path)
+        print(f"{path}: each image above what its tokens give")
     elif decode:
         with user_error(f"'{decode}' is no token file of this run: {{}}"):
             arrays = dict(np.load(decode))
@@ -675,7 +676,7 @@ def convert(run, photographs, split, decode, output, words):
     for index in words:
         if not 0 <= index < len(indices):
             raise UserError(f"--words {index}: there are images 0 … {len(indices) - 1}")
-        print(f"\nimage {index}\n{run.spell(indices[index])}")
+        print(f"\n{photographs[index] if photographs else f'image {index}'}\n{run.spell(indices[index])}")
 
 
 def parse(argv=None):
@@ -707,10 +708,9 @@ def parse(argv=None):
             what.add_argument("--decode", default="", help="token file to turn back into images")
             sub.add_argument("--output", default="", help="PNG of photographs, token file, or folder of --decode")
             sub.add_argument("--words", default=(), nargs="+", type=int, help="images to print as words, by number")
-    args = vars(parser.parse_args(argv[at:]))
-    if not at:
-        parser.error(f"name a run of train.py before {args['command']}")
-    return {"runs": argv[:at], **args}
+    if argv[:1] and argv[0] in COMMANDS and not {"-h", "--help"} & set(argv):
+        parser.error(f"name a run of train.py before {argv[0]}")
+    return {**vars(parser.parse_args(argv[at:])), "runs": argv[:at]}
 
 
 COMMANDS = {  # sub-command → its flags' dataclass, what it does

@@ -772,11 +772,11 @@ def download(dataset, root):
             )
 
 
-def folder_records(root, split, labels=""):
+def folder_records(root, split, labels="", whole=False):
     """Any tree of images. Folders named train and val (or test) are the splits, else every tenth image is held out.
 
     root: the tree; sub-folders of a split are classes, `x.txt` beside `x.jpg` holds its captions.
-    labels: tree of label maps with the same relative names.
+    labels: tree of label maps with the same relative names; whole: hold none out, as of images that did not train.
     Returns records, class names.
     """
     names = [name for name in ("val", "test") if (root / name).is_dir()] if (root / "train").is_dir() else []
@@ -786,7 +786,7 @@ def folder_records(root, split, labels=""):
     classes = sorted({str(p.parent.relative_to(base)) for base, paths in images.items() for p in paths} - {"."})
     base, records = bases[split], []
     for i, path in enumerate(images[base]):
-        if names or (i % 10 == 9) == (split == "val"):
+        if names or whole or (i % 10 == 9) == (split == "val"):
             label, text = str(path.parent.relative_to(base)), path.with_suffix(".txt")
             label_map = (Path(labels) / path.relative_to(root)).with_suffix(".png") if labels else None
             captions = text if text.exists() else ()
@@ -806,14 +806,14 @@ def warn_of_label_maps(records):
         print(f"one-channel images train as photographs: {found}; move label maps out of --data, and give --labels DIR")
 
 
-def make_dataset(config, split):
-    """The "train" or "val" split that a Config names."""
+def make_dataset(config, split, whole=False):
+    """The "train" or "val" split that a Config names; whole: of `folder_records`."""
     root, layout = Path(config.data), DATASETS.get(config.dataset)
     if config.dataset == "demo":
         return DemoDataset(split, config.resolution, config.seed)
     if config.dataset == "folder" and not config.data:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
-    records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels)
+    records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels, whole)
     if not records:
         raise UserError(f"no images for the {split} split in '{root}' (a folder needs ten to hold one out)")
     return ImageDataset(records, classes, config.resolution, config.seed, layout.unlabeled if layout else -1)
@@ -1052,8 +1052,8 @@ class Run:
             self.words = [adjectives, nouns] if len(sizes) == 2 else [adjectives + nouns]
 
     def dataset(self, split):
-        """The "train" or "val" images that the run was made with."""
-        return make_dataset(self.config, split)
+        """The "train" or "val" images that the run was made with, or of another data set."""
+        return make_dataset(self.config, split, whole=self.results != self.path)
 
     def read(self, path):
         """A photograph, its centre cropped to the run's resolution → (1, 3, R, R) in [-1, 1]."""

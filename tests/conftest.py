@@ -100,7 +100,7 @@ def run_training(config, *flags):
     for name, value in vars(config).items():
         flag, text = "--" + name.replace("_", "-"), ",".join(map(str, value)) if isinstance(value, tuple) else value
         switch = flag if value else flag.replace("--", "--no-")
-        if name in named or value != usual[name]:
+        if name in named or value != usual[name] and name not in idle(config):
             flags += (switch if isinstance(value, bool) else f"{flag}={text}",)
     train.main(flags)
     return Path(config.out)

@@ -546,6 +546,8 @@ def test_results_of_other_data_lie_apart(photographs, run, tmp_path, monkeypatch
     assert set(files_of(other)) >= {"evaluation.json", "reconstructions.png", "tokens-val.npz"}
     assert {name: content for name, content in files_of(run).items() if "other" not in str(name)} == before
     assert json.loads((other / "evaluation.json").read_text())["config"]["data"] == str(data)
+    flat = shutil.copytree(photographs / "images" / "val", tmp_path / "flat")
+    assert len(Run(run, data=flat).dataset("val")) == 8  # none is held out of what did not train
     moved = shutil.copytree(photographs / "images", tmp_path / "moved" / "images")
     evaluate.main([str(run), f"--data={moved}"])  # the same data set elsewhere
     assert "evaluation.json" in files_of(run)

@@ -13,7 +13,9 @@ import sys
 import types
 from collections import defaultdict
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from PIL import Image
 
@@ -132,6 +134,10 @@ def test_the_table_of_results_is_that_of_its_evaluations():
     for name, part in itertools.product(("vqct", "shuffle-vectors", "matched-cvq"), prior.PARTS):
         said = [result["alignment"][part]["ratio"] for result in RESULTS[name]]
         assert evaluate.spread(said, "{:.2f}").replace(" ± ", "±") in section, (name, part)
+    means = [[np.mean([result[name] for result in group]) for group in RESULTS.values()] for name in ("bits_entropy", "psnr")]
+    words = [[result["psnr"] for result in RESULTS[name]] for name in ("multi-mlp", "random-mlp")]
+    assert f"ρ={scipy.stats.spearmanr(*means).statistic:.2f}" in section
+    assert evaluate.against(*words).replace("(p ", "(p=").strip() in section
 
 
 @pytest.fixture

@@ -257,9 +257,9 @@ def test_photographs_are_read_as_they_are(run, capsys):
         Image.fromarray(picture).save(f"{name}.png")
     go("tokens", "a.png", "b.png", "--output=seen.png")
     here, printed = Run(run, "cpu"), capsys.readouterr().out
-    for i, name in enumerate("ab"):
+    for name in "ab":
         x = here.read(f"{name}.png")
-        assert f"\nimage {i}\n{here.spell(here.model.encode(x)[0])}\n" in printed
+        assert f"\n{name}.png\n{here.spell(here.model.encode(x)[0])}\n" in printed
     assert Image.open("seen.png").size == (150 + 2 * 132, 2 * 132)
 
 
@@ -269,7 +269,7 @@ def test_sub_commands_have_their_own_page(capsys):
             main(words)
         assert "--weight-decay" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        main(["train", "--steps=3"])
+        main(["train", "run", "--steps=3"])
     assert "name a run of train.py before train" in capsys.readouterr().err
 
 

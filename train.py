@@ -781,7 +781,9 @@ def folder_records(root, split, labels="", whole=False):
     """
     names = [name for name in ("val", "test") if (root / name).is_dir()] if (root / "train").is_dir() else []
     bases = {"train": root / "train", "val": root / names[0]} if names else {"train": root, "val": root}
-    listed = lambda base: sorted(p for p in base.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    maps = Path(labels).resolve() if labels else None
+    found = lambda base: (p for p in base.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    listed = lambda base: sorted(p for p in found(base) if maps is None or maps not in p.resolve().parents)
     images = {base: listed(base) for base in bases.values()}
     classes = sorted({str(p.parent.relative_to(base)) for base, paths in images.items() for p in paths} - {"."})
     base, records = bases[split], []
@@ -815,7 +817,7 @@ def make_dataset(config, split, whole=False):
         raise UserError("--dataset folder needs --data DIR, the folder of images")
     records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels, whole)
     if not records:
-        raise UserError(f"no images for the {split} split in '{root}' (a folder needs ten to hold one out)")
+        raise UserError(f"no images for the {split} split in '{root}' (which needs ten, or train/ and val/)")
     return ImageDataset(records, classes, config.resolution, config.seed, layout.unlabeled if layout else -1)
 
 
@@ -1037,7 +1039,8 @@ class Run:
         codes = self.model.to(self.device).eval().requires_grad_(False).codebook()
         self.model.codebook.forward = lambda: codes  # made once, not for each batch
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
-            raise UserError(f"--data or --labels changes nothing for '{path}', a run of {self.config.dataset}")
+            advice = "synthesize.py RUN tokens PHOTO reads any photograph"
+            raise UserError(f"--data or --labels changes nothing for '{path}', a run of {self.config.dataset}; {advice}")
         self.results = self.path  # where results go; those on another data set have a folder of their own
         if data and Path(data).resolve().name != Path(self.config.data).resolve().name:
             self.results, self.config.labels = self.path / "other" / Path(data).resolve().name, ""

@@ -580,6 +580,8 @@ def test_label_maps_among_photographs_are_named(photographs, tmp_path, capsys):
     shutil.copytree(photographs / "images" / "val", data / "val")
     warn()
     printed = capsys.readouterr().out
+    beside = train.folder_records(data, "train", data / "train" / "maps")[0]
+    assert {record.path.relative_to(data).parts[1] for record in beside} == {"pictures"}  # those named are left out
     assert "maps" in printed and "pictures" not in printed and "--labels" in printed and printed.count("\n") == 1
 
 

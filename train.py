@@ -1039,8 +1039,8 @@ class Run:
         codes = self.model.to(self.device).eval().requires_grad_(False).codebook()
         self.model.codebook.forward = lambda: codes  # made once, not for each batch
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
-            advice = "synthesize.py RUN tokens PHOTO reads any photograph"
-            raise UserError(f"--data or --labels changes nothing for '{path}', a run of {self.config.dataset}; {advice}")
+            kind = f"a run of {self.config.dataset} (synthesize.py RUN tokens PHOTO reads any photograph)"
+            raise UserError(f"--data or --labels changes nothing for '{path}', {kind}")
         self.results = self.path  # where results go; those on another data set have a folder of their own
         if data and Path(data).resolve().name != Path(self.config.data).resolve().name:
             self.results, self.config.labels = self.path / "other" / Path(data).resolve().name, ""

@@ -4,7 +4,7 @@
     python evaluate.py runs/cub-vqct runs/cub-vqgan --data CUB_200_2011 --figures
     python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
-Prints Markdown tables; writes evaluation.json and reconstructions.png into each run and, with --figures, curves.png,
+Prints Markdown tables; writes evaluation.json and reconstructions.png into each run (or RUN/other/NAME) and, with --figures, curves.png,
 Fig. 3 and 5 to 7, and what compares several runs into comparison/ beside the first. Runs that differ only by their seed
 share a row, mean ± standard deviation. ℓ1 and ℓ2 are on [-1, 1] images as the decoder leaves them; PSNR, SSIM and LPIPS
 on images clamped to that range, each averaged over images; FID on images rounded to 8 bits, against the same split.
@@ -503,9 +503,8 @@ def draw_similarity(evaluation, path):
         pairs = np.triu_indices(min(len(used), 1000), 1)
         before, after = ((table[used[:1000]] @ table[used[:1000]].T)[pairs] for table in tables)
         kept = np.corrcoef(before, after)[0, 1] if len(before) > 1 and before.std() * after.std() > 0 else math.nan
-        pictures = [colour(matrix) for matrix in matrices]
         listed = ", ".join(words[code] for code in used[:10])
-        rows.append((f"{name}s at start, at end: correlation {kept:.2f}\n{listed}", pictures))
+        rows.append((f"{name}s at start, at end: correlation {kept:.2f}\n{listed}", list(map(colour, matrices))))
     rows.append(("scale: cosines from -1 to 1", [colour(torch.linspace(-1, 1, 11).expand(11, 11))]))
     draw_grid(rows, path, 300)
 

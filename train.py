@@ -97,7 +97,7 @@ class Config(ModelConfig):
                             "after five sixths of the steps", least=0)
     discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)", most=6)
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
-    compile: bool = option(True, "torch.compile the networks on CUDA: a slower start, faster steps")
+    compile: bool = option(True, "torch.compile on CUDA, unless --deterministic: a slower start, faster steps")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
     workers: int = option(-1, "processes that read images; −1: at most 8 for a GPU, none on the CPU", least=-1)
     log_every: int = option(20, "steps between lines of metrics.jsonl")

@@ -4,10 +4,11 @@
     python evaluate.py runs/cub-vqct runs/cub-vqgan --data CUB_200_2011 --figures
     python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
-Prints Markdown tables; writes evaluation.json and reconstructions.png into each run (or RUN/other/NAME) and, with --figures, curves.png,
-Fig. 3 and 5 to 7, and what compares several runs into comparison/ beside the first. Runs that differ only by their seed
-share a row, mean ± standard deviation. ℓ1 and ℓ2 are on [-1, 1] images as the decoder leaves them; PSNR, SSIM and LPIPS
-on images clamped to that range, each averaged over images; FID on images rounded to 8 bits, against the same split.
+Prints Markdown tables; writes evaluation.json and reconstructions.png into each run (of another data set, into
+RUN/other/NAME) and, with --figures, curves.png, Fig. 3 and 5 to 7, and what compares several runs into comparison/
+beside the first. Runs that differ only by their seed share a row, mean ± standard deviation, with Welch's p against the
+first. ℓ1 and ℓ2 are on [-1, 1] images as the decoder leaves them; PSNR, SSIM and LPIPS on images clamped to that range,
+each averaged over images; FID on images rounded to 8 bits, against the same split.
 """
 
 import functools

@@ -841,6 +841,7 @@ def draw_codebook_space(prior, chosen, path, neighbours=4):
 # ======== Line plots, which evaluate.py draws too
 
 INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569", "#b8cbe6")
+GRID = "#eef2f7"
 SMALL, FONT = (ImageFont.load_default(size) for size in (13, 15))
 
 
@@ -868,7 +869,8 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
         for axis in (axis for axis, name in enumerate("xy") if name in log):
             points[:, axis] = np.log10(points[:, axis].clip(min=1e-12))
     low, high = np.concatenate(scaled).min(axis=0), np.concatenate(scaled).max(axis=0)
-    span = np.maximum(high - low, 1e-9)
+    margin = np.maximum(0.04 * (high - low), 1e-9)
+    low, span = low - margin, high - low + 2 * margin
 
     def at(point):
         x, y = (point - low) / span
@@ -877,30 +879,54 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
     def ink(number):
         return INK[number if number < 0 else number % (len(INK) - 1)]
 
-    draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
     draw.text((left, top - 36), title, "black", FONT)
     draw.text((left + width / 2, top + height + 32), x, "black", SMALL, anchor="mm")
     draw.text((left, top - 8), y, "black", SMALL, anchor="lm")
-    for tick in np.linspace(0, 1, 4):
-        values = [10**value if name in log else value for value, name in zip(low + tick * span, "xy")]
-        draw.text((left + tick * width, top + height + 12), f"{values[0]:,.4g}", "black", SMALL, anchor="mm")
-        draw.text((left - 6, top + (1 - tick) * height), f"{values[1]:,.4g}", "black", SMALL, anchor="rm")
-    taken = []
+    for axis, name in enumerate("xy"):
+        for place, value in ticks(low[axis], low[axis] + span[axis], name in log):
+            px, py = at(np.full(2, place))
+            ends, text = ((px, top, px, top + height), (px, top + height + 12)), "mm"
+            if name == "y":
+                ends, text = ((left, py, left + width, py), (left - 6, py)), "rm"
+            draw.line(ends[0], GRID)
+            draw.text(ends[1], f"{value:,.6g}", "black", SMALL, anchor=text)
+    draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
+    scaled = [list(map(at, points)) for points in scaled]  # pixels from here on
     for points, (_, number, _) in zip(scaled, lines):
-        draw.line([at(point) for point in points], ink(number), 2)
-    for points, (_, number, label) in zip(scaled, lines):  # above all lines
-        px, py = at(points[-1])
-        if label:
-            draw.ellipse((px - 4, py - 4, px + 4, py + 4), ink(number))
-            length = draw.textlength(label, SMALL)
-            right = left + width + 36 - length
-            px, py = min(px + 7, right), py - (7 if px + 7 <= right else 22)  # beside the dot, or above it
-            while any(abs(py - y) < 14 and px < end and begin < px + length for begin, end, y in taken):
-                py += 3  # below the labels that stand there already
-            taken.append((px, px + length, py))
-            draw.text((px, py), label, ink(number), SMALL, stroke_width=2, stroke_fill="white")
+        draw.line(points, ink(number), 2)
+    taken = [(px, py, px, py) for points in scaled for px, py in points]
+    labelled = [(points[-1], ink(number), label) for points, (_, number, label) in zip(scaled, lines) if label]
+    for (px, py), colour, _ in labelled:
+        taken.append((px - 4, py - 4, px + 4, py + 4))
+        draw.ellipse(taken[-1], colour)
+    for point, colour, label in labelled:  # above all lines
+        taken.append(free_box(point, draw.textlength(label, SMALL), taken, left + width + 36))
+        draw.text(taken[-1][:2], label, colour, SMALL, stroke_width=2, stroke_fill="white")
     for row, note in enumerate(notes):
         draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
+
+
+def ticks(low, high, log):
+    """Round numbers of an axis, whose ends are logarithms where `log`: list of (place on it, number)."""
+    if log:
+        factors = (1, 2, 5) if high - low < 2 else (1,)
+        numbers = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high)) for factor in factors]
+        return [(math.log10(number), number) for number in numbers if low <= math.log10(number) <= high]
+    least = (high - low) / 7
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    return [(step * i, step * i) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def free_box(point, length, taken, right):
+    """The box (left, top, right, bottom) of a text's length that is nearest to a point and free of the `taken` ones."""
+    ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]
+    for reach, (across, down) in itertools.product(range(0, 306, 6), ways):
+        x = point[0] + across * (7 + reach) + (across - 1) * length / 2
+        y = point[1] - 8 + down * (13 + reach)
+        clear = all(x > box[2] or x + length < box[0] or y > box[3] or y + 15 < box[1] for box in taken)
+        if clear and x + length <= right or reach == 300:
+            return x, y, x + length, y + 15
 
 
 # ======== Command line

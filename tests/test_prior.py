@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -24,8 +25,10 @@ import prior as prior_module
 from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 
 from prior import (INK, LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordListSpeech, WordNetSpeech, atomic_write,
-                   build_prior, checksum, command, count_captions, count_corpus, draw_plots, fetch, modifying_pairs,
-                   nearest_words, parts_of_speech, read_captions, read_tensors, rewired, shuffled, user_error)
+                   build_prior, checksum, command, count_captions, count_corpus, draw_plots, fetch, free_box,
+                   modifying_pairs, nearest_words, parts_of_speech, read_captions, read_tensors, rewired, shuffled,
+                   ticks, user_error)
+
 
 CAPTIONS = ["a small brown bird", "its belly is white"]
 
@@ -509,7 +512,23 @@ def test_a_line_runs_straight_on_its_own_axes(tmp_path, log):
         assert image.size == (1040, 800)
         for (left, top), share in itertools.product(((0, 0), (520, 0), (0, 400)), (0.25, 0.5, 0.75)):
             place = (left + 70 + round(410 * share), top + 40 + round(300 * (1 - share)))
-            assert image.getpixel(place) == ImageColor.getrgb(INK[0])
+            near = itertools.product((-1, 0, 1), repeat=2)
+            assert ImageColor.getrgb(INK[0]) in [image.getpixel((place[0] + i, place[1] + j)) for i, j in near]
+
+
+def test_ticks_are_round_and_labels_lie_apart():
+    assert [value for _, value in ticks(17.5, 22.7, False)] == [18, 19, 20, 21, 22]
+    assert [value for _, value in ticks(60, 1334, False)] == [200, 400, 600, 800, 1000, 1200]
+    assert [value for _, value in ticks(-0.1, 3.2, True)] == [1, 10, 100, 1000]
+    assert [value for _, value in ticks(0.9, 2.1, True)] == [10, 20, 50, 100]
+    assert all(place == pytest.approx(math.log10(value)) for place, value in ticks(0.9, 2.1, True))
+    taken = []
+    for _ in range(30):  # labels of one point
+        left, top, right, bottom = free_box((100, 100), 40, taken, 160)
+        assert all(left > box[2] or right < box[0] or top > box[3] or bottom < box[1] for box in taken)
+        assert right - left == 40 and right <= 160
+        taken.append((left, top, right, bottom))
+    assert taken[0][:2] == (107, 92)  # beside the point, where there is room
 
 
 @pytest.mark.parametrize("args, message", [

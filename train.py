@@ -253,7 +253,7 @@ class Trainer:
         before, side = [(part, copy.deepcopy(part.state_dict())) for part in changed], self.config.resolution
         try:
             x = torch.zeros(self.config.batch_size, 3, side, side, device=self.device)
-            self.micro_step(x, 1.0, self.discriminator is not None)
+            self.micro_step(x, 1.0, alone is not None)  # no exchange (but CVQ's): one process may fail
         except Exception as error:  # Triton's, the C compiler's and torch's have no class in common
             print(f"not compiled: {' '.join(str(error).split())[:200]}")
             torch.compiler.set_stance("force_eager")
@@ -1170,7 +1170,7 @@ HEADS_SHA256 = {
     "vgg": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
     "squeeze": "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
 }
-TRUNKS = {
+TRUNK_URLS = {
     "vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
     "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url,
 }
@@ -1178,7 +1178,7 @@ TRUNKS = {
 
 def load_lpips(trunk, trunk_weights="", lpips_weights=""):
     """LPIPS with published weights, local copies or downloaded. Raises UserError naming file and flag."""
-    url, heads_url, name = TRUNKS[trunk], HEADS_URL.format(trunk), f"lpips_{trunk}_v0.1.pth"
+    url, heads_url, name = TRUNK_URLS[trunk], HEADS_URL.format(trunk), f"lpips_{trunk}_v0.1.pth"
     trunk_weights = trunk_weights or fetch(url, f"LPIPS's {trunk} trunk", "--trunk-weights", url[-12:-4])
     lpips_weights = lpips_weights or fetch(heads_url, "LPIPS's heads", "--lpips-weights", HEADS_SHA256[trunk], name)
     with user_error(f"these are not LPIPS's {trunk} trunk and heads: {trunk_weights}, {lpips_weights}: {{}}"):

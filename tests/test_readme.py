@@ -148,7 +148,7 @@ def demo(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "INCEPTION_URL", "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
     monkeypatch.setattr(train, "HEADS_URL", "http://127.0.0.1:9/{}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(train, "TRUNKS", dict.fromkeys(train.TRUNKS, "http://127.0.0.1:9/trunk-00000000.pth"))
+    monkeypatch.setattr(train, "TRUNK_URLS", dict.fromkeys(train.TRUNK_URLS, "http://127.0.0.1:9/trunk-00000000.pth"))
     train.main(["--steps", "2", "--eval-every", "2"])
     (words,) = {words for words, _ in LISTED if words[:3] == ("synthesize.py", "runs/demo-vqct", "train")}
     synthesize.main([*words[1:], "--steps", "2", "--batch-size", "8"])

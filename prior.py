@@ -59,7 +59,7 @@ def read_captions(path):
     """Yield the captions of a text file, COCO captions JSON or Flickr token file, each possibly .gz, or of a folder
     whose .txt files (at any depth, in sorted order) hold one caption per line.
 
-    Raises UserError if it is missing, not UTF-8, or JSON without captions.
+    Raises UserError if it is missing, not UTF-8, or JSON of another form.
     """
     path = Path(path)
     files = sorted([*path.rglob("*.txt"), *path.rglob("*.txt.gz")]) if path.is_dir() else [path]
@@ -74,7 +74,8 @@ def read_captions(path):
                     captions = [re.sub(r"^\S+#\d+\t", "", line) for line in stream]
             captions = [" ".join(caption.split()) for caption in captions]
         for caption in captions:
-            yield from textwrap.wrap(caption, LONGEST) if len(caption) > LONGEST else filter(None, [caption])
+            long = len(caption) > LONGEST
+            yield from filter(None, textwrap.wrap(caption, LONGEST, break_on_hyphens=False) if long else [caption])
 
 
 # ======== From a caption to its adjectives and nouns: WordNetSpeech, parts_of_speech; and to its edges: modifying_pairs
@@ -210,7 +211,7 @@ class DensePerceptron:
 class WordListSpeech:
     """Parts of speech by two lists of words, for text whose language is known in advance.
 
-    adjectives, nouns: words; a noun's regular plural is recognised, others through `plurals`.
+    adjectives, nouns: words; a noun's plural in -s or -es is recognised, others through `plurals`.
     plurals: irregular plural → singular.
 
     >>> speech = WordListSpeech(["small", "orange", "white"], ["bird", "breast", "belly"])
@@ -459,7 +460,7 @@ def count_corpus(captions, speech, contexts=False, workers=CORES):
 def glove_vectors(words, weights, dim, counts):
     """GloVe's text, `word v1 … vd` a line, as it is or in a .gz or .zip; of a zip's files, `dim` (0: 100) chooses one.
 
-    Raises UserError for a missing file, or a row that is not a word and as many finite numbers as the first.
+    Raises UserError for a missing file, a row of another length, or one of `words` without finite numbers.
     """
     wanted, vectors, width = set().union(*words.values()), {}, 0
     with user_error(f"vectors '{weights}' cannot be read: {{}}"), ExitStack() as stack:
@@ -491,7 +492,7 @@ def glove_vectors(words, weights, dim, counts):
 
 
 def corpus_vectors(words, weights, dim, counts):
-    """Word vectors of the corpus itself: positive PMI, then truncated SVD (Levy & Goldberg 2014).
+    """Word vectors of the corpus itself: positive PMI, then truncated SVD (Levy & Goldberg 2014; ¾: Levy et al. 2015).
 
     PPMI(w, c) = max(0, log P(w, c) / (P(w) P(c)^¾ normalised)), factored as U Σ Vᵀ; a word is its row of U Σ^½. Words
     and contexts are the codebooks' own. No download, and deterministic.
@@ -564,7 +565,7 @@ def token_vectors(words, rows, model):
 
 
 def clip_text_vectors(words, weights, dim, counts):
-    """What the authors' code takes: CLIP's `encode_text` of a prompt, for words that are one token.
+    """What the authors' code takes for all words, for words that are one token: CLIP's `encode_text` of a prompt.
 
     The prompt is "a photo of … object" for an adjective, "a photo of …" for a noun.
 
@@ -1139,7 +1140,7 @@ def fetch(url, what, flag, sha256=None, name=None):
 def read_tensors(path):
     """Tensors of a published file by name: .safetensors, what torch.save wrote, or a Hugging Face folder with either.
 
-    Raises UserError for a file that is missing, damaged, or that holds objects other than tensors.
+    Raises UserError for a file that is missing, damaged, or holds objects that `weights_only` refuses.
     """
     import torch
 
@@ -1148,7 +1149,10 @@ def read_tensors(path):
         path = safe if safe.is_file() else Path(path) / "pytorch_model.bin"
     with user_error(f"weights '{path}' cannot be read: {{}}"):
         if Path(path).suffix != ".safetensors":
-            state = torch.load(regular(path), map_location="cpu", weights_only=True)
+            # Published VQGANs hold the state of this callback, a dict, under its class.
+            callback = (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+            with torch.serialization.safe_globals([callback]):
+                state = torch.load(regular(path), map_location="cpu", weights_only=True)
             return {name: x for name, x in state.get("state_dict", state).items() if isinstance(x, torch.Tensor)}
         data = bytearray(Path(regular(path)).read_bytes())  # the length of a JSON header, the header, raw numbers
         start = 8 + int.from_bytes(data[:8], "little")

@@ -39,7 +39,7 @@ def nearest_code(z, codebook):
     """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
     ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised, in chunks of
-    rows whose scores fit in 16 MiB: there is never an N × K matrix.
+    rows whose scores fit in 16 MiB, however many rows and codes there are.
 
     z: (N, D) features of any floating type; codebook: (K, D) codes, K ≥ 1.
     Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); ties are broken arbitrarily.
@@ -96,7 +96,7 @@ class VectorQuantizer(nn.Module):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().
 
         In training z_q carries the decoder's gradient straight through to z; in evaluation it is exactly the code, so
-        that decoding by indices gives the same image. Always float32.
+        that decoding by indices gives the same image. At least float32, also under autocast.
         """
         with torch.autocast(z.device.type, enabled=False):
             codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
@@ -211,7 +211,7 @@ class CodebookTransfer(nn.Module):
 class Codebook(nn.Module):
     """The codes of every codebook: vectors, sent through a transfer network where there is one.
 
-    Every system of the paper is a choice of these three arguments: learned codes are trained vectors without
+    Every system of the paper is a choice of these four arguments: learned codes are trained vectors without
     transfer; VQCT's are frozen word vectors through CodebookTransfer.
 
     vectors: (ΣK, d) starting codes, or the language model's word vectors.
@@ -263,7 +263,7 @@ class VQModel(nn.Module):
 
     config: a ModelConfig.
     prior: mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d) and `edges` (E, 2) of adjective and noun
-        index, as prior.py writes; may be None when `codebook_size` is set.
+        index, as prior.py writes (`edge_counts` too for weighted edges); None where not `needs_prior(config)`.
     Raises ValueError if the resolution is not a multiple of the encoder's reduction, or a prior is missing.
 
     >>> prior = {"adjective_vectors": torch.randn(70, 100), "noun_vectors": torch.randn(61, 100), "edges": [(0, 0)]}
@@ -355,13 +355,14 @@ class VQModel(nn.Module):
 # ======== §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups as in VQGAN; networks narrower than 128 keep at least four channels to a group.
+    """32 groups as in VQGAN; widths below 128 keep at least four channels to a group.
 
     Autocast would run it in float32 and keep the copies; the kernel's statistics are in float32 anyway.
     """
 
     def __init__(self, channels):
-        super().__init__(math.gcd(32, channels, max(1, channels // 4)), channels, eps=1e-6)
+        at_most = channels if channels >= 128 else max(1, channels // 4)
+        super().__init__(math.gcd(32, channels, at_most), channels, eps=1e-6)
 
     def forward(self, x):
         """(B, C, …) → the same, in the type of x."""
@@ -538,7 +539,8 @@ def all_gather(x):
 
 
 def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gradient):
-    """λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4) at the decoder's last layer, at most 1e4 (VQGAN Eq. 7).
+    """λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4) at the decoder's last layer, at most 1e4 (VQGAN Eq. 7, its code's
+    constants).
 
     x_hat: (B, 3, H, W) reconstruction, still attached to its graph; last_weight: the weight that produced it.
     reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses at x_hat. Taken there once,
@@ -665,7 +667,7 @@ class ClusteredQuantizer(VectorQuantizer):
         by cosine at temperature 0.07.
     others: as VectorQuantizer.
 
-    The codebook must be a leaf parameter (or views of one), since it is written to.
+    The codebook must be a leaf parameter (or views of one), float32 or float64, since it is written to.
 
     >>> codebook = nn.Parameter(torch.randn(512, 64))
     >>> z_q, indices, loss = ClusteredQuantizer(size=512)(torch.randn(2, 64, 8, 8), codebook)
@@ -717,13 +719,14 @@ class RegularizedQuantizer(VectorQuantizer):
     (1) Prior distribution: KL(p̄ ‖ uniform) of the batch's mean token distribution p̄, a position's own being
     softmax(−‖ẑ − e_k‖² / τ). (2) Stochastic mask: a random share of positions takes a code drawn from its
     distribution by the Gumbel trick, the others the nearest. (3) Probabilistic contrastive loss: a position's feature
-    and code are pulled together against the codes of other positions by cosine at temperature 0.07, the pull weakened
-    by w = exp(−‖e_drawn − e_nearest‖² / mean), the noise of the draw.
+    and code are pulled together against the codes of other positions by cosine at temperature 0.07, its own code
+    counting w = exp(‖e_drawn − e_nearest‖² / mean) times: the farther the draw, the weaker the pull.
 
-    kl_weight: of (1); mask_ratio: of (2); contrastive_weight: of (3); others: as VectorQuantizer.
+    kl_weight: of (1); mask_ratio: of (2); contrastive_weight: of (3); others: as VectorQuantizer, with one neighbour.
 
-    Our choice, not the paper's: the softmax over squared distances, w, the temperature 0.07, at most 1,024 positions
-    in (3), and the defaults of all three arguments. `temperature` τ is the trainer's to anneal.
+    Our choice, not the paper's: the softmax over squared distances; in (3) features and codes, where the paper has
+    VGG's of both images, w, where it has the distance itself, the temperature 0.07 and at most 1,024 positions; and
+    the defaults of all three arguments. `temperature` τ is the trainer's to anneal.
     """
 
     def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):
@@ -756,11 +759,11 @@ class RegularizedQuantizer(VectorQuantizer):
         codes = codebook[chosen]  # (P, D)
         noise = (codes - codebook[nearest]).square().sum(1).detach()  # (P,), zero where the nearest was taken
         mean = noise.sum() / (noise > 0).sum().clamp_min(1)
-        pull = torch.exp(-noise / mean.clamp_min(1e-12))
+        log_w = noise / mean.clamp_min(1e-12)  # (P,)
         cosine = F.normalize(features, dim=1) @ F.normalize(codes, dim=1).T / temperature  # (P, P)
         own = torch.eye(len(features), dtype=torch.bool, device=features.device)
         same = (chosen[:, None] == chosen[None]) & ~own  # the same code elsewhere is no negative
-        logits = torch.where(own, cosine * pull[:, None], cosine).masked_fill(same, -torch.inf)
+        logits = torch.where(own, cosine + log_w[:, None], cosine).masked_fill(same, -torch.inf)
         return F.cross_entropy(logits, torch.arange(len(features), device=features.device))
 
 
@@ -792,7 +795,7 @@ class ModelConfig:
     blocks: int = option(2, "residual blocks per level (VQGAN)")
     z_channels: int = option(256, "channels between network and codes (VQGAN)")
     code_dim: int = option(256, "channels of all codes of a position together, split between the codebooks")
-    codes: str = option("words", "where codes start: the prior's words, random vectors, or VQ-VAE's ±1/K",
+    codes: str = option("words", "where codes start: the prior's words, random vectors, or VQGAN's ±1/K",
                         choices=("words", "random", "uniform"))
     vector_scale: str = option("rms", "word vectors over their root mean square, standardised, or as they come",
                                choices=("rms", "standard", "none"))
@@ -862,7 +865,7 @@ def make_codebook(config, prior=None):
         vectors = centred / over[config.vector_scale].clamp_min(1e-12)
     elif config.codes == "random":
         vectors = torch.randn(sum(sizes), input_dim) * (dim**-0.5 if config.transfer == "linear" else 1.0)
-    else:  # van den Oord et al.'s common initialisation, ±1/K within each codebook
+    else:  # as in VQGAN's code, ±1/K within each codebook
         vectors = torch.cat([torch.empty(size, input_dim).uniform_(-1 / size, 1 / size) for size in sizes])
     transfer = UnitLength() if config.transfer == "unit" else None
     if config.transfer == "linear":
@@ -1077,7 +1080,7 @@ def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """One index from each row of (B, K) logits → (B,).
 
     Temperature 0 takes the likeliest; top_k, only so many of the likeliest (0: all); top_p, the fewest of the
-    likeliest with so much probability together (Holtzman et al. 2020).
+    likeliest with so much probability, above 0, together (Holtzman et al. 2020).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -1175,7 +1178,7 @@ class Denoiser(nn.Module):
 
 @torch.no_grad()
 def sample_features(model, batch, known=None, given=None, mask=None, scale=1.0, steps=50, generator=None):
-    """Draw grids of features by DDIM (Song et al. 2021), deterministic after the first noise.
+    """Draw grids of features by DDIM (Song et al. 2021), whose only noise is the first and that of given features.
 
     model: Denoiser in evaluation mode; known: of Condition, for `batch` images.
     given: (B, C, h, w) features to keep where mask, of that shape or (B, 1, h, w), is True; noised as each step is.

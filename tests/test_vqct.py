@@ -255,18 +255,24 @@ def test_regvq_adds_its_terms_by_their_weights():
 def test_regvq_contrast_pulls_a_far_draw_less():
     features = torch.tensor([[1.0, 0.2, 0.0], [0.0, 1.0, 0.2], [0.3, 0.0, 1.0]])
     codebook = torch.cat([torch.eye(3), torch.tensor([[0.1, 0.9, 0.1], [0.6, 0.6, 0.6]])])
-    nearest, pulls = torch.tensor([0, 1, 2]), []
+    nearest = torch.tensor([0, 1, 2])
     # one code twice; then the third far from its nearest, the second close to it
     for drawn in (nearest, torch.tensor([0, 0, 2]), torch.tensor([0, 3, 4])):
         noise = (codebook[drawn] - codebook[nearest]).square().sum(1)
-        pulls.append(torch.exp(-noise / noise[noise > 0].mean()) if noise.any() else torch.ones(3))
+        weight = torch.exp(noise / noise[noise > 0].mean()) if noise.any() else torch.ones(3)
         cosine = F.normalize(features, dim=1) @ F.normalize(codebook[drawn], dim=1).T / 0.07
-        cosine = cosine.masked_fill((drawn[:, None] == drawn) & ~torch.eye(3).bool(), -1e9)  # that is no negative
-        expected = F.cross_entropy(cosine * (1 - torch.eye(3)) + torch.diag(cosine.diag() * pulls[-1]), nearest)
+        others = cosine.exp() * (drawn[:, None] != drawn)  # the same code elsewhere is no negative
+        own = weight * cosine.diag().exp()
         found = RegularizedQuantizer.contrast(features, codebook.requires_grad_(), drawn, nearest)
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(found, -(own / (own + others.sum(1))).log().mean())
     assert not torch.autograd.grad(found, codebook)[0][1:3].any()  # a nearest code that was not drawn only weighs
-    assert pulls[0].tolist() == [1, 1, 1] and pulls[2][0] == 1 > pulls[2][1] > pulls[2][2]
+    codes, chosen = F.normalize(torch.randn(5, 8), dim=1), torch.arange(4)
+    features = (codes[chosen] + 0.1 * torch.randn(4, 8)).requires_grad_()
+    pulls = []  # on the feature of position 0, by the same code, drawn and nearest, or drawn instead of another
+    for nearest in (chosen, torch.tensor([4, 1, 2, 3])):
+        loss = RegularizedQuantizer.contrast(features, codes, chosen, nearest)
+        pulls.append(torch.autograd.grad(loss, features)[0][0].norm())
+    assert 0.3 < pulls[1] / pulls[0] < 0.5  # e^-1, where the pull is weak
 
 
 # ======== Eq. 3

@@ -50,7 +50,8 @@ FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and inc
 class EvaluationConfig:
     """How runs are measured; weights without a local copy are in torch hub's cache, or downloaded."""
 
-    data: str = option("", "where the data set lies now, or another data set, whose results go to RUN/other/NAME")
+    data: str = option("", "where the data set lies now, under its folder's name, or another one (to RUN/other/NAME)")
+    labels: str = option("", "where its label maps lie now, of runs with --dataset folder")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     checkpoint: str = option("last", "the last step, as in the paper, or the best by validation",
                             choices=("last", "best"))
@@ -59,7 +60,7 @@ class EvaluationConfig:
                                    choices=("squeeze", "vgg"))
     trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
-    figures: bool = option(False, "draw curves and Fig. 3 to 7 into each run, what compares several into comparison/")
+    figures: bool = option(False, "draw curves, Fig. 3 and 5 to 7 into each run, Fig. 4 of several into comparison/")
     save: str = option("", "folder for originals/*.png and reconstructions/*.png (for several runs, a sub-folder each)")
 
 
@@ -287,7 +288,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
     save: folder for the images, or None.
     Returns Evaluation; None in all processes of torchrun but the first.
     """
-    run = Run(path, choices.device, choices.data, checkpoint=choices.checkpoint)
+    run = Run(path, choices.device, choices.data, choices.labels, choices.checkpoint)
     dataset, baseline = run.dataset("val"), mean_image(run)
     networks = [network and network.to(run.device) for network, _ in (inception, lpips)]
     scores, indices, features = reconstruct(run, dataset, baseline, *networks, save)
@@ -302,7 +303,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         **{name: getattr(run.config, name) for name in names},
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
-        "fid": fid(*features) if len(features) else None,
+        "fid": fid(*features) if len(features) and len(dataset) > 1 else None,
         "fid_note": inception[1] or f"Inception-v3 pool3, pt_inception-2015-12-05, val split, {len(dataset):,} images, "
         f"centre crops of {run.config.resolution}², bilinearly to 299²",
         "lpips_note": lpips[1] or f"LPIPS v0.1, {choices.perceptual_trunk}",
@@ -321,7 +322,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         draw_curves([evaluation], run.results / "curves.png")
         if run.prior is not None and len(run.prior["edges"]):
             draw_toy(run.prior, run.results / "fig3_toy.png")
-    print(f"{run.results}: evaluation.json, reconstructions.png{', curves, Fig. 3, 5 to 7' if choices.figures else ''}")
+    print(f"{run.results}: evaluation.json, reconstructions.png{', figures' if choices.figures else ''}")
     return evaluation
 
 
@@ -334,7 +335,8 @@ def reconstructed(run, dataset, count):
 
 # ======== Tables
 
-SAME_ROW = "seed out device compile workers log_every eval_every eval_images".split()  # may differ within a row
+SAME_ROW = """seed out download device compile workers log_every eval_every eval_images trunk_weights
+    lpips_weights""".split()  # may differ within a row
 
 
 def rows_of(results):
@@ -582,7 +584,7 @@ def report(results, inception, lpips):
     """Print the tables, and notes to their columns."""
     print(f"\n{markdown(results)}")
     for dataset, images, score in sorted({(r["dataset"], r["images"], f"{r['baseline_psnr']:.2f}") for r in results}):
-        print(f"\n{dataset}: {images:,} evaluation images; predicting the mean training image gives {score} dB")
+        print(f"\n{dataset}: {images:,} evaluation images; the mean image of its train split gives {score} dB")
     if table := alignment_table(results):
         print(f"\n{table}")
     print()
@@ -615,6 +617,8 @@ def main(argv=None):
         alike = len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1
         if choices.figures and len(results) > 1 and alike:
             compare(evaluations, evaluations[0].run.results.parent / "comparison")
+        elif choices.figures and len(results) > 1:
+            print("nothing into comparison/: these runs have other evaluation images or another resolution")
         report(results, inception, lpips)
 
 

@@ -66,7 +66,7 @@ class SynthesisConfig(Stage):
     views: int = option(8, "grids of tokens of each training image: its centre crop, and random crops and flips")
     steps: int = option(200_000, "optimizer steps")
     batch_size: int = option(32, "images a micro-step")
-    accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
+    accumulate: int = option(1, "micro-steps whose gradients are averaged before each optimizer step")
     lr: float = option(3e-4, "AdamW's step size, by a cosine to a tenth of it")
     warmup: int = option(500, "steps over which it rises from 0", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay, of matrices alone")
@@ -265,7 +265,7 @@ def load_stage(run, folder):
         there = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/best.pt"))) or "none"
         raise UserError(f"no second stage '{folder.name}' in '{run.path}' (there: {there}); train makes one")
     state = load_checkpoint(folder / "best.pt")
-    check_tokenizer(run, state, folder)
+    check_stage(run, state, folder, state["config"]["condition"] == "class")
     with fitting(folder / "best.pt"):
         config = SynthesisConfig(**state["config"])
         network = make_network(config, run, state["count"])
@@ -273,10 +273,17 @@ def load_stage(run, folder):
     return network.eval(), config, state["count"], state["step"]
 
 
-def check_tokenizer(run, state, folder):
-    """Raise UserError for a second stage of other tokens than the run's."""
+def check_stage(run, state, folder, same_data):
+    """Raise UserError for a second stage of other tokens than the run's or, where it matters, of another data set."""
     if state.get("tokenizer") != run.tokenizer:
         raise UserError(f"'{folder}' was trained on tokens of other weights of '{run.path}'; train it with --overwrite")
+    if same_data and state.get("data", data_name(run)) != data_name(run):
+        raise UserError(f"'{folder}' was trained on images of '{state['data']}', not '{data_name(run)}'; see --data")
+
+
+def data_name(run):
+    """The name of the folder of a run's data set; "" for the demo."""
+    return run.config.data and Path(run.config.data).resolve().name
 
 
 def losses_of(config, run, count, network, tokens, rows, drop=None, generator=None):
@@ -328,7 +335,7 @@ class StageTrainer:
 
     def notes(self):
         """What a checkpoint holds beside them."""
-        return {"count": self.count, "tokenizer": self.run.tokenizer}
+        return {"count": self.count, "tokenizer": self.run.tokenizer, "data": data_name(self.run)}
 
     def usage(self):
         """No codes are learned here."""
@@ -374,7 +381,7 @@ def train_stage(run, given, resume, overwrite):
     folder, state, ldm = stage_folder(run, config), None, config.model == "ldm"
     if resume:
         state, config = resumed_config(SynthesisConfig, given, CHANGEABLE, folder)
-        check_tokenizer(run, state, folder)
+        check_stage(run, state, folder, True)
     check_condition(config, run)
     with first_process_first():
         train_set, val_set = tokens_of(run, "train", config.views, ldm), tokens_of(run, "val", 1, ldm)
@@ -485,10 +492,11 @@ def draw_samples(runs, choices, part=""):
     """
     path = stage_folder(runs[0], choices, runs[0].results) / ("completions.png" if part else "samples.png")
     path, rows, legend, ldm = Path(choices.output or path), [], [], choices.model == "ldm"
+    images_of = lambda run: (run.config.resolution, run.config.dataset, Path(run.config.data).resolve())
     if part and choices.output == part:
         raise UserError(f"--output {part} is the picture of --part; name another")
     for run in runs:
-        if (run.config.resolution, run.config.dataset) != (runs[0].config.resolution, runs[0].config.dataset):
+        if images_of(run) != images_of(runs[0]):
             raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}'")
         stage = load_stage(run, stage_folder(run, choices))
         count = stage[2]
@@ -604,7 +612,7 @@ def evaluate_stage(run, stage, choices, inception):
                 kept.append(inception(images.to(run.device)).cpu().double())
         done += len(x)
     result["psnr"] = torch.cat(scores).mean().item()
-    result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features)) if inception is not None else None
+    result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features)) if inception is not None and done > 1 else None
     with atomic_write(stage_folder(run, config, run.results) / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=1))
     return result
@@ -688,7 +696,7 @@ def parse(argv=None):
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, (kind, what) in COMMANDS.items():
         sub = commands.add_parser(name, help=what, description=what, prog=f"{parser.prog} RUN {name}")
-        sub.add_argument("--data", default="", help="where the data set lies now, or another data set")
+        sub.add_argument("--data", default="", help="where the data set lies now, under its folder's name, or another one")
         sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
         if kind:

@@ -82,7 +82,7 @@ class Config(ModelConfig):
     seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0, most=2**62)
     steps: int = option(500_000, "generator steps; the authors' 500 epochs on CUB are 375,000", least=0)
     batch_size: int = option(8, "images per process and micro-step (the authors' code: 8)")
-    accumulate: int = option(1, "micro-steps whose gradients are summed before each optimizer step")
+    accumulate: int = option(1, "micro-steps whose gradients are averaged before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
     schedule: str = option("constant", "learning rate: constant as in VQGAN, or a cosine to zero, for short runs",
                            choices=("constant", "cosine"))
@@ -547,7 +547,7 @@ class ImageDataset(Dataset):
         return list(read_captions(captions)) if isinstance(captions, Path) else captions
 
     def fingerprint(self):
-        """Identity of the files, for caching: labels, names, sizes and times of change."""
+        """Identity of the files but painted masks, for caching: labels, names, sizes and times of change."""
         found = [(record.label, isinstance(record.segmentation, tuple)) for record in self.records]
         paths = [path for record in self.records for path in (record.path, record.segmentation)]
         stats = [(str(path), path.stat()) for path in paths if isinstance(path, Path)]
@@ -744,7 +744,8 @@ def require(root, *names):
     """Raise UserError, with how to get the data set, for the first of the names that its folder lacks."""
     for missing in (name for name in names if not (root / name).exists()):
         advice = "; ".join(f"--dataset {name}: {layout.source}" for name, layout in DATASETS.items())
-        raise UserError(f"no {missing} in '{root}': point --data at the published folder, or --download it ({advice})")
+        get = f"point --data at the published folder, or --download it (not celebahq; {advice})"
+        raise UserError(f"no {missing} in '{root}': {get}")
 
 
 def read_table(path):
@@ -757,8 +758,11 @@ def read_table(path):
 def download(dataset, root):
     """Fetch, verify and unpack the archives that a data set's folder lacks; an archive goes when it is unpacked.
 
-    Raises UserError for one that is unavailable, or of another checksum.
+    Raises UserError for one that is unavailable, or of another checksum, or a folder of another name than it unpacks.
     """
+    folder = DATASETS[dataset].folder
+    if root.name != folder and ARCHIVES[dataset][0][-1] == "..":
+        raise UserError(f"--download makes a folder {folder}: give --data {root.parent / folder}")
     for path, md5, holds, into in ARCHIVES[dataset]:
         url = path if "://" in path else f"{DATASETS[dataset].source}/{path}"
         archive = root.parent / f"download-{url.rsplit('/', 1)[1]}"
@@ -1196,7 +1200,8 @@ def take_published_weights(trainer, path):
 
 # ======== Command line
 
-CHANGEABLE = "out steps lr device data workers log_every eval_every eval_images amp compile deterministic".split()
+CHANGEABLE = """out steps lr device data labels trunk_weights lpips_weights workers log_every eval_every eval_images
+    amp compile deterministic""".split()
 
 
 def parse(argv=None):
@@ -1244,7 +1249,7 @@ def main(argv=None):
         if prior is not None and not rank():
             prior.save(out / "prior.npz")
         codes = " + ".join(f"{len(used):,}" for used in trainer.last_used)
-        sizes = f"{len(kept):,} images train, {len(chosen):,} choose best.pt, {len(val_set):,} evaluate"
+        sizes = f"{len(kept):,} images train, {len(some):,} choose best.pt, {len(val_set):,} evaluate"
         print(f"{config.dataset}: {sizes}; run {out}")
         where = f"on {device} in {precision(trainer)}"
         print(f"{config.method} ({config.preset}) {where}: {trainer.model.grid} positions of {codes} codes")
@@ -1253,7 +1258,8 @@ def main(argv=None):
         print(f"losses: {config.pixel_loss}, LPIPS × {config.perceptual_weight}, {adversary}", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation, out / "reconstructions.png"), out, journal)
-    print(f"done: look at {out / 'reconstructions.png'}; measure with: python evaluate.py {out}")
+    look = f"look at {out / 'reconstructions.png'}; " if config.steps else ""
+    print(f"done: {look}measure with: python evaluate.py {out}")
 
 
 # ======== Appendix, the demo: birds in scenes, after the paper's own examples, drawn and described by code

@@ -368,6 +368,10 @@ def test_an_archive_is_fetched_once_and_unpacked_in_its_place(server, serve, tmp
     (root / "images.txt").unlink()
     download("cub", root)
     assert files_in(root.parent) == set(CUB_FILES) and server.requests
+    server.requests.clear()
+    with pytest.raises(UserError, match="--download makes a folder CUB_200_2011: give --data .*/CUB_200_2011"):
+        download("cub", root.with_name("birds"))
+    assert not server.requests
 
 
 def test_each_archive_of_coco_goes_where_it_belongs(serve, tmp_path):

@@ -197,7 +197,7 @@ def test_evaluation_of_a_run(run, capsys):
     assert result["bits"] == pytest.approx(8 * 8 * sum(math.log2(k) for k in result["codes"].values()))
     assert f"| run | – | {result['psnr']:.2f} |" in printed and result["fid"] is result["lpips"] is None
     assert "FID: – (pt_inception" in printed and "LPIPS: – (squeezenet1_1" in printed and "| run | noun |" in printed
-    assert f"11 evaluation images; predicting the mean training image gives {result['baseline_psnr']:.2f} dB" in printed
+    assert f"11 evaluation images; the mean image of its train split gives {result['baseline_psnr']:.2f} dB" in printed
     drawn = {path.stem: Image.open(path).getcolors(2**24) for path in run.glob("*.png")}
     names = "curves fig3_toy fig5_usage fig6_similarity fig7_regions reconstructions".split()
     assert sorted(drawn) == names and all(len(colours) > 20 for colours in drawn.values())
@@ -243,6 +243,7 @@ def test_table_of_runs_that_differ_by_seed_or_more():
     seeded = lambda seed: {**result["config"], "seed": seed, "out": f"seed{seed}"}
     seeds = [{**result, "fid": 3.0 + 2 * i, "run": f"seed{i}", "config": seeded(i)} for i in range(2)]
     other = {**result, "run": "other", "config": {**result["config"], "beta": 0.5}}
+    seeds[1]["config"]["download"] = True
     names = [name for name, _ in rows_of([result, other, *seeds, {**result, "step": 4}])]
     assert names == ["run (3 seeds)", "other", "run"]
     lines = markdown([*seeds, other]).splitlines()
@@ -272,6 +273,9 @@ def test_other_systems_are_evaluated_drawn_and_compared(run, capsys):
     table, printed = Path("comparison/table.md").read_text(), capsys.readouterr().out
     assert all(part in printed for part in table.split("\n\n")) and table.count("\n| official |") == 3
     assert len(list(Path("saved/vqgan/reconstructions").iterdir())) == 11
+    trained(Path("larger"), "--resolution=64")
+    main(["larger", "run", "--figures", "--device=cpu"])
+    assert "nothing into comparison/: these runs have other evaluation images" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import torchvision.transforms.v2 as T
 from PIL import Image
 
 import evaluate
@@ -554,6 +555,15 @@ def test_results_of_other_data_lie_apart(photographs, run, tmp_path, monkeypatch
     synthesize.main([str(run), *STAGE, "--steps=2"])
     synthesize.main([str(run), "sample", "--count=1", f"--data={data}"])
     assert list(run.rglob("samples.png")) == [other / "synthesis" / "gpt-none" / "samples.png"]
+    synthesize.main([str(run), "train", f"--data={moved}", "--resume", "--steps=3"])
+    with pytest.raises(UserError, match="was trained on images of 'images', not 'others'"):
+        synthesize.main([str(run), "train", f"--data={data}", "--resume", "--steps=4"])
+    lone = tmp_path / "lone"
+    shutil.copytree(photographs / "images" / "val", lone, ignore=lambda folder, names: sorted(names)[1:])
+    monkeypatch.setattr(evaluate, "load_or_reason", lambda load, *_: (features if "inception" in str(load) else None, ""))
+    features = torch.nn.Sequential(T.ToDtype(torch.float32), torch.nn.AvgPool2d(16), torch.nn.Flatten())
+    evaluate.main([str(run), f"--data={lone}"])  # of one image, which has no covariance
+    assert json.loads((run / "other" / "lone" / "evaluation.json").read_text())["fid"] is None
 
 
 def test_a_second_stage_knows_the_classes_that_it_was_trained_with(photographs, run, tmp_path, capsys):
@@ -568,6 +578,10 @@ def test_a_second_stage_knows_the_classes_that_it_was_trained_with(photographs, 
         more = which if command == "sample" else which[1:]
         with pytest.raises(UserError, match="knows 1 of 2|no second stage"):
             synthesize.main([str(run), command, *more])
+    elsewhere = [which[0], f"--data={data.rename(tmp_path / 'sorts')}"]  # classes of another data set are others
+    for words in (["sample"], ["train", "--resume", "--steps=4"]):
+        with pytest.raises(UserError, match="was trained on images of 'kinds', not 'sorts'; see --data"):
+            synthesize.main([str(run), *words, *elsewhere])
 
 
 def test_label_maps_among_photographs_are_named(photographs, tmp_path, capsys):
@@ -583,6 +597,19 @@ def test_label_maps_among_photographs_are_named(photographs, tmp_path, capsys):
     beside = train.folder_records(data, "train", data / "train" / "maps")[0]
     assert {record.path.relative_to(data).parts[1] for record in beside} == {"pictures"}  # those named are left out
     assert "maps" in printed and "pictures" not in printed and "--labels" in printed and printed.count("\n") == 1
+
+
+def test_label_maps_that_moved_are_named_again(photographs, tmp_path, monkeypatch):
+    out, maps = tmp_path / "run", shutil.copytree(photographs / "maps", tmp_path / "maps")
+    train.main(flags(photographs, out, steps=2, labels=maps))
+    moved, found = maps.rename(tmp_path / "moved"), []
+    train.main([f"--out={out}", "--resume", "--steps=3", f"--labels={moved}"])
+    again = moved.rename(maps)
+    monkeypatch.setattr(evaluate, "load_or_reason", lambda *_: (None, "none here"))
+    monkeypatch.setattr(evaluate, "mean_image", lambda run: found.append(run.config.labels) or torch.zeros(3, 32, 32))
+    evaluate.main([str(out)])
+    evaluate.main([str(out), f"--labels={again}"])
+    assert found == [str(moved), str(again)]
 
 
 @pytest.mark.parametrize("condition, message", [("class", "has no classes"), ("segmentation", "has no label maps (with --dataset folder, --labels DIR names them)")])

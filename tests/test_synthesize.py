@@ -249,6 +249,11 @@ def test_two_runs_share_a_picture(run):
     assert np.array_equal(rows[2:4], rows[4:6]) and not np.array_equal(rows[2], rows[3])
     first = images_of(Run(run, "cpu"))[0][0].permute(1, 2, 0).numpy()
     assert np.array_equal(rows[1][20:128:4, :128:4], first[5:])  # above them stands the image's number
+    state = torch.load("run/last.pt", weights_only=True)
+    shutil.copytree("run", "moved")
+    torch.save({**state, "config": {**state["config"], "data": "elsewhere"}}, "moved/last.pt")
+    with pytest.raises(UserError, match="'moved' is of another resolution or data set than 'run'"):
+        main("run moved sample --device=cpu --condition=segmentation --count=2".split())
 
 
 def test_photographs_are_read_as_they_are(run, capsys):

@@ -901,7 +901,7 @@ def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
         taken.append((px - 4, py - 4, px + 4, py + 4))
         draw.ellipse(taken[-1], colour)
     for point, colour, label in labelled:  # above all lines
-        taken.append(free_box(point, draw.textlength(label, SMALL), taken, left + width + 36))
+        taken.append(free_box(point, draw.textlength(label, SMALL), np.array(taken), left + width + 36))
         draw.text(taken[-1][:2], label, colour, SMALL, stroke_width=2, stroke_fill="white")
     for row, note in enumerate(notes):
         draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
@@ -920,12 +920,13 @@ def ticks(low, high, log):
 
 
 def free_box(point, length, taken, right):
-    """The box (left, top, right, bottom) of a text's length that is nearest to a point and free of the `taken` ones."""
+    """The box (left, top, right, bottom) of a text that is nearest to a point and free of the `taken` ones, (n, 4)."""
     ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]
     for reach, (across, down) in itertools.product(range(0, 306, 6), ways):
         x = point[0] + across * (7 + reach) + (across - 1) * length / 2
         y = point[1] - 8 + down * (13 + reach)
-        clear = all(x > box[2] or x + length < box[0] or y > box[3] or y + 15 < box[1] for box in taken)
+        beside = (x > taken[:, 2]) | (x + length < taken[:, 0])
+        clear = (beside | (y > taken[:, 3]) | (y + 15 < taken[:, 1])).all()
         if clear and x + length <= right or reach == 300:
             return x, y, x + length, y + 15
 

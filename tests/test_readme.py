@@ -110,6 +110,7 @@ def test_every_flag_named_exists(capsys):
 RESULTS = defaultdict(list)  # row → its seeds' evaluations, without pictures
 for path in sorted((ROOT / "tests" / "reference" / "cub64").glob("*.json")):
     RESULTS[path.stem.rpartition("-")[0]].append(json.loads(path.read_text(encoding="utf-8")))
+LONG = sorted((ROOT / "tests" / "reference" / "cub64" / "long").glob("*.json"))  # of 9,000 steps
 
 
 def cells_of(name):
@@ -136,6 +137,11 @@ def test_the_table_of_results_is_that_of_its_evaluations():
         assert evaluate.spread(said, "{:.2f}").replace(" ± ", "±") in section, (name, part)
     means = [[np.mean([result[name] for result in group]) for group in RESULTS.values()] for name in ("bits_entropy", "psnr")]
     words = [[result["psnr"] for result in RESULTS[name]] for name in ("multi-mlp", "random-mlp")]
+    for name in {path.stem.rpartition("-")[0] for path in LONG}:
+        group = [json.loads(path.read_text(encoding="utf-8")) for path in LONG if path.stem.rpartition("-")[0] == name]
+        assert {result["step"] for result in group} == {9000} and {result["method"] for result in group} == {name}
+        psnr = evaluate.spread([result["psnr"] for result in group], "{:.2f}").replace(" ± ", "±")
+        assert f"{psnr} (`{name}`)" in " ".join(section.split()), (name, psnr)
     assert f"ρ={scipy.stats.spearmanr(*means).statistic:.2f}" in section
     assert evaluate.against(*words).replace("(p ", "(p=").strip() in section
 

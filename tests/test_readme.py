@@ -137,6 +137,10 @@ def test_the_table_of_results_is_that_of_its_evaluations():
         assert evaluate.spread(said, "{:.2f}").replace(" ± ", "±") in section, (name, part)
     means = [[np.mean([result[name] for result in group]) for group in RESULTS.values()] for name in ("bits_entropy", "psnr")]
     words = [[result["psnr"] for result in RESULTS[name]] for name in ("multi-mlp", "random-mlp")]
+    ratios = {name: [[result["alignment"][part]["ratio"] for part in prior.PARTS] for result in RESULTS[name]]
+              for name in ("vqct", "shuffle-vectors", "matched-cvq")}
+    tests = (scipy.stats.ttest_ind(ratios["vqct"], ratios[name], equal_var=False) for name in list(ratios)[1:])
+    assert f"(p ≥ {min(test.pvalue.min() for test in tests):.3f})" in section
     for name in {path.stem.rpartition("-")[0] for path in LONG}:
         group = [json.loads(path.read_text(encoding="utf-8")) for path in LONG if path.stem.rpartition("-")[0] == name]
         assert {result["step"] for result in group} == {9000} and {result["method"] for result in group} == {name}

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import vqct
 from train import METHODS, RECIPES
 from vqct import (LPIPS, QUANTIZERS, AttentionBlock, Block, ClusteredQuantizer, CodeEmbedding, Codebook,
-                  CodebookTransfer, Condition, Decoder, Denoiser, Discriminator, Encoder, GraphConvolution,
+                  CodebookTransfer, Condition, Decoder, Denoiser, Discriminator, Encoder, GraphConvolution, GroupNorm,
                   GumbelQuantizer, ModelConfig, NormalizedAdjacency, RegularizedQuantizer, TokenTransformer,
                   VectorQuantizer, VQModel, UnitLength, adaptive_weight, draw_tokens, hinge_loss, load_taming, look_up,
                   nearest_code, sample_features, sample_tokens)
@@ -273,6 +273,10 @@ def test_regvq_contrast_pulls_a_far_draw_less():
         loss = RegularizedQuantizer.contrast(features, codes, chosen, nearest)
         pulls.append(torch.autograd.grad(loss, features)[0][0].norm())
     assert 0.3 < pulls[1] / pulls[0] < 0.5  # e^-1, where the pull is weak
+
+
+def test_group_norms_have_vqgans_groups_where_they_are_wide_enough():
+    assert [GroupNorm(width).num_groups for width in (24, 96, 128, 160, 192, 512)] == [2, 8, 32, 32, 32, 32]
 
 
 # ======== Eq. 3

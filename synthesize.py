@@ -696,7 +696,7 @@ def parse(argv=None):
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name, (kind, what) in COMMANDS.items():
         sub = commands.add_parser(name, help=what, description=what, prog=f"{parser.prog} RUN {name}")
-        sub.add_argument("--data", default="", help="where the data set lies now, under its folder's name, or another one")
+        sub.add_argument("--data", default="", help="where the data set lies now, under its old name, or another one")
         sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
         sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
         if kind:

@@ -39,7 +39,7 @@ def nearest_code(z, codebook):
     """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
     ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised, in chunks of
-    rows whose scores fit in 16 MiB, however many rows and codes there are.
+    rows whose scores fit in 16 MiB, however many rows there are.
 
     z: (N, D) features of any floating type; codebook: (K, D) codes, K ≥ 1.
     Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); ties are broken arbitrarily.

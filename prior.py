@@ -33,6 +33,7 @@ import sys
 import textwrap
 import time
 import urllib.request
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -111,29 +112,45 @@ SUBORDINATORS = ("while", "as", "that", "because", "if", "before", "after", "unt
 AFTER_VERB = ("", ".", ",", "CC", "IN", "DT", "RB", "RP", "TO", "PR")  # first letters of tags
 
 
+NLTK_RESOURCES = ("corpora/wordnet", "taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab")
+DAMAGED_NLTK = "NLTK's data cannot be read: {}; fetch it anew, unpack averaged_perceptron_tagger_eng.zip"
+
+
+def missing_nltk():
+    """Names of the NLTK resources that WordNetSpeech needs and NLTK does not find → list.
+
+    Raises UserError if one is damaged, or is only where others may write, which NLTK refuses to read.
+    """
+    import nltk
+
+    def lacks(path):
+        try:
+            return not nltk.data.find(path)
+        except LookupError:
+            return True
+
+    with user_error(DAMAGED_NLTK), warnings.catch_warnings(record=True) as refusals:
+        warnings.simplefilter("always")
+        missing = [path for path in NLTK_RESOURCES if lacks(path) and lacks(f"{path}.zip")]
+    if missing and refusals:
+        raise UserError(f"{refusals[0].message} Or point NLTK_DATA at a copy of your own.")
+    return [path.split("/")[1] for path in missing]
+
+
 class WordNetSpeech:
     """NLTK's tokenizer and tagger for words in context, WordNet for what a word may be.
 
     Raises UserError naming every missing NLTK resource and the command that gets them.
     """
 
-    RESOURCES = ("corpora/wordnet", "taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab")
     name = "NLTK tagger and WordNet"
 
     def __init__(self, download=False):
         import nltk
 
-        def lacks(path):
-            try:
-                return not nltk.data.find(path)
-            except LookupError:
-                return True
-
-        damaged = "NLTK's data cannot be read: {}; fetch it anew, unpack averaged_perceptron_tagger_eng.zip"
-        with user_error(damaged):
-            missing = [path.split("/")[1] for path in self.RESOURCES if lacks(path) and lacks(f"{path}.zip")]
-        missing = [name for name in missing if not download or not nltk.download(name, quiet=True)]
-        if missing:
+        for name in missing_nltk() if download else ():
+            nltk.download(name, quiet=True)
+        if missing := missing_nltk():
             raise UserError(
                 "NLTK data missing (tagger, tokenizer and WordNet decide the parts of speech); get it with: "
                 f"python -m nltk.downloader {' '.join(missing)}   (or prior.py --download; a local copy: NLTK_DATA=DIR)"
@@ -141,7 +158,7 @@ class WordNetSpeech:
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
-        with user_error(damaged):
+        with user_error(DAMAGED_NLTK):
             self.tagger = PerceptronTagger()
             self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
         self.tagger.model = DensePerceptron(self.tagger.model)

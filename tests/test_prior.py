@@ -15,6 +15,7 @@ import time
 import types
 import zipfile
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -27,8 +28,8 @@ from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 
 from prior import (INK, LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordListSpeech, WordNetSpeech, atomic_write,
                    build_prior, checksum, command, count_captions, count_corpus, draw_plots, fetch, free_box,
-                   list_files, modifying_pairs, nearest_words, parts_of_speech, read_captions, read_tensors, rewired, shuffled,
-                   ticks, user_error)
+                   list_files, missing_nltk, modifying_pairs, nearest_words, parts_of_speech, read_captions,
+                   read_tensors, rewired, shuffled, ticks, user_error)
 
 
 CAPTIONS = ["a small brown bird", "its belly is white"]
@@ -164,6 +165,23 @@ def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
     with pytest.raises(UserError, match="^NLTK.* wordnet averaged_perceptron_tagger_eng punkt_tab .*$"):
         WordNetSpeech()
+
+
+@pytest.mark.skipif(find_spec("nltk.pathsec") is None, reason="NLTK reads such data before version 3.10")
+@pytest.mark.parametrize("download", [False, True])
+def test_nltk_data_that_others_may_write_is_not_called_missing(speech, tmp_path, monkeypatch, download):
+    for path in ("corpora/wordnet", "taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab/english"):
+        (tmp_path / path).mkdir(parents=True)
+    for path in (tmp_path, *tmp_path.rglob("*")):
+        path.chmod(0o755)
+    (tmp_path / "corpora" / "wordnet").chmod(0o775)  # as with umask 002, or in the folder of a cluster
+    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
+    monkeypatch.setattr("nltk.download", lambda name, quiet: pytest.fail("it downloads"))
+    message = f"^NLTK will not read data from '{tmp_path}/corpora/wordnet'.*chmod go-w.*a copy of your own.$"
+    with pytest.raises(UserError, match=message):
+        WordNetSpeech(download)
+    (tmp_path / "corpora" / "wordnet").chmod(0o755)
+    assert missing_nltk() == []
 
 
 def test_damaged_nltk_data_is_a_line(speech, tmp_path, monkeypatch):

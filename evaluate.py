@@ -34,28 +34,26 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
 
-from prior import (Parser, UserError, WordListSpeech, atomic_write, draw_plots, fetch,
-                   read_tensors, save_png, user_error)
-from train import (Run, draw_grid, first_process_first, launch, load_lpips, processes, psnr, rank, spread_indices,
+from prior import (Parser, UserError, WordListSpeech, atomic_write, draw_plots, provide,
+                   PublishedFile, read_tensors, save_png, user_error)
+from train import (Run, draw_grid, first_process_first, launch, load_lpips, lpips_files, processes, psnr, rank, spread_indices,
                    to_bytes)
 from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, all_gather, nearest_code, option)
 
-INCEPTION_URL = (
-    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
-)
 FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
 
 
 @dataclass
 class EvaluationConfig:
-    """How runs are measured; weights without a local copy are in torch hub's cache, or downloaded."""
+    """How runs are measured. Weights without a local copy are looked for in torch hub's cache."""
 
     data: str = option("", "where the data set lies now, under its folder's name, or another one (to RUN/other/NAME)")
     labels: str = option("", "where its label maps lie now, of runs with --dataset folder")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     checkpoint: str = option("last", "the last step, as in the paper, or the best by validation",
                             choices=("last", "best"))
-    inception: str = option("", "local copy of FID's weights; where they are unavailable, FID is a dash")
+    download: bool = option(False, "download the weights of FID and LPIPS if they are missing (91 and 5 MB)")
+    inception: str = option("", "local copy of FID's weights; without them, FID is a dash")
     perceptual_trunk: str = option("squeeze", "LPIPS network: SqueezeNet 1.1, light, or VGG-16, as papers report",
                                    choices=("squeeze", "vgg"))
     trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
@@ -147,9 +145,16 @@ class InceptionFeatures(nn.Module):
         return self.network(x)
 
 
+def inception_file():
+    """The Need of FID's weights → PublishedFile."""
+    name = "pt_inception-2015-12-05-6726825d.pth"
+    url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{name}"
+    return PublishedFile("FID's Inception", "91 MB", url, "--inception FILE", name, name[-12:-4])
+
+
 def load_inception(path=""):
-    """InceptionFeatures with FID's weights, local or downloaded. Raises UserError naming file and flag."""
-    path = path or fetch(INCEPTION_URL, "Inception weights for FID", "--inception", INCEPTION_URL[-12:-4])
+    """InceptionFeatures with FID's weights, local or in the cache. Raises UserError naming file and flag."""
+    path = path or inception_file().get()
     with user_error(f"--inception {path} is not FID's weights: {{}}"):
         return InceptionFeatures(read_tensors(path))
 
@@ -605,7 +610,10 @@ def main(argv=None):
     for path in paths:
         if not (path / f"{choices.checkpoint}.pt").is_file():
             raise UserError(f"'{path}' is not a run of train.py: it has no {choices.checkpoint}.pt")
-    with first_process_first():  # which downloads what is missing
+    if choices.download:
+        with first_process_first():
+            provide([inception_file(), *lpips_files(choices.perceptual_trunk)], True, "")
+    with first_process_first():
         inception = load_or_reason(load_inception, choices.inception)
         load = functools.partial(load_lpips, choices.perceptual_trunk)
         lpips = load_or_reason(load, choices.trunk_weights, choices.lpips_weights)

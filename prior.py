@@ -28,17 +28,17 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import textwrap
 import time
-import urllib.request
 import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -140,21 +140,15 @@ def missing_nltk():
 class WordNetSpeech:
     """NLTK's tokenizer and tagger for words in context, WordNet for what a word may be.
 
-    Raises UserError naming every missing NLTK resource and the command that gets them.
+    Raises UserError where NLTK's data are missing, with the command that downloads them.
     """
 
     name = "NLTK tagger and WordNet"
 
-    def __init__(self, download=False):
+    def __init__(self):
         import nltk
 
-        for name in missing_nltk() if download else ():
-            nltk.download(name, quiet=True)
-        if missing := missing_nltk():
-            raise UserError(
-                "NLTK data missing (tagger, tokenizer and WordNet decide the parts of speech); get it with: "
-                f"python -m nltk.downloader {' '.join(missing)}   (or prior.py --download; a local copy: NLTK_DATA=DIR)"
-            )
+        provide([nltk_data()], False, "python prior.py --download")
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
@@ -499,6 +493,8 @@ def glove_vectors(words, weights, dim, counts):
             word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
             if len(values) != width or not width:
                 raise ValueError(f"line {number} is not a word and {width or 'its'} numbers, as in GloVe's text")
+            if not wanted:  # the caller only asks whether the file can be read
+                break
             if word in wanted:
                 vectors[word] = np.array(values, dtype=np.float32)
                 if not np.isfinite(vectors[word]).all():
@@ -524,7 +520,7 @@ def corpus_vectors(words, weights, dim, counts):
     matrix = matrix + matrix.T
     kept = np.flatnonzero(matrix.sum(axis=0))
     if len(kept) < max(3, dim + 1):
-        raise UserError(f"{len(kept)} words have neighbours, too few; give a larger corpus or a lower --min-count")
+        raise UserError(f"{len(kept)} words have neighbours, too few; give prior.py a larger corpus or a lower --min-count")
     matrix = matrix[kept][:, kept].tocoo()
     frequency = matrix.sum(axis=0)
     smoothed = frequency**0.75 / (frequency**0.75).sum()  # lifts the PMI of rare contexts less
@@ -553,93 +549,124 @@ def random_vectors(words, weights, dim, counts):
 
 
 def bert_vectors(words, weights, dim, counts):
-    """The token table of BERT and its kin, for words that are one token; weights: a folder with vocab.txt."""
+    """The rows of BERT's token table (or of its kin's) of those words that are one token.
+
+    weights: a Hugging Face folder with vocab.txt and model.safetensors or pytorch_model.bin.
+    """
     with user_error(f"'{weights}' is no folder with vocab.txt and model.safetensors or pytorch_model.bin: {{}}"):
         tokens = (Path(weights) / "vocab.txt").read_text(encoding="utf-8").split("\n")
-        return token_vectors(words, {token: row for row, token in enumerate(tokens)}, weights)
+        rows = {token: row for row, token in enumerate(tokens)}
+        return token_vectors(words, rows, read_tensors(weights))
 
 
 def clip_vectors(words, weights, dim, counts):
-    """The token table of CLIP ViT-B/32, for words that are one token.
+    """The rows of the token table of CLIP ViT-B/32, the paper's choice, of those words that are one token.
 
-    weights: a Hugging Face folder, vocab.json and model.safetensors or pytorch_model.bin; "" downloads it.
+    weights: a Hugging Face folder with vocab.json and model.safetensors or pytorch_model.bin; "" for the cache.
     """
-    what, vocabulary, model = "CLIP ViT-B/32, of openai/clip-vit-base-patch32", Path(weights) / "vocab.json", weights
+    return token_vectors(words, *clip_files(weights))
+
+
+def clip_files(weights):
+    """CLIP ViT-B/32's whole-word tokens, a dict word → row, and its tensors by name."""
+    vocabulary, model = Path(weights) / "vocab.json", weights
     if not weights:
-        vocabulary = fetch(f"{CLIP_FOLDER}/vocab.json", what, "--weights", name="clip-vit-base-patch32-vocab.json")
-        model = fetch(f"{CLIP_FOLDER}/pytorch_model.bin", what, "--weights", name="clip-vit-base-patch32.bin")
-    with user_error(f"'{vocabulary}' and '{model}' are not CLIP's vocabulary and weights: {{}}"):
+        vocabulary, model = (file.get() for file in clip_needs())
+    with user_error(f"'{weights or vocabulary}' is not CLIP: {{}} (--weights is a folder with vocab.json and "
+                    "model.safetensors or pytorch_model.bin)"):
         rows = json.loads(vocabulary.read_text(encoding="utf-8"))
         whole = {token.removesuffix("</w>"): row for token, row in rows.items() if token.endswith("</w>")}
-        return token_vectors(words, whole, model)
+        return whole, read_tensors(model)
 
 
-def token_vectors(words, rows, model):
+def token_vectors(words, rows, tensors):
     """The rows of a model's token embeddings that words have; words of several tokens have none (§3.3 step 1)."""
-    table = r"(^|\.)(token_embedding|word_embeddings)\.weight$"
-    (table,) = (value.float().numpy() for name, value in read_tensors(model).items() if re.search(table, name))
-    return {part: {word: table[rows[word]] for word in words[part] if word in rows} for part in PARTS}
+    pattern = r"(^|\.)(token_embedding|word_embeddings)\.weight$"
+    tables = [value.float().numpy() for name, value in tensors.items() if re.search(pattern, name)]
+    if len(tables) != 1:
+        raise UserError(f"the weights hold {len(tables)} tables of token embeddings, not one")
+    return {part: {word: tables[0][rows[word]] for word in words[part] if word in rows} for part in PARTS}
 
 
 def clip_text_vectors(words, weights, dim, counts):
-    """What the authors' code takes for all words, for words that are one token: CLIP's `encode_text` of a prompt.
+    """CLIP's features of "a photo of ADJECTIVE object" or "a photo of NOUN", of those words that are one token.
 
-    The prompt is "a photo of … object" for an adjective, "a photo of …" for a noun.
+    The authors' code takes these features of all its words, also of those that are several tokens.
 
-    weights: the published TorchScript archive ViT-B-32.pt, bpe_simple_vocab_16e6.txt.gz beside it; what is not there
-        is downloaded. It is opened only after its checksum is verified, and runs on the CPU in float32.
+    weights: as of clip_vectors.
     """
     import torch
 
-    path = Path(weights or fetch(CLIP_ARCHIVE, "CLIP ViT-B/32's archive", "--weights", CLIP_SHA256))
-    if checksum(path) != CLIP_SHA256:
-        raise UserError(f"'{path}' is not the published ViT-B-32.pt (its sha256 differs); get it from {CLIP_ARCHIVE}")
-    merges = path.with_name(CLIP_MERGES.rsplit("/", 1)[1])
-    if not merges.is_file():
-        merges = fetch(CLIP_MERGES, f"CLIP's vocabulary, to lie beside {path.name}", "--weights", CLIP_MERGES_SHA256)
-    with gzip.open(merges, "rt", encoding="utf-8") as file:
-        merged = file.read().split("\n")[1 : 49152 - 256 - 2 + 1]  # after a line with the version
-    tokens = {merge.replace(" ", ""): row for row, merge in enumerate(merged, 512)}  # after the 512 single letters
-    start, end, letter_a = 49406, 49407, 256 + ord("a") - ord("!")
-    before, after = [start, letter_a, tokens["photo</w>"], tokens["of</w>"]], tokens["object</w>"]
-    archive = torch.jit.load(path, map_location="cpu").eval().float()
-    methods = (module._c._get_method(name) for module in archive.modules() for name in module._c._method_names())
-    for graph in (method.graph for method in methods):
-        for node in graph.findAllNodes("prim::Constant"):
-            if str(node.output().type()) == "Device":
-                node.s_("value", "cpu")  # tracing froze the GPU into the graph
-        for node in (value.node() for cast in graph.findAllNodes("aten::to") for value in cast.inputs()):
-            if node.kind() == "prim::Constant" and node.hasAttribute("value") and node.output().toIValue() == 5:
-                node.i_("value", 6)  # and half precision, torch's number 5; 6 is float32
-    length, vectors = archive.state_dict()["positional_embedding"].shape[0], {}
+    rows, tensors = clip_files(weights)
+    tensors = {name: value.float() for name, value in tensors.items() if name.startswith("text_")}
+    start, end, vectors, progress = 49406, 49407, {part: {} for part in PARTS}, Progress()
+    with user_error(f"'{weights or 'the cache'}' is not CLIP, whose words have {{}}"):
+        before = [start, *(rows[word] for word in ("a", "photo", "of"))]
+        after = {"adjective": [rows["object"]], "noun": []}
     for part, listed in words.items():
-        single, progress = [word for word in listed if f"{word}</w>" in tokens], Progress()
-        prompts = torch.zeros(len(single), length, dtype=torch.int64)
-        for prompt, word in zip(prompts, single):
-            ids = [*before, tokens[f"{word}</w>"], *([after] if part == "adjective" else []), end]
-            prompt[: len(ids)] = torch.tensor(ids)
-        vectors[part] = {}
-        for rows in torch.arange(len(single)).split(256):
-            with torch.no_grad():
-                features = archive.encode_text(prompts[rows]).numpy()
-            vectors[part].update(zip((single[row] for row in rows), features))
+        single = [word for word in listed if word in rows]
+        for first in range(0, len(single), 256):
+            batch = single[first : first + 256]
+            prompts = torch.tensor([[*before, rows[word], *after[part], end] for word in batch])
+            vectors[part].update(zip(batch, clip_text_features(prompts, tensors).numpy()))
             progress(f"encoding prompts: {len(vectors[part]):,} of {len(single):,} {part}s")
     return vectors
 
 
-CLIP_FOLDER = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/openai/clip-vit-base-patch32/resolve/main"
-CLIP_SHA256 = "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"
-CLIP_ARCHIVE = f"https://openaipublic.azureedge.net/clip/models/{CLIP_SHA256}/ViT-B-32.pt"
-CLIP_MERGES = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
-CLIP_MERGES_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+def clip_text_features(prompts, tensors):
+    """CLIP's text features (N, D) of prompts (N, T), token indices of which the last is the end token.
+
+    The text tower of Radford et al. 2021: pre-norm blocks with causal attention, heads of 64 channels, and the
+    activation x·σ(1.702 x).
+
+    tensors: float32, named as in Hugging Face's CLIPModel.
+    """
+    import torch.nn.functional as F
+
+    def norm(name, x):
+        return F.layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    def linear(name, x):
+        return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
+
+    table, positions = (tensors[f"text_model.embeddings.{name}_embedding.weight"] for name in ("token", "position"))
+    x = table[prompts] + positions[: prompts.shape[1]]  # (N, T, W)
+    depth = sum(name.startswith("text_model.") and name.endswith("mlp.fc1.weight") for name in tensors)
+    for block in (f"text_model.encoder.layers.{i}" for i in range(depth)):
+        normed = norm(f"{block}.layer_norm1", x)
+        parts = (linear(f"{block}.self_attn.{name}_proj", normed) for name in "qkv")
+        query, key, value = (part.unflatten(-1, (-1, 64)).transpose(1, 2) for part in parts)  # (N, heads, T, 64)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + linear(f"{block}.self_attn.out_proj", attended.transpose(1, 2).flatten(2))
+        hidden = linear(f"{block}.mlp.fc1", norm(f"{block}.layer_norm2", x))  # (N, T, 4 W)
+        x = x + linear(f"{block}.mlp.fc2", hidden * (1.702 * hidden).sigmoid())
+    return F.linear(norm("text_model.final_layer_norm", x[:, -1]), tensors["text_projection.weight"])
+
+
+CLIP_URL = (os.environ.get("HF_ENDPOINT", "https://huggingface.co") + "/openai/clip-vit-base-patch32/resolve/"
+            "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268/")  # one revision of the repository
+CLIP_FILES = {  # name → size, sha256
+    "vocab.json": ("0.9 MB", "5047b556ce86ccaf6aa22b3ffccfc52d391ea4accdab9c2f2407da5b742d4363"),
+    "pytorch_model.bin": ("605 MB", "a63082132ba4f97a80bea76823f544493bffa8082296d62d71581a4feff1576f"),
+}
+
+
+def clip_needs():
+    """The published files of CLIP: its vocabulary and its weights → list of PublishedFile."""
+    local = "python prior.py CORPUS --weights DIR"
+    return [PublishedFile(f"CLIP's {name}", size, CLIP_URL + name, local, f"clip-vit-base-patch32-{name}", sha256)
+            for name, (size, sha256) in CLIP_FILES.items()]
+
+
 LANGUAGE_MODELS = {  # --embeddings: the one place where a new one is added
-    "corpus": corpus_vectors,
-    "glove": glove_vectors,
     "clip": clip_vectors,
     "clip-text": clip_text_vectors,
+    "glove": glove_vectors,
     "bert": bert_vectors,
+    "corpus": corpus_vectors,
     "random": random_vectors,
 }
+WITHOUT_FILES = ("corpus", "random")  # those of them that read no file
 
 # ======== The prior
 
@@ -687,7 +714,7 @@ class Prior:
         return {name: x.tolist() if x.dtype.kind == "U" else torch.from_numpy(x) for name, x in arrays.items()}
 
 
-def build_prior(captions, speech=None, embeddings="corpus", weights="", min_count=10, dim=0, workers=CORES, name=""):
+def build_prior(captions, speech=None, embeddings="clip", weights="", min_count=10, dim=0, workers=CORES, name=""):
     """Step 1 and the graph of step 2, from captions to a Prior.
 
     captions: iterable of str; speech: parts of speech; by default WordNetSpeech, which needs NLTK's data.
@@ -695,9 +722,12 @@ def build_prior(captions, speech=None, embeddings="corpus", weights="", min_coun
     min_count: times a word must occur in its part of speech to become a code (the authors: more than 10).
     name: of the corpus, for the file's provenance.
     Returns Prior; nodes in order of frequency, then alphabet.
-    Raises UserError if no adjective or no noun is left.
+    Raises UserError if no adjective or no noun is left, or a file of the language model is missing or damaged.
     """
     speech = speech or WordNetSpeech()
+    if embeddings not in WITHOUT_FILES:  # its files are read before minutes of tagging, for no words
+        LANGUAGE_MODELS[embeddings](dict.fromkeys(PARTS, ()), weights, dim, Counts())
+    captions = list(captions)
     counts = count_corpus(captions, speech, embeddings == "corpus", workers)
     frequent = sorted((-count, word, part) for (word, part), count in counts.words.items() if count >= min_count)
     seen = {part: [word for _, word, kind in frequent if kind == part] for part in PARTS}
@@ -707,7 +737,7 @@ def build_prior(captions, speech=None, embeddings="corpus", weights="", min_coun
         if not words[part]:
             raise UserError(
                 f"no {part} is left: {len(seen[part])} are seen at least {min_count} times, none of them with a vector "
-                f"of {embeddings}; give a larger English corpus or a lower --min-count"
+                f"of {embeddings}; give prior.py a larger English corpus or a lower --min-count"
             )
     place = {part: {word: i for i, word in enumerate(words[part])} for part in PARTS}
     edges = sorted(
@@ -721,6 +751,7 @@ def build_prior(captions, speech=None, embeddings="corpus", weights="", min_coun
     provenance = {
         "corpus": name,
         "captions": counts.captions,
+        "captions_sha256": text_checksum(captions),
         "vectors": {"name": embeddings, "file": Path(weights).name, "sha256": sha256},
         "dim": tables["noun"].shape[1],
         "min_count": min_count,
@@ -731,6 +762,21 @@ def build_prior(captions, speech=None, embeddings="corpus", weights="", min_coun
     arrays = {f"{part}_words": np.array(words[part]) for part in PARTS}
     arrays.update({f"{part}_vectors": tables[part] for part in PARTS})
     return Prior(**arrays, edges=edges[:, :2], edge_counts=edges[:, 2], provenance=provenance)
+
+
+AUTHORS_SIZES = (1949, 4258)  # adjectives and nouns of the authors' vocabulary
+
+
+def describe_codebook(prior):
+    """A prior's sizes beside the authors', and the bits of a position, in words; a warning where they are small."""
+    sizes = len(prior.adjective_words), len(prior.noun_words)
+    bits, authors = (sum(map(math.log2, numbers)) for numbers in (sizes, AUTHORS_SIZES))
+    text = (f"{sizes[0]:,} adjectives + {sizes[1]:,} nouns, {bits:.1f} bits a position "
+            f"(authors: {AUTHORS_SIZES[0]:,} + {AUTHORS_SIZES[1]:,}, {authors:.1f} bits)")
+    if any(10 * size < usual for size, usual in zip(sizes, AUTHORS_SIZES)):
+        text += ("\nwarning: this codebook is under a tenth of the authors'; "
+                 "for a larger one give prior.py more captions, or a lower --min-count")
+    return text
 
 
 def shuffled(prior, what, seed=0):
@@ -809,18 +855,18 @@ def show_prior(prior, args):
         draw_codebook_space(prior, chosen, args.figure)
         print(f"\nFig. 1: {args.figure}")
     try:
-        show_caption(prior, args.caption or CAPTION, args.download)
+        show_caption(prior, args.caption or CAPTION)
     except UserError as error:
         if args.caption:
             raise
         print(f"\nno caption is taken apart: {error}")
 
 
-def show_caption(prior, caption, download=False):
+def show_caption(prior, caption):
     """Print what a caption turns into: tags, parts of speech, nodes and modifying pairs."""
     words = {part: prior[f"{part}_words"].tolist() for part in PARTS}
     of_list = prior.provenance["part_of_speech"] == WordListSpeech.name
-    speech = WordListSpeech(*words.values(), prior.provenance["plurals"]) if of_list else WordNetSpeech(download)
+    speech = WordListSpeech(*words.values(), prior.provenance["plurals"]) if of_list else WordNetSpeech()
     print(f"\n{caption}\n  {'word':16} {'tag':6} {'part of speech':15} node")
     for tokens in speech(caption):
         for token in tokens:
@@ -954,7 +1000,6 @@ def parse(argv):
     """The flags of `prior.py CORPUS…`, or of `prior.py show PRIOR`."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--download", action="store_true", help="fetch missing NLTK data (tagger, tokenizer, WordNet: 17 MB)")
     if argv[:1] == ["show"]:
         add("show", choices=["show"], help="print what a prior holds")
         add("prior", metavar="PRIOR", help="a .npz of prior.py")
@@ -963,24 +1008,36 @@ def parse(argv):
         add("--figure", help="PNG of nearest neighbours in codebook space, Fig. 1")
         add("--words", nargs="+", default=(), help="words to look at, instead of the paper's or the most frequent")
         return parser.parse_args(argv)
-    add("corpora", nargs="+", metavar="CORPUS", help="text, COCO JSON or Flickr file (.gz or not), or folder of .txt")
-    add("--embeddings", choices=LANGUAGE_MODELS, default="corpus", help="language model; corpus: PPMI + SVD")
-    add("--weights", default="", help="glove: its text or zip; clip, bert: Hugging Face folder; clip-text: ViT-B-32.pt")
-    add("--min-count", type=bounded(int, 1), default=10, help="times a word must occur to be a code")
+    add("corpora", nargs="*", metavar="CORPUS", help="text, COCO JSON or Flickr file (.gz or not), or folder of .txt")
+    add("--embeddings", choices=LANGUAGE_MODELS, default="clip", help="language model (default: clip, the paper's); "
+        "corpus: PPMI + SVD of the captions")
+    add("--weights", default="", help="glove: its text or zip; clip, clip-text, bert: a Hugging Face folder")
+    add("--download", action="store_true", help="download NLTK's data and CLIP if they are missing (17 and 606 MB)")
+    add("--min-count", type=bounded(int, 1), default=10, help="times a word must occur to be a code (default: 10)")
     add("--dim", type=bounded(int, 0), default=0, help="dimensions; of glove's zip, the file to take (0: 100)")
-    add("--workers", type=bounded(int, 1), default=CORES, help="processes that tag, nearly all of the time")
-    add("--out", default="prior.npz", help="file to write")
+    add("--workers", type=bounded(int, 1), default=CORES, help=f"processes that tag captions (default: {CORES})")
+    add("--out", default="prior.npz", help="file to write (default: prior.npz)")
+    add("--overwrite", action="store_true", help="replace that file if it is there")
     args = parser.parse_args(argv)
+    if not args.corpora and not args.download:
+        parser.error("name a CORPUS")
     if args.embeddings in ("glove", "bert") and not args.weights:
         parser.error(f"--embeddings {args.embeddings} needs --weights")
-    for flag, models in (("weights", ("corpus", "random")), ("dim", ("clip", "clip-text", "bert"))):
+    for flag, models in (("weights", WITHOUT_FILES), ("dim", ("clip", "clip-text", "bert"))):
         if getattr(args, flag) and args.embeddings in models:
             parser.error(f"--{flag} changes nothing for --embeddings {args.embeddings}")
     if args.weights and not Path(args.weights).exists():
         parser.error(f"--weights {args.weights} does not exist")
     if not args.out.endswith(".npz"):
         parser.error(f"--out {args.out} must end in .npz")
+    if Path(args.out).exists() and args.corpora and not args.overwrite:
+        parser.error(f"--out {args.out} exists; replace it with --overwrite, or name another")
     return args
+
+
+def language_needs(embeddings, weights=""):
+    """What a prior of a language model's vectors needs → list of Need."""
+    return [nltk_data(), *(clip_needs() if embeddings.startswith("clip") and not weights else ())]
 
 
 def main(argv=None):
@@ -989,16 +1046,21 @@ def main(argv=None):
     args, began = parse(argv), time.monotonic()
     if argv[:1] == ["show"]:
         return show_prior(Prior.load(args.prior), args)
+    again = shlex.join(["python", "prior.py", *argv, "--download"])
+    provide(language_needs(args.embeddings, args.weights), args.download, again)
+    if not args.corpora:
+        return None
     captions = itertools.chain.from_iterable(map(read_captions, args.corpora))
     options = (args.embeddings, args.weights, args.min_count, args.dim, args.workers, " ".join(args.corpora))
-    prior = build_prior(captions, WordNetSpeech(args.download), *options)
+    prior = build_prior(captions, WordNetSpeech(), *options)
     prior.save(args.out)
     lost = sum(prior.provenance["without_vector"].values())
     print(
-        f"{args.out}: {len(prior.adjective_words):,} adjectives, {len(prior.noun_words):,} nouns, {len(prior.edges):,} "
-        f"edges, {args.embeddings} vectors of {prior.provenance['dim']} dimensions ({lost:,} words without one) "
-        f"from {prior.provenance['captions']:,} captions in {time.monotonic() - began:.1f} s"
+        f"{args.out}: {len(prior.edges):,} edges, {args.embeddings} vectors of {prior.provenance['dim']} dimensions "
+        f"({lost:,} words without one) from {prior.provenance['captions']:,} captions "
+        f"in {time.monotonic() - began:.1f} s\n{describe_codebook(prior)}"
     )
+    return None
 
 
 # ======== What other scripts share
@@ -1125,34 +1187,122 @@ def save_png(image, path):
         image.save(part, "PNG")
 
 
-def checksum(path):
-    """sha256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
+def text_checksum(lines):
+    """The sha256 of a list of strings, in hexadecimal digits."""
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def checksum(path, kind="sha256"):
+    """Checksum of a file, in hexadecimal digits."""
+    digest = hashlib.new(kind)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
-def fetch(url, what, flag, sha256=None, name=None):
-    """A published file from torch hub's cache, which TORCH_HOME moves, or downloaded into it whole → path.
+def download(url, path, digest):
+    """Download a file whole, with a progress bar, and verify it; a failed download leaves nothing.
 
-    what: its use; flag: that points at a local copy. sha256: hexadecimal, or the start of it, which torchvision puts
-    into names; a download is verified by it.
-    name: of the cached file, by default the last part of the URL.
-    Raises UserError with the file, its use, its source and the flag in a line.
+    digest: the published sha256, or the first digits of it; or an md5, of 32 digits.
+    Raises UserError where the file is unavailable, cut or another.
     """
     import torch
 
-    path = Path(torch.hub.get_dir()) / "checkpoints" / (name or url.rsplit("/", 1)[1])
-    if not path.is_file():
-        progress, advice = Progress(), f"get it from {url} and point {flag} at it"
-        megabytes = lambda block, size, total: progress(f"{path.name}: {block * size >> 20} of {total >> 20} MB")
-        with atomic_write(path) as part, user_error(f"{path.name} ({what}) is unavailable: {{}}; {advice}"):
-            urllib.request.urlretrieve(url, part, megabytes)
-            if not checksum(part).startswith(sha256 or ""):
-                raise ValueError("its checksum is not the published one")
-    return path
+    md5 = len(digest) == 32
+    print(f"downloading {url}", file=sys.stderr, flush=True)
+    with user_error(f"{url} is unavailable: {{}}; run the command again"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=None if md5 else digest)
+        if md5 and checksum(path, "md5") != digest:
+            path.unlink()
+            raise ValueError("its md5 is not the published one")
+
+
+@dataclass
+class Need:
+    """Something that a command needs and this repository does not hold: `present` tells whether it is there.
+
+    Where it can be downloaded, a method `fetch` does so, and raises UserError if it fails.
+    """
+
+    what: str  # its name
+    size: str  # "528 MB"
+    source: str  # its URL, or another way to get it
+    local: str  # how to point at a local copy
+
+    fetch = None
+
+
+@dataclass
+class PublishedFile(Need):
+    """A file that lies in torch hub's cache, which the variable TORCH_HOME moves."""
+
+    name: str  # of the file in the cache
+    sha256: str  # or the first digits of it
+
+    @property
+    def path(self):
+        """Where it is, or will be."""
+        import torch
+
+        return Path(torch.hub.get_dir()) / "checkpoints" / self.name
+
+    def present(self):
+        """Whether it is there with the right checksum, which NAME.verified notes beside its size and time."""
+        if not self.path.is_file():
+            return False
+        mark, stat = self.path.with_name(f"{self.name}.verified"), self.path.stat()
+        note = f"{self.sha256} {stat.st_size} {stat.st_mtime_ns}"
+        if mark.is_file() and mark.read_text() == note:
+            return True
+        right = checksum(self.path).startswith(self.sha256)
+        with suppress(OSError):  # of a cache that cannot be written
+            mark.write_text(note if right else "")
+        return right
+
+    def fetch(self):
+        download(self.source, self.path, self.sha256)
+
+    def get(self):
+        """Its path. Raises UserError where it is missing."""
+        provide([self], False, "add --download")
+        return self.path
+
+
+class NLTKData(Need):
+    """NLTK's data, which decide the parts of speech."""
+
+    def present(self):
+        return not missing_nltk()
+
+    def fetch(self):
+        import nltk
+
+        with user_error(f"NLTK's data are unavailable: {{}}; run the command again, or set {self.local}"):
+            for name in missing_nltk():
+                nltk.download(name, raise_on_error=True)
+
+
+def nltk_data():
+    """The Need of every text whose parts of speech are to be decided."""
+    command = "python -m nltk.downloader wordnet averaged_perceptron_tagger_eng punkt_tab"
+    return NLTKData("NLTK's tagger, tokenizer and WordNet", "17 MB", command, "NLTK_DATA=DIR")
+
+
+def provide(needs, download, again):
+    """Download those of some Needs that are missing, if `download`; again: words that tell how to.
+
+    Raises UserError that lists all that is missing, if it is not to be downloaded or cannot be.
+    """
+    missing = [need for need in needs if not need.present()]
+    for need in missing if download else ():
+        if need.fetch:
+            need.fetch()
+    if left := [need for need in missing if not (download and need.fetch)]:
+        lines = [f"{need.what}, {need.size}: {need.source}   (a local copy: {need.local})" for need in left]
+        lines += [f"download it: {again}"] if any(need.fetch for need in left) else []
+        raise UserError("missing: " + "\n  ".join(["", *lines] if len(left) > 1 else ["; ".join(lines)]))
 
 
 def read_tensors(path):
@@ -1177,7 +1327,7 @@ def read_tensors(path):
         kinds = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64")
         tensors = {}
         for name, entry in json.loads(data[8:start]).items():
-            if name != "__metadata__":
+            if entry.get("dtype") in kinds:  # not "__metadata__"; no network here has tensors of other kinds
                 kind, offset = getattr(torch, kinds[entry["dtype"]]), start + entry["data_offsets"][0]
                 flat = torch.frombuffer(data, dtype=kind, count=math.prod(entry["shape"]), offset=offset)
                 tensors[name] = flat.reshape(entry["shape"])

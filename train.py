@@ -21,6 +21,8 @@ import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import textwrap
@@ -46,8 +48,9 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, checksum,
-                   command, fetch, read_captions, read_tensors, regular, save_png, shuffled, user_error)
+from prior import (CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech, atomic_write,
+                   build_prior, checksum, command, describe_codebook, download, language_needs, provide, read_captions,
+                   read_tensors, regular, save_png, shuffled, text_checksum, user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VectorQuantizer, VQModel, adaptive_weight, all_reduce,
                   distributed, hinge_loss, load_taming, needs_prior, option)
 
@@ -65,9 +68,9 @@ class Config(ModelConfig):
     dataset: str = option("demo", "demo: birds drawn by code; folder: any tree of images; or a published layout",
                           choices=lambda: ("demo", "folder", *DATASETS))
     data: str = option("", "folder of the data set (default: data/ and the published folder's name)")
-    download: bool = option(False, "fetch the data set's public archives where its folder lacks them")
+    download: bool = option(False, "download all that is missing (photographs, captions, CLIP, NLTK, LPIPS)")
     labels: str = option("", "folder of label maps with the images' relative names, for --dataset folder")
-    prior: str = option("", "a prior.npz, or a corpus to make one from (default: the data set's own captions)")
+    prior: str = option("", "a .npz of prior.py (default: CLIP's, of COCO's captions and the data set's own)")
     init: str = option("", "published VQGAN weights to start from, of taming-transformers (.ckpt, .pt, .safetensors)")
     method: str = option("vqct", "a system of the paper or a control: quantizer, codes, transfer and losses",
                          choices=lambda: METHODS)
@@ -90,8 +93,8 @@ class Config(ModelConfig):
     perceptual_weight: float = option(1.0, "weight of LPIPS beside the pixel loss (VQGAN)")
     perceptual_trunk: str = option("vgg", "LPIPS network: VGG-16, as in the paper, or SqueezeNet 1.1, light",
                                    choices=("vgg", "squeeze"))
-    trunk_weights: str = option("", "local copy of its torchvision ImageNet weights (else downloaded)")
-    lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads (else downloaded)")
+    trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
+    lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads")
     gan_weight: float = option(0.8, "adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
     gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks); tiny: "
                             "after five sixths of the steps", least=0)
@@ -162,13 +165,16 @@ def resolve(given):
                 words.append(given[name] if told else f"{name}-{given[name]}")
         words = [re.sub(r"[^\w.]+", "-", word) for word in [*words, *(["init"] if config.init else [])]]
         config.out = "runs/" + "-".join(words)
+    if config.data and dataset == "demo":
+        raise UserError(f"--data {config.data} needs --dataset too: folder for any photographs, or a published data set")
+    if config.prior and not config.prior.endswith(".npz"):
+        raise UserError(f"--prior takes a .npz; make one with: python prior.py {shlex.quote(config.prior)} --out NAME.npz")
     return refuse_idle(config, given, MATTERS)
 
 
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
-    "data": lambda config: config.dataset != "demo",
     "prior": lambda config: needs_prior(config),
-    "download": lambda config: config.dataset in ARCHIVES,
+    "download": lambda config: config.dataset != "demo" or config.perceptual_weight > 0,
     "labels": lambda config: config.dataset == "folder",
     "shuffle": lambda config: config.codes == "words" if config.shuffle == "vectors" else config.transfer == "gcn",
     "code_dim": lambda config: config.codes != "words" or config.transfer not in ("none", "unit"),
@@ -719,33 +725,92 @@ class Layout(NamedTuple):
 
     records: Callable  # (root, split) → records, names of classes
     folder: str  # its usual name
-    source: str  # where people get it
+    captions: str  # where its own captions are, if it has any
     unlabeled: int = -1  # the label that stands for none, if there is one
 
 
 DATASETS = {  # --dataset: the one place where a new one is added
-    "cub": Layout(cub_records, "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158"),
-    "ade20k": Layout(ade20k_records, "ADEChallengeData2016", "http://data.csail.mit.edu/places/ADEchallenge", 0),
-    "celebahq": Layout(celebahq_records, "CelebAMask-HQ", "https://github.com/switchablenorms/CelebAMask-HQ"),
-    "coco": Layout(coco_records, "coco", "http://images.cocodataset.org", 255),
+    "cub": Layout(cub_records, "CUB_200_2011", "text/, text_c10/ or attributes/"),
+    "ade20k": Layout(ade20k_records, "ADEChallengeData2016", "", 0),
+    "celebahq": Layout(celebahq_records, "CelebAMask-HQ", ""),
+    "coco": Layout(coco_records, "coco", "annotations/", 255),
 }
-COCO_STUFF = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
-ARCHIVES = {  # of --download: url (below the source), md5, what is there once it is unpacked, where it is unpacked
-    "cub": [("files/CUB_200_2011.tgz", "97eceeb196236b17998738112f37df78", "images.txt", "..")],
-    "ade20k": [("ADEChallengeData2016.zip", "7328b3957e407ddae1d3cbf487f149ef", "images", "..")],
-    "coco": [("zips/train2017.zip", "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", "."),
-             ("zips/val2017.zip", "442b8da7639aecaf257c1dceb8ba8c80", "val2017", "."),
-             ("annotations/annotations_trainval2017.zip", "f4bbac642086de4f52a3fdda2de5fa2c", "annotations", "."),
-             (f"{COCO_STUFF}/stuffthingmaps_trainval2017.zip", None, "stuffthingmaps/val2017", "stuffthingmaps")],
+
+
+COCO = "http://images.cocodataset.org"
+COCO_CAPTIONS = ("annotations/captions_train2017.json", "annotations/captions_val2017.json")
+ARCHIVES = {  # name, size, URL, md5 ("": by hand), what is there once it is unpacked, where it is unpacked
+    "cub": [("CUB-200-2011", "1.1 GB", "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+             "97eceeb196236b17998738112f37df78", "images.txt", "..")],
+    "ade20k": [("ADE20K", "923 MB", "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip",
+                "7328b3957e407ddae1d3cbf487f149ef", "images", "..")],
+    "celebahq": [("CelebAMask-HQ, by hand", "2.7 GB", "https://github.com/switchablenorms/CelebAMask-HQ",
+                  "", "CelebA-HQ-img", "..")],
+    "coco": [("COCO's training images", "18 GB", f"{COCO}/zips/train2017.zip",
+              "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", "."),
+             ("COCO's validation images", "778 MB", f"{COCO}/zips/val2017.zip",
+              "442b8da7639aecaf257c1dceb8ba8c80", "val2017", ".")],
+    "captions": [("COCO's captions", "241 MB", f"{COCO}/annotations/annotations_trainval2017.zip",
+                  "f4bbac642086de4f52a3fdda2de5fa2c", COCO_CAPTIONS[0], ".")],
 }
+
+
+@dataclass
+class Archive(Need):
+    """A published archive, which is unpacked and then deleted."""
+
+    md5: str
+    path: Path  # what is there once it is unpacked
+    folder: Path  # where it is unpacked
+
+    def __post_init__(self):
+        self.file = self.folder / f"download-{self.source.rpartition('/')[2]}"
+        self.fetch = self.download_and_unpack if self.md5 else None
+
+    def present(self):
+        return self.path.exists() and not self.file.exists()
+
+    def download_and_unpack(self):
+        if not self.file.is_file():
+            download(self.source, self.file, self.md5)
+        print(f"unpacking {self.file}", file=sys.stderr, flush=True)
+        with user_error(f"'{self.file}' cannot be unpacked: {{}}; delete it and run the command again"):
+            within = {} if self.file.suffix == ".zip" else {"filter": "data"}  # nothing leaves the folder
+            shutil.unpack_archive(self.file, self.folder, **within)
+        self.file.unlink()
+
+
+def archives(name, root):
+    """The Archives of a data set, or of COCO's captions, whose folder is `root` → list."""
+    folder = DATASETS["coco" if name == "captions" else name].folder
+    if root.name != folder and ARCHIVES[name][0][-1] == ".." and not root.exists():
+        raise UserError(f"no folder '{root}'; a download makes one named {folder}: give --data {root.parent / folder}")
+    local = f"{root}/annotations" if name == "captions" else "--data DIR"
+    return [Archive(*texts, local, md5, root / there, Path(os.path.normpath(root / into)))
+            for *texts, md5, there, into in ARCHIVES[name]]
+
+
+def captions_folder(config):
+    """The folder of MS-COCO 2017's annotations/, whose 617 thousand captions every real data set's prior takes."""
+    return Path(config.data if config.dataset == "coco" else "data/coco")
+
+
+def needs(config, with_prior):
+    """What a run needs that this repository does not hold, the photographs last → list of Need."""
+    listed = []
+    if with_prior and needs_prior(config) and not config.prior and config.dataset != "demo":
+        listed += [] if prior_path(config).is_file() else language_needs("clip")
+        listed += archives("captions", captions_folder(config))
+    if config.perceptual_weight > 0:
+        local = config.trunk_weights, config.lpips_weights
+        listed += [file for file, path in zip(lpips_files(config.perceptual_trunk), local) if not path]
+    return listed + (archives(config.dataset, Path(config.data)) if config.dataset in DATASETS else [])
 
 
 def require(root, *names):
-    """Raise UserError, with how to get the data set, for the first of the names that its folder lacks."""
+    """Raise UserError for the first of the names that a data set's folder lacks."""
     for missing in (name for name in names if not (root / name).exists()):
-        advice = "; ".join(f"--dataset {name}: {layout.source}" for name, layout in DATASETS.items())
-        get = f"point --data at the published folder, or --download it (not celebahq; {advice})"
-        raise UserError(f"no {missing} in '{root}': {get}")
+        raise UserError(f"no {missing} in '{root}': point --data at the published folder")
 
 
 def read_table(path):
@@ -753,27 +818,6 @@ def read_table(path):
     with user_error(f"'{path}' cannot be read: {{}}"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
         return {key: rest.strip() for key, rest in (line.split(maxsplit=1) for line in lines if line.strip())}
-
-
-def download(dataset, root):
-    """Fetch, verify and unpack the archives that a data set's folder lacks; an archive goes when it is unpacked.
-
-    Raises UserError for one that is unavailable, or of another checksum, or a folder of another name than it unpacks.
-    """
-    folder = DATASETS[dataset].folder
-    if root.name != folder and ARCHIVES[dataset][0][-1] == "..":
-        raise UserError(f"--download makes a folder {folder}: give --data {root.parent / folder}")
-    for path, md5, holds, into in ARCHIVES[dataset]:
-        url = path if "://" in path else f"{DATASETS[dataset].source}/{path}"
-        archive = root.parent / f"download-{url.rsplit('/', 1)[1]}"
-        if (root / holds).exists() and not archive.exists():
-            continue
-        if md5 is None:
-            archive.unlink(missing_ok=True)  # as nothing tells whether it is whole
-        with user_error(f"{url} is unavailable: {{}}; try again, or unpack it by hand and point --data at {root.name}"):
-            torchvision.datasets.utils.download_and_extract_archive(
-                url, root.parent, os.path.normpath(root / into), archive.name, md5, remove_finished=True
-            )
 
 
 def folder_records(root, split, labels="", whole=False):
@@ -826,23 +870,49 @@ def make_dataset(config, split, whole=False):
 
 
 def make_prior(config, dataset):
-    """The prior that a Config names, or one of the data set's own captions; None where no word is needed."""
+    """The prior that a Config names, by default the paper's → Prior, or None where no word is needed."""
     if not needs_prior(config):
         return None
-    if config.prior.endswith(".npz"):
-        return shuffled(Prior.load(config.prior), config.shuffle, config.seed)
     if config.prior:
-        return shuffled(build_prior(read_captions(config.prior), name=config.prior), config.shuffle, config.seed)
-    captions = [caption for index in range(len(dataset)) for caption in dataset.captions_of(index)]
-    if config.dataset == "demo":
-        prior = build_prior(captions, DEMO_SPEECH, min_count=1, workers=1, name="demo captions")
-    elif not captions:
-        raise UserError(f"{config.dataset} has no captions to make a prior of; give --prior CORPUS or prior.npz")
+        prior, name = Prior.load(config.prior), config.prior
+    elif config.dataset == "demo":
+        captions = [caption for index in range(len(dataset)) for caption in dataset.captions_of(index)]
+        prior = build_prior(captions, DEMO_SPEECH, "corpus", min_count=1, workers=1, name="demo captions")
+        name = "the demo's captions"
     else:
-        print(f"a prior of {config.dataset}'s captions, with PPMI + SVD vectors; --prior takes another", flush=True)
-        workers = max(1, CORES // processes())
-        prior = build_prior(captions, workers=workers, name=f"{config.dataset} captions")
+        prior, name = default_prior(config, dataset), prior_path(config)
+    print(f"codebook of {name}: {describe_codebook(prior)}", flush=True)
     return shuffled(prior, config.shuffle, config.seed)
+
+
+def prior_path(config):
+    """Where the default prior of a data set is kept: data/cub-clip.npz."""
+    name = Path(config.data).resolve().name if config.dataset == "folder" else config.dataset
+    return Path(f"data/{name}-clip.npz")
+
+
+def default_prior(config, dataset):
+    """The paper's prior: CLIP's vectors of the words of MS-COCO 2017's captions and of a data set's own.
+
+    It is kept with a checksum of its captions, and made anew when they are others.
+    """
+    path, folder, own = prior_path(config), captions_folder(config), []
+    if config.dataset != "coco":
+        own = [caption for index in range(len(dataset)) for caption in dataset.captions_of(index)]
+    captions = [*itertools.chain.from_iterable(read_captions(folder / name) for name in COCO_CAPTIONS), *own]
+    if path.is_file():
+        prior = Prior.load(path)
+        if prior.provenance.get("captions_sha256") == text_checksum(captions):
+            return prior
+        print(f"'{path}' is of other captions; it is made anew")
+    else:
+        where = DATASETS[config.dataset].captions if config.dataset in DATASETS else "x.txt beside x.jpg"
+        print(f"making '{path}' once: {len(captions):,} captions, {len(own):,} of them of {config.dataset}"
+              + (f" itself (in {where})" if where else ""), flush=True)
+    name = f"MS-COCO 2017 and {config.dataset}"
+    prior = build_prior(captions, workers=max(1, CORES // processes()), name=name)
+    prior.save(path)
+    return prior
 
 
 def hold_out(length):
@@ -1170,23 +1240,29 @@ def pick_device(name):
 
 
 HEADS_URL = "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/{}.pth"
-HEADS_SHA256 = {
-    "vgg": "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-    "squeeze": "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76",
+LPIPS_FILES = {  # trunk → its URL and size, and sha256 of its heads
+    "vgg": (torchvision.models.VGG16_Weights.IMAGENET1K_V1.url, "528 MB",
+            "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868"),
+    "squeeze": (torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url, "5 MB",
+                "4a5350f23600cb79923ce65bb07cbf57dca461329894153e05a1346bd531cf76"),
 }
-TRUNK_URLS = {
-    "vgg": torchvision.models.VGG16_Weights.IMAGENET1K_V1.url,
-    "squeeze": torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url,
-}
+
+
+def lpips_files(trunk):
+    """LPIPS's trunk and heads → list of two PublishedFile."""
+    url, size, heads_sha256 = LPIPS_FILES[trunk]
+    name = url.rpartition("/")[2]  # torchvision's names end in the first digits of the sha256
+    return [PublishedFile(f"LPIPS's trunk {name}", size, url, "--trunk-weights FILE", name, name[-12:-4]),
+            PublishedFile("LPIPS's heads", "7 kB", HEADS_URL.format(trunk), "--lpips-weights FILE",
+                          f"lpips_{trunk}_v0.1.pth", heads_sha256)]
 
 
 def load_lpips(trunk, trunk_weights="", lpips_weights=""):
-    """LPIPS with published weights, local copies or downloaded. Raises UserError naming file and flag."""
-    url, heads_url, name = TRUNK_URLS[trunk], HEADS_URL.format(trunk), f"lpips_{trunk}_v0.1.pth"
-    trunk_weights = trunk_weights or fetch(url, f"LPIPS's {trunk} trunk", "--trunk-weights", url[-12:-4])
-    lpips_weights = lpips_weights or fetch(heads_url, "LPIPS's heads", "--lpips-weights", HEADS_SHA256[trunk], name)
-    with user_error(f"these are not LPIPS's {trunk} trunk and heads: {trunk_weights}, {lpips_weights}: {{}}"):
-        return LPIPS(trunk, read_tensors(trunk_weights), read_tensors(lpips_weights))
+    """LPIPS with published weights, local or in the cache. Raises UserError naming file and flag."""
+    cached = lpips_files(trunk)
+    paths = [local or file.get() for local, file in zip((trunk_weights, lpips_weights), cached)]
+    with user_error(f"these are not LPIPS's {trunk} trunk and heads: {paths[0]}, {paths[1]}: {{}}"):
+        return LPIPS(trunk, *map(read_tensors, paths))
 
 
 def take_published_weights(trainer, path):
@@ -1200,7 +1276,7 @@ def take_published_weights(trainer, path):
 
 # ======== Command line
 
-CHANGEABLE = """out steps lr device data labels trunk_weights lpips_weights workers log_every eval_every eval_images
+CHANGEABLE = """out steps lr device data download labels trunk_weights lpips_weights workers log_every eval_every eval_images
     amp compile deterministic""".split()
 
 
@@ -1216,6 +1292,8 @@ def parse(argv=None):
     config = resolve({name: x for name, x in given.items() if not resume or name == "out" or name not in CHANGEABLE})
     if not resume:
         return config, None, overwrite
+    if not (Path(config.out) / "last.pt").is_file():
+        raise UserError(f"no run '{config.out}' to resume: it has no last.pt; --out names a run")
     state, config = resumed_config(Config, {**given, "out": config.out}, CHANGEABLE, Path(config.out))
     return config, state, False
 
@@ -1223,17 +1301,17 @@ def parse(argv=None):
 def main(argv=None):
     """A run from its flags to its last step."""
     config, state, overwrite = parse(argv)
+    again = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv), "--download"])
     out, device = Path(config.out), pick_device(config.device)
     if state is None and not rank():
         check_folder(out, overwrite)  # before the data are scanned
     with first_process_first():
-        if config.download:
-            download(config.dataset, Path(config.data))
+        provide(needs(config, with_prior=state is None), config.download, again)
         train_set, val_set = make_dataset(config, "train"), make_dataset(config, "val")  # the latter is for evaluate.py
+        prior = None if state else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
     if config.dataset == "folder":
         warn_of_label_maps(train_set.records)
     kept, chosen = hold_out(len(train_set))
-    prior = None if state else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
     tensors = state["prior"] if state else prior and prior.tensors()
     trainer = Trainer(config, tensors, device, len(kept))  # step 3: the networks
     if state:

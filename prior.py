@@ -1026,8 +1026,9 @@ def parse(argv):
     for flag, models in (("weights", WITHOUT_FILES), ("dim", ("clip", "clip-text", "bert"))):
         if getattr(args, flag) and args.embeddings in models:
             parser.error(f"--{flag} changes nothing for --embeddings {args.embeddings}")
-    if args.weights and not Path(args.weights).exists():
-        parser.error(f"--weights {args.weights} does not exist")
+    for path in (*args.corpora, args.weights):
+        if path and not Path(path).expanduser().exists():
+            parser.error(f"'{path}' does not exist")
     if not args.out.endswith(".npz"):
         parser.error(f"--out {args.out} must end in .npz")
     if Path(args.out).exists() and args.corpora and not args.overwrite:

@@ -1,8 +1,10 @@
 """Images on disk: the published data sets in their own layouts, broken files, downloads, and priors of captions."""
 
 import functools
+import io
 import json
 import shutil
+import tarfile
 from hashlib import md5
 from pathlib import Path
 
@@ -13,10 +15,10 @@ from PIL import Image
 
 import train as train_module
 from conftest import SHARED
-from prior import UserError, build_prior, command
+from prior import UserError, build_prior, command, provide
 from test_train import CPU, few_birds_and_a_folder_of_its_own  # noqa: F401, a fixture
-from train import (ARCHIVES, CUB_TABLES, DATASETS, FACE_PARTS, Config, ImageDataset, Record, download, folder_records,
-                   make_dataset, hold_out, make_loader, make_prior, resolve, to_images, train_batches)
+from train import (ARCHIVES, COCO_CAPTIONS, CUB_TABLES, DATASETS, FACE_PARTS, Config, ImageDataset, Record, archives,
+                   folder_records, hold_out, make_dataset, make_loader, make_prior, resolve, to_images, train_batches)
 
 
 def pixels(path, values, **options):
@@ -67,7 +69,7 @@ def test_every_layout_is_a_choice_of_the_flag():
     assert Config.__dataclass_fields__["dataset"].metadata["choices"]() == ("demo", "folder", *DATASETS)
     for name, layout in DATASETS.items():
         assert resolve({"dataset": name}).data == f"data/{layout.folder}"
-        with pytest.raises(UserError, match=f"(?s)no .* in 'data/{layout.folder}': point --data at.*{layout.source}"):
+        with pytest.raises(UserError, match=f"no .* in 'data/{layout.folder}': point --data at the published folder"):
             make_dataset(resolve({"dataset": name}), "train")
 
 
@@ -179,24 +181,26 @@ def test_cubs_attributes_stand_in_for_captions(cub, place):
     assert captions_in(split_of("cub", cub, "train")) == [["a small bird", "its belly is white"]] + [[]] * 7
 
 
-def test_a_prior_is_made_of_the_captions_or_of_another_corpus(cub, speech, prior, monkeypatch, tmp_path):
-    few = functools.partial(build_prior, speech=speech, min_count=1, workers=1)
+def test_the_prior_is_the_papers_or_the_one_that_is_named(cub, speech, prior, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    few = functools.partial(build_prior, speech=speech, embeddings="random", min_count=1)
     monkeypatch.setattr(train_module, "build_prior", few)
-    with pytest.raises(UserError, match="captions.*--prior"):
-        make_prior(config("cub", cub), split_of("cub", cub, "train"))
+    monkeypatch.setattr(train_module, "provide", lambda needs, download, again: None)
+    for name in COCO_CAPTIONS:
+        path = tmp_path / "data" / "coco" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"annotations": [{"caption": "a green meadow"}] * 3}))
     add_attributes(cub, ".")
     dataset = split_of("cub", cub, "train")
     made = make_prior(config("cub", cub), dataset)
-    assert {"curved", "white"} <= set(made.adjective_words) and {"bill", "tail"} <= set(made.noun_words)
-    assert made.provenance["captions"] == 48
-    (tmp_path / "any.txt").write_text("a green meadow and a tall tree\n")
+    assert {"curved", "white", "green"} <= set(made.adjective_words) and {"tail", "meadow"} <= set(made.noun_words)
+    assert made.provenance["captions"] == 6 + sum(map(len, captions_in(dataset)))
     prior.save(tmp_path / "words.npz")
-    for name, nouns in (("any.txt", ["meadow", "tree"]), ("words.npz", list("ABCDEFGHI"))):
-        assert make_prior(config("cub", cub, prior=name), dataset).noun_words.tolist() == nouns
+    assert make_prior(config("cub", cub, prior="words.npz"), dataset).noun_words.tolist() == list("ABCDEFGHI")
     shuffled = make_prior(config("cub", cub, prior="words.npz", shuffle="vectors", seed=3), dataset)
     assert sorted(shuffled.noun_vectors[:, 0]) == sorted(prior.noun_vectors[:, 0]) != list(shuffled.noun_vectors[:, 0])
-    with pytest.raises(UserError, match="corpus 'absent.txt' is no text"):
-        make_prior(config("cub", cub, prior="absent.txt"), dataset)
+    with pytest.raises(UserError, match="--prior takes a .npz; make one with: python prior.py 'my texts' --out NAME.npz"):
+        resolve({"prior": "my texts"})
 
 
 def test_folder_of_images_with_classes_captions_and_label_maps(tmp_path):
@@ -329,24 +333,22 @@ def test_a_twentieth_of_the_training_images_chooses():
 # ======== Downloads of archives
 
 CUB_FILES = [f"CUB_200_2011/{name}" for name in (*CUB_TABLES, "images/a.jpg")] + ["attributes.txt"]
-COCO_FILES = [["train2017/1.jpg"], ["val2017/2.jpg"], ["annotations/captions_val2017.json"]]
-COCO_FILES += [["train2017/1.png", "val2017/2.png"]]
 
 
 @pytest.fixture
 def serve(server, monkeypatch, tmp_path_factory):
-    """Let the archives of a data set come from the server on this machine, with folders in them as the genuine have."""
+    """Let the archives of a data set come from the server on this machine, with folders in them as published."""
 
     def function(dataset, *trees):
         rows = []
-        for (place, known, *where), files in zip(ARCHIVES[dataset], trees, strict=True):
-            name, folder = f"/{len(rows)}{Path(place).suffix}", tmp_path_factory.mktemp("archive")
+        for (what, size, source, _, *where), files in zip(ARCHIVES[dataset], trees, strict=True):
+            name, folder = f"/{len(rows)}{Path(source).suffix}", tmp_path_factory.mktemp("archive")
             for path in files:
                 (folder / "tree" / path).parent.mkdir(parents=True, exist_ok=True)
                 (folder / "tree" / path).write_text(path)
             made = shutil.make_archive(folder / "made", "zip" if name.endswith("zip") else "gztar", folder / "tree")
             server.files[name] = Path(made).read_bytes()
-            rows.append((server.url + name, known and md5(server.files[name]).hexdigest(), *where))
+            rows.append((what, size, server.url + name, md5(server.files[name]).hexdigest(), *where))
         monkeypatch.setitem(ARCHIVES, dataset, rows)
 
     return function
@@ -359,38 +361,58 @@ def files_in(folder):
 def test_an_archive_is_fetched_once_and_unpacked_in_its_place(server, serve, tmp_path):
     serve("cub", CUB_FILES)
     root = tmp_path / "data" / "CUB_200_2011"
-    download("cub", root)
+    provide(archives("cub", root), True, "")
     assert files_in(root.parent) == set(CUB_FILES)  # and the archive is gone
     assert (root / "images" / "a.jpg").read_text() == "CUB_200_2011/images/a.jpg"
     server.requests.clear()
-    download("cub", root)
+    provide(archives("cub", root), True, "")
     assert not server.requests
     (root / "images.txt").unlink()
-    download("cub", root)
+    provide(archives("cub", root), True, "")
     assert files_in(root.parent) == set(CUB_FILES) and server.requests
-    server.requests.clear()
-    with pytest.raises(UserError, match="--download makes a folder CUB_200_2011: give --data .*/CUB_200_2011"):
-        download("cub", root.with_name("birds"))
-    assert not server.requests
+    with pytest.raises(UserError, match="a download makes one named CUB_200_2011: give --data .*/CUB_200_2011"):
+        archives("cub", root.with_name("birds"))
 
 
-def test_each_archive_of_coco_goes_where_it_belongs(serve, tmp_path):
-    serve("coco", *COCO_FILES)
-    download("coco", tmp_path / "coco")
-    *there, maps = COCO_FILES
-    assert files_in(tmp_path / "coco") == {f"stuffthingmaps/{name}" for name in maps}.union(*there)
+def test_an_archive_whose_unpacking_was_killed_is_unpacked_again(server, serve, tmp_path):
+    serve("cub", CUB_FILES)
+    root = tmp_path / "CUB_200_2011"
+    (tmp_path / "download-0.tgz").write_bytes(server.files["/0.tgz"])
+    (root / "images").mkdir(parents=True)
+    (root / "images.txt").write_text("half")
+    provide(archives("cub", root), True, "")
+    assert files_in(tmp_path) == set(CUB_FILES) and not server.requests
 
 
-@pytest.mark.parametrize("fault, message", {"cut": "corrupted", "another md5": "corrupted", "absent": "404"}.items())
+@pytest.mark.parametrize("name", ["../outside.txt", "/tmp/outside.txt", "link/outside.txt"])
+def test_an_archive_writes_nothing_outside_its_folder(server, monkeypatch, tmp_path, name):
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w:gz") as packed:
+        link = tarfile.TarInfo("link")
+        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+        for entry in (link, tarfile.TarInfo(name)) if name.startswith("link") else (tarfile.TarInfo(name),):
+            packed.addfile(entry, io.BytesIO(b""))
+    server.files["/0.tgz"] = content.getvalue()
+    row = [*ARCHIVES["cub"][0]]
+    row[2:4] = f"{server.url}/0.tgz", md5(content.getvalue()).hexdigest()
+    monkeypatch.setitem(ARCHIVES, "cub", [row])
+    try:
+        provide(archives("cub", tmp_path / "data" / "CUB_200_2011"), True, "")
+    except UserError as error:
+        assert "cannot be unpacked" in str(error)
+    assert not (tmp_path / "outside.txt").exists() and not Path("/tmp/outside.txt").exists()
+
+
+@pytest.mark.parametrize("fault, message", {"cut": "md5 is not", "another md5": "md5 is not", "absent": "404"}.items())
 def test_a_failed_download_is_a_line_and_succeeds_when_it_is_tried_again(server, serve, tmp_path, fault, message):
     serve("cub", CUB_FILES)
     content = server.files.pop("/0.tgz")
     server.cuts_after = len(content) // 2 if fault == "cut" else None
     server.files = {} if fault == "absent" else {"/0.tgz": content + (b"more" if fault == "another md5" else b"")}
-    flags = ["--dataset", "cub", "--data", str(tmp_path / "CUB_200_2011"), "--download", "--device", "cpu"]
-    with pytest.raises(UserError, match=f"0.tgz is unavailable: .*{message}.*unpack it by hand and point --data at"):
-        train_module.main(flags)
-    assert not (tmp_path / "CUB_200_2011").exists() and not (tmp_path / "runs").exists()
+    root = tmp_path / "CUB_200_2011"
+    with pytest.raises(UserError, match=f"0.tgz is unavailable: .*{message}.*; run the command again"):
+        provide(archives("cub", root), True, "")
+    assert not root.exists()
     server.cuts_after, server.files = None, {"/0.tgz": content}
-    download("cub", tmp_path / "CUB_200_2011")
+    provide(archives("cub", root), True, "")
     assert files_in(tmp_path) == set(CUB_FILES)

@@ -20,7 +20,7 @@ import train
 from evaluate import Evaluation, EvaluationConfig, alignment_table, caption_alignment, code_statistics, draw_curves
 from evaluate import draw_rate_distortion, draw_regions, draw_toy, draw_usage, evaluate, fid, frechet_distance, load_inception, load_or_reason
 from evaluate import main, markdown, mean_image, rows_of, ssim
-from prior import UserError, checksum, fetch
+from prior import UserError
 from train import DemoDataset, ImageDataset, Record, Run, load_lpips, to_bytes, to_images
 from vqct import LPIPS
 
@@ -157,9 +157,9 @@ def test_inception_is_fids_network():
 
 
 WEIGHTS = {  # file → how to load it, its use, its flag
-    "pt_inception-2015-12-05-6726825d": (load_inception, "Inception weights for FID", "--inception"),
-    "squeezenet1_1-b8a52dc0": (lambda p: load_lpips("squeeze", p, p), "LPIPS's squeeze trunk", "--trunk-weights"),
-    "lpips_squeeze_v0.1": (lambda p: load_lpips("squeeze", "wrong.pth", p), "LPIPS's heads", "--lpips-weights"),
+    "pt_inception-2015-12-05-6726825d": (load_inception, "FID's Inception", "--inception"),
+    "squeezenet1_1-b8a52dc0": (lambda p: load_lpips("squeeze", p, p), "LPIPS's trunk", "--trunk-weights"),
+    "squeeze": (lambda p: load_lpips("squeeze", "wrong.pth", p), "LPIPS's heads", "--lpips-weights"),
 }
 
 
@@ -168,23 +168,10 @@ def test_missing_weights_are_a_reason_and_a_wrong_file_an_error(file):
     load, use, flag = WEIGHTS[file]
     torch.save({"wrong": torch.zeros(1)}, "wrong.pth")
     network, reason = load_or_reason(load, "")
-    assert network is None and reason.startswith(f"{file}.pth ({use}) is unavailable: ") and "\n" not in reason
-    assert re.search(rf"; get it from https://\S+\.pth and point {flag} at it$", reason)
+    assert network is None and reason.startswith(f"missing: {use}") and "\n" not in reason
+    assert re.search(rf": https://\S+{file}.pth   \(a local copy: {flag} FILE\); download it: add --download$", reason)
     with pytest.raises(UserError, match="not .*: .*wrong.pth|wrong.pth is not FID's weights"):
         load_or_reason(load, "wrong.pth")
-
-
-def test_weights_are_downloaded_checked_and_cached(server):
-    torch.save({"w": torch.arange(3)}, "net.pth")
-    content, digest = Path("net.pth").read_bytes(), checksum("net.pth")[:8]
-    server.files = {f"/net-{digest}.pth": content, "/net-00000000.pth": content}
-    path = fetch(f"{server.url}/net-{digest}.pth", "a test", "--flag", digest)
-    assert path.read_bytes() == server.files.pop(f"/net-{digest}.pth")
-    assert fetch(f"{server.url}/net-{digest}.pth", "a test", "--flag", digest) == path  # from the cache
-    for name in ("net-00000000.pth", "absent-12345678.pth"):  # wrong checksum, no file
-        with pytest.raises(UserError, match=f"{name} .a test. is unavailable: .*point --flag at it"):
-            fetch(f"{server.url}/{name}", "a test", "--flag", name[-12:-4])
-    assert list(path.parent.iterdir()) == [path] and path.is_relative_to(Path("hub").resolve())
 
 
 # ======== A run
@@ -196,7 +183,7 @@ def test_evaluation_of_a_run(run, capsys):
     assert (run / "last.pt").read_bytes() == before and result["images"] == 11 and result["step"] == 2
     assert result["bits"] == pytest.approx(8 * 8 * sum(math.log2(k) for k in result["codes"].values()))
     assert f"| run | – | {result['psnr']:.2f} |" in printed and result["fid"] is result["lpips"] is None
-    assert "FID: – (pt_inception" in printed and "LPIPS: – (squeezenet1_1" in printed and "| run | noun |" in printed
+    assert "FID: – (missing: FID's Inc" in printed and "LPIPS: – (missing: LPIPS" in printed and "| run | noun |" in printed
     assert f"11 evaluation images; the mean image of its train split gives {result['baseline_psnr']:.2f} dB" in printed
     drawn = {path.stem: Image.open(path).getcolors(2**24) for path in run.glob("*.png")}
     names = "curves fig3_toy fig5_usage fig6_similarity fig7_regions reconstructions".split()

@@ -179,7 +179,7 @@ def test_a_run_killed_again_and_again_is_the_uninterrupted_one(whole, run, photo
 def test_a_prior_killed_again_and_again_is_the_uninterrupted_one(speech, tmp_path, monkeypatch):
     corpus, rng = tmp_path / "corpus.txt", random.Random(0)
     corpus.write_text("a small red bird with a long red wing and a bright tail\nits long beak is red and small\n" * 20_000)
-    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda download: speech)
+    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda: speech)
     options = f"{corpus} --embeddings=random --min-count=1 --workers=2 --out={tmp_path}"
     whole, again = (f"{options}/{name}.npz".split() for name in "ab")
     prior_module.main(whole)
@@ -229,7 +229,7 @@ def test_a_prior_that_is_cut_is_made_anew_byte_for_byte(speech, tmp_path, monkey
     """Cut while two processes tag captions, or in the middle of the file."""
     corpus, out = tmp_path / "corpus.txt", tmp_path / "prior.npz"
     corpus.write_text("a small red bird with a long red wing and a bright tail\nits long beak is red and small\n" * 6)
-    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda download: speech)
+    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda: speech)
     monkeypatch.setattr(prior_module, "CHUNK", 3)
     arguments = f"{corpus} --embeddings=random --workers=2 --min-count=1 --out={out}".split()
 

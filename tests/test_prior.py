@@ -27,7 +27,7 @@ import prior as prior_module
 from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 
 from prior import (INK, LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordListSpeech, WordNetSpeech, atomic_write,
-                   build_prior, checksum, command, count_captions, count_corpus, draw_plots, fetch, free_box,
+                   build_prior, checksum, command, count_captions, count_corpus, download, draw_plots, free_box,
                    list_files, missing_nltk, modifying_pairs, nearest_words, parts_of_speech, read_captions,
                    read_tensors, rewired, shuffled, ticks, user_error)
 
@@ -163,23 +163,21 @@ def test_wordnet_speech_takes_nltks_tags_lemmatises_and_travels_to_workers(speec
 
 def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    with pytest.raises(UserError, match="^NLTK.* wordnet averaged_perceptron_tagger_eng punkt_tab .*$"):
+    with pytest.raises(UserError, match="^missing: NLTK.* wordnet averaged_perceptron_tagger_eng punkt_tab .*$"):
         WordNetSpeech()
 
 
 @pytest.mark.skipif(find_spec("nltk.pathsec") is None, reason="NLTK reads such data before version 3.10")
-@pytest.mark.parametrize("download", [False, True])
-def test_nltk_data_that_others_may_write_is_not_called_missing(speech, tmp_path, monkeypatch, download):
+def test_nltk_data_that_others_may_write_is_not_called_missing(speech, tmp_path, monkeypatch):
     for path in ("corpora/wordnet", "taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab/english"):
         (tmp_path / path).mkdir(parents=True)
     for path in (tmp_path, *tmp_path.rglob("*")):
         path.chmod(0o755)
     (tmp_path / "corpora" / "wordnet").chmod(0o775)  # as with umask 002, or in the folder of a cluster
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    monkeypatch.setattr("nltk.download", lambda name, quiet: pytest.fail("it downloads"))
     message = f"^NLTK will not read data from '{tmp_path}/corpora/wordnet'.*chmod go-w.*a copy of your own.$"
     with pytest.raises(UserError, match=message):
-        WordNetSpeech(download)
+        WordNetSpeech()
     (tmp_path / "corpora" / "wordnet").chmod(0o755)
     assert missing_nltk() == []
 
@@ -237,8 +235,8 @@ def test_a_fault_ends_the_counting_at_once(monkeypatch, deed, corpora, message):
         signal.alarm(0)
 
 
-MERGES = "re-d</w> win-g</w> bir-d</w> oran-ge</w> smal-l</w> bel-ly</w> tit-mouse phot-o</w> o-f</w> objec-t</w>"
-TOKENS = {"a</w>": 320, **{merge.replace("-", ""): row for row, merge in enumerate(MERGES.split(), 512)}}  # as CLIP has
+WHOLE = "a photo of object red wing bird orange small belly".split()  # words of one token; "titmouse" is two
+TOKENS = {"a": 64, "tit": 400, "mouse</w>": 401, **{f"{word}</w>": row for row, word in enumerate(WHOLE, 320)}}
 NAMES, DRAW = ["small red orange white", "bird wing belly titmouse"] * 2, np.random.default_rng(0).choice
 SCENES = ["a {} {} with a {} {}".format(*(DRAW(names.split()) for names in NAMES)) for _ in range(150)]
 
@@ -286,43 +284,51 @@ def huggingface_folder(folder, monkeypatch, form="F32", key="text_model.embeddin
     if form == "bin":
         torch.save({"logit_scale": torch.ones(()), key: table}, folder / "pytorch_model.bin")
     else:
-        tensors = {"a": ("F16", (3,), b"others"), key: (form, (600, 4), table.view(torch.uint8).numpy().tobytes())}
+        tensors = {"a": ("F16", (3,), b"others"), "mask": ("BOOL", (2,), b"\0\1"), "ids": ("I32", (1,), bytes(4)), key: (form, (600, 4), table.view(torch.uint8).numpy().tobytes())}
         (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     return folder, lambda part, word: table[TOKENS[f"{word}</w>"]].float().numpy()
 
 
-class Text(torch.nn.Module):
-    """CLIP's text model in its names and methods; device and half precision frozen as by tracing on a GPU."""
+def clip_text_folder(folder, monkeypatch):
+    """CLIP's text tower in Hugging Face's names: two blocks of two heads, as torch's own encoder computes them."""
+    huggingface_folder(folder, monkeypatch)
+    (folder / "model.safetensors").unlink()
+    layer = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, lambda x: x * (1.702 * x).sigmoid(), batch_first=True,
+                                             norm_first=True)
+    tower = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(128), enable_nested_tensor=False).eval()
+    for parameter in tower.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    table, positions, projection = torch.randn(49408, 128), torch.randn(77, 128), torch.randn(4, 128)
+    state = {"embeddings.token_embedding.weight": table, "embeddings.position_embedding.weight": positions,
+             "embeddings.position_ids": torch.arange(77)[None]}
+    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "linear1": "mlp.fc1", "linear2": "mlp.fc2",
+             "self_attn.out_proj": "self_attn.out_proj", "norm": "final_layer_norm"}
+    for name, value in tower.state_dict().items():
+        name, _, kind = name.replace("layers.", "encoder.layers.").rpartition(".")
+        if kind.startswith("in_proj"):
+            for part, share in zip("qkv", value.chunk(3)):
+                state[f"{name}.{part}_proj.{kind.removeprefix('in_proj_')}"] = share
+            continue
+        for ours, theirs in names.items():
+            if name == ours or name.endswith(f".{ours}"):
+                state[f"{name.removesuffix(ours)}{theirs}.{kind}"] = value
+    state = {f"text_model.{name}": value for name, value in state.items()}
+    torch.save({**state, "text_projection.weight": projection, "logit_scale": torch.ones(())},
+               folder / "pytorch_model.bin")
 
-    def __init__(self):
-        super().__init__()
-        self.token_embedding = torch.nn.Embedding(49408, 4)
-        self.positional_embedding = torch.nn.Parameter(torch.randn(12, 4))
-
-    @torch.jit.export
-    def encode_text(self, text: torch.Tensor):
-        x = self.token_embedding(text).to(torch.float16) + self.positional_embedding.to(torch.float16)
-        return x.cumsum(1)[torch.arange(len(text), device=torch.device("cuda:0")), text.argmax(dim=-1)]
-
-
-def clip_archive(folder, monkeypatch):
-    text, path = Text().half().eval(), folder / "ViT-B-32.pt"
-    torch.jit.script(text).save(str(path))
-    merges = gzip.compress("\n".join(["#version: 0.2", *MERGES.split(), ""]).replace("-", " ").encode())
-    (folder / "bpe_simple_vocab_16e6.txt.gz").write_bytes(merges)
-    monkeypatch.setattr(prior_module, "CLIP_SHA256", checksum(path))
-    monkeypatch.setattr(prior_module, "CLIP_MERGES_SHA256", hashlib.sha256(merges).hexdigest())
-
-    def expected(part, word):  # the sum over the authors' prompt, "a photo of red object" or "a photo of bird"
+    @torch.no_grad()
+    def expected(part, word):  # the authors' prompt, "a photo of red object" or "a photo of bird"
         words = f"a photo of {word}{' object' * (part == 'adjective')}".split()
         ids = [49406, *(TOKENS[f"{word}</w>"] for word in words), 49407]
-        return sum(text.float().token_embedding.weight[ids] + text.positional_embedding[: len(ids)]).detach().numpy()
+        x = (table[ids] + positions[: len(ids)])[None]
+        causal = torch.nn.Transformer.generate_square_subsequent_mask(len(ids))
+        return (tower(x, mask=causal)[0, -1] @ projection.T).numpy()
 
-    return path, expected
+    return folder, expected
 
 
 FILES = {
-    "corpus": corpus_factors, "random": random_draws, "clip-text": clip_archive, "clip": huggingface_folder,
+    "corpus": corpus_factors, "random": random_draws, "clip-text": clip_text_folder, "clip": huggingface_folder,
     "clip bin": lambda *where: huggingface_folder(*where, "bin"), "glove": glove_file,
     "bert": lambda *where: huggingface_folder(*where, "BF16", "bert.embeddings.word_embeddings.weight"),
     "glove zip": lambda *where: glove_file(*where, "g.zip"), "glove gz": lambda *where: glove_file(*where, "g.txt.gz")}
@@ -355,12 +361,12 @@ def vectors_of(model, words, weights="", dim=0, **counted):
     ("glove", "v.txt", b"bird 1 2 3\n", "it has 3 dimensions, --dim asks for 50"),
     ("glove", "v.zip", b"PK\5\6" + bytes(18), "0 files of 50 dimensions inside; choose one by --dim"),
     ("glove", "absent", None, "No such file"), ("clip", "", None, "vocab.json"), ("bert", "", None, "vocab.txt"),
-    ("clip", "vocab.json", b"{}", "pytorch_model.bin"), ("clip-text", "ViT-B-32.pt", b"another", "not the published"),
+    ("clip", "vocab.json", b"{}", "pytorch_model.bin"), ("clip-text", "vocab.json", b"{}", "pytorch_model.bin"),
 ])
 def test_bad_weights_are_named(tmp_path, model, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    weights = tmp_path if model in ("clip", "bert") else tmp_path / name
+    weights = tmp_path / name if model == "glove" else tmp_path
     with pytest.raises(UserError, match=f"'{weights}.*{message}"):
         vectors_of(model, "bird wing", weights, 50 if "--dim" in message else 0)
 
@@ -381,30 +387,27 @@ def test_words_of_like_contexts_are_near():
         assert near("belly") == ["breast", "wheel"]
 
 
-@pytest.mark.parametrize("name", ["clip bin", "clip-text"])
-def test_a_model_is_downloaded_once(server, tmp_path, monkeypatch, name):
-    _, expected = FILES[name](tmp_path, monkeypatch)
-    for path in tmp_path.iterdir():
-        server.files[f"/{path.name}"] = path.read_bytes()
-    for constant, file in dict(FOLDER="", ARCHIVE="/ViT-B-32.pt", MERGES="/bpe_simple_vocab_16e6.txt.gz").items():
-        monkeypatch.setattr(prior_module, f"CLIP_{constant}", server.url + file)
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
-    for _ in range(2):
-        found = vectors_of(name.split()[0], "bird titmouse")
-        assert list(found) == ["bird"] and np.allclose(found["bird"], expected("noun", "bird"), atol=1e-5)
-        assert len(server.requests) == 2  # the second time from the cache
+def test_files_of_a_model_are_looked_at_before_captions_are_tagged(tmp_path):
+    tagged = []
+    speech = lambda caption: tagged.append(caption) or SPEECH(caption)
+    for model, dim in (("glove", 0), ("clip", 0), ("clip-text", 0), ("bert", 0)):
+        with pytest.raises(UserError, match=str(tmp_path / "absent")):
+            build_prior(SCENES, speech, model, str(tmp_path / "absent"), dim=dim, workers=1)
+    weights, _ = glove_file(tmp_path, None)
+    with pytest.raises(UserError, match="it has 4 dimensions, --dim asks for 300"):
+        build_prior(SCENES, speech, "glove", str(weights), dim=300, workers=1)
+    assert not tagged
 
 
-@pytest.mark.parametrize("sent, cut, sha256", [
+@pytest.mark.parametrize("sent, cut, digest", [
     (None, None, "1234"), (b"another", None, "1234"), (b"weights", 3, hashlib.sha256(b"weights").hexdigest()),
-    (b"weights", 3, None),
+    (b"weights", 3, hashlib.md5(b"weights").hexdigest()), (b"another", None, hashlib.md5(b"weights").hexdigest()),
 ])
-def test_a_failed_download_is_one_line_and_leaves_nothing(server, tmp_path, monkeypatch, sent, cut, sha256):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+def test_a_failed_download_is_one_line_and_leaves_nothing(server, tmp_path, sent, cut, digest):
     server.files["/w.pt"], server.cuts_after = sent, cut
-    with pytest.raises(UserError, match="^own.pt .a net. is unavailable: .*; get it from .* and point --it at it$"):
-        fetch(f"{server.url}/w.pt", "a net", "--it", sha256, "own.pt")
-    assert not [path for path in (tmp_path / "home").rglob("*") if path.is_file()]
+    with pytest.raises(UserError, match="^http://.*/w.pt is unavailable: .*; run the command again$"):
+        download(f"{server.url}/w.pt", tmp_path / "folder" / "w.pt", digest)
+    assert not list((tmp_path / "folder").iterdir())
 
 
 def test_published_tensors_are_read_and_what_is_damaged_or_foreign_is_a_line(tmp_path, monkeypatch):
@@ -412,7 +415,7 @@ def test_published_tensors_are_read_and_what_is_damaged_or_foreign_is_a_line(tmp
     state = {kind: torch.arange(12).reshape(4, 3).to(dtype) for kind, dtype in kinds.items()}
     raw = {kind: (kind, (4, 3), value.view(torch.uint8).numpy().tobytes()) for kind, value in state.items()}
     whole, path, checkpoint = safetensors_bytes(raw), tmp_path / "x.safetensors", tmp_path / "last.ckpt"
-    path.write_bytes(whole)
+    path.write_bytes(safetensors_bytes({**raw, "a mask": ("BOOL", (2,), b"\0\1")}))  # of a kind that is left out
     torch.save({"state_dict": {**state, "step": 3}, "epoch": 1}, checkpoint)
     for found in (read_tensors(path), read_tensors(checkpoint)):
         torch.testing.assert_close(found, state, rtol=0, atol=0)
@@ -423,7 +426,7 @@ def test_published_tensors_are_read_and_what_is_damaged_or_foreign_is_a_line(tmp
         torch.save({"state_dict": state, "callbacks": {callback: {"best_model_path": "x"}}}, checkpoint)
     torch.testing.assert_close(read_tensors(checkpoint), state, rtol=0, atol=0)
     torch.save({"state_dict": state, "callbacks": Foreign()}, checkpoint)
-    for data in (None, whole[:5], b"\xff" * 8 + whole[8:], whole[:-40], whole.replace(b"F32", b"X32")):
+    for data in (None, whole[:5], b"\xff" * 8 + whole[8:], whole[:-40]):
         path.write_bytes(data or b"")
         with pytest.raises(UserError, match="^weights '.*' cannot be read: .+$"):
             read_tensors(path if data else checkpoint)
@@ -497,7 +500,8 @@ def show(tmp_path, monkeypatch):
     """The start of a command that shows a prior of BIRDS."""
     (tmp_path / "c.txt").write_text("\n".join(BIRDS))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda download: SPEECH)
+    monkeypatch.setattr(prior_module, "WordNetSpeech", lambda: SPEECH)
+    monkeypatch.setattr(prior_module, "missing_nltk", list)
     prior_module.main("c.txt --embeddings random --min-count 1 --dim 3 --workers 1 --out birds.npz".split())
     return ["show", "birds.npz", "--caption", "a red bird"]
 
@@ -505,7 +509,8 @@ def show(tmp_path, monkeypatch):
 @pytest.mark.parametrize("words, panels", [(["small", "bird"], 2), (["small"], 1)])
 def test_command_builds_and_shows(capsys, show, words, panels):
     built = capsys.readouterr().out
-    assert "4 adjectives, 4 nouns, 6 edges, random vectors of 3 dimensions (0 words without one) from 3 cap" in built
+    assert "birds.npz: 6 edges, random vectors of 3 dimensions (0 words without one) from 3 captions in " in built
+    assert "4 adjectives + 4 nouns, 4.0 bits a position" in built
     prior_module.main([*show, "--words", *words, "--pairs", "1", "--figure", "f.png"])
     shown = capsys.readouterr().out
     assert "4 adjectives, 4 nouns, 6 edges (37.50% of pairs)" in shown and "  red → bird\n" in shown
@@ -516,7 +521,7 @@ def test_command_builds_and_shows(capsys, show, words, panels):
 
 
 def test_a_prior_is_shown_and_drawn_without_nltk(capsys, show, monkeypatch):
-    def missing(download):
+    def missing():
         raise UserError("NLTK data missing")
 
     monkeypatch.setattr(prior_module, "WordNetSpeech", missing)
@@ -557,16 +562,18 @@ def test_ticks_are_round_and_labels_lie_apart():
 
 
 @pytest.mark.parametrize("args, message", [
-    ("", "required: CORPUS"), ("c.txt --embeddings bert --weights x --dim 3", "--dim changes nothing"),
-    ("c.txt --embeddings clip --weights absent", "absent does not exist"), ("show birds.npz --dim 3", "unrecognized"),
+    ("", "name a CORPUS"), ("c.txt --embeddings bert --weights x --dim 3", "--dim changes nothing"),
+    ("c.txt --embeddings clip --weights absent", "'absent' does not exist"), ("show birds.npz --dim 3", "unrecognized"),
     ("c.txt --embeddings bert", "bert needs --weights"), ("c.txt --embeddings clip --dim 3", "--dim changes nothing"),
     ("c.txt --embeddings glove", "glove needs --weights"), ("show absent.npz", "'absent.npz' is no prior: [Errno 2]"),
-    ("c.txt --weights x", "--weights changes nothing"), ("show birds.npz --figure f.jpg", "must end in .png"),
+    ("c.txt --embeddings corpus --weights x", "--weights changes nothing"), ("show birds.npz --figure f.jpg", "must end in .png"),
     ("c.txt --wieghts x", "unrecognized arguments: --wieghts x; near: --weights"),
     ("c.txt --embeddings random --weights x", "--weights changes nothing"), ("c.txt --dim few", "invalid int"),
     ("c.txt --min-count 0", "0 does not lie between 1"), ("c.txt --min 3", "unrecognized arguments: --min 3"),
-    ("c.txt --out prior.npy", "must end in .npz"), ("c.txt --min-count 2 --dim 4", "4 words have neighbours, too few"),
-    ("absent.txt", "corpus 'absent.txt' is no text"), ("c.txt --min-count 1 --out folder.npz", "is a folder or a dev"),
+    ("c.txt --out prior.npy", "must end in .npz"), ("absent.txt", "'absent.txt' does not exist"),
+    ("c.txt --embeddings corpus --min-count 2 --dim 4", "4 words have neighbours, too few"),
+    ("c.txt --embeddings random --out birds.npz", "birds.npz exists; replace it with --overwrite"),
+    ("c.txt --embeddings random --min-count 1 --out folder.npz --overwrite", "is a folder or a dev"),
     ("show birds.npz --figure f.png --words x", "not a word of this prior: x"),
 ])
 def test_a_users_error_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, show, args, message):

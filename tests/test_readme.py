@@ -79,7 +79,7 @@ def test_every_command_is_one_that_its_script_takes(words, tmp_path, monkeypatch
     elif script == "vqct":
         assert len(words) == 1
     elif "--resume" in words:
-        with pytest.raises(prior.UserError, match="'runs/demo-vqct/last.pt' is no checkpoint"):
+        with pytest.raises(prior.UserError, match="no run 'runs/demo-vqct' to resume: it has no last.pt"):
             train.parse(words[1:])
     elif script == "evaluate":
         with pytest.raises(prior.UserError, match="is not a run of train.py"):  # the flags are understood
@@ -155,10 +155,7 @@ def demo(tmp_path, monkeypatch):
     """A folder where `python train.py` and the README's second stage were run, on few birds and for few steps."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.DemoDataset, "SIZES", {"train": 64, "val": 8})
-    monkeypatch.setattr(evaluate, "INCEPTION_URL", "http://127.0.0.1:9/pt_inception-2015-12-05-6726825d.pth")
-    monkeypatch.setattr(train, "HEADS_URL", "http://127.0.0.1:9/{}.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.setattr(train, "TRUNK_URLS", dict.fromkeys(train.TRUNK_URLS, "http://127.0.0.1:9/trunk-00000000.pth"))
     train.main(["--steps", "2", "--eval-every", "2"])
     (words,) = {words for words, _ in LISTED if words[:3] == ("synthesize.py", "runs/demo-vqct", "train")}
     synthesize.main([*words[1:], "--steps", "2", "--batch-size", "8"])

@@ -153,7 +153,9 @@ def test_help_names_every_flag_with_its_default(capsys):
     ("--method vqcat", "argument --method: invalid choice: 'vqcat' (choose from 'vqct'"),
     ("--resume --overwrite", "argument --overwrite: not allowed with argument --resume"),
     ("--reso 64", "unrecognized arguments: --reso 64"), ("--device gpu", "--device gpu: "),
-    ("--dataset cub", "no images.txt in 'data/CUB_200_2011': point --data at"),
+    ("--data photos", "--data photos needs --dataset too: folder for any photographs"),
+    ("--prior corpus.txt", "--prior takes a .npz; make one with: python prior.py corpus.txt --out NAME.npz"),
+    ("--resume", "no run 'runs/demo-vqct' to resume: it has no last.pt; --out names a run"),
 ])
 def test_bad_flags_are_a_line_each(capsys, monkeypatch, tmp_path, flags, message):
     monkeypatch.setattr("signal.signal", lambda number, handler: None)  # pytest keeps its own
@@ -164,7 +166,7 @@ def test_bad_flags_are_a_line_each(capsys, monkeypatch, tmp_path, flags, message
 
 
 @pytest.mark.parametrize("flag, given", [
-    ("data", dict(data="x")), ("labels", dict(dataset="cub", labels="maps")),
+    ("download", dict(download=True)), ("labels", dict(dataset="cub", labels="maps")),
     ("shuffle", dict(method="vqgan", shuffle="edges")), ("shuffle", dict(method="random-mlp", shuffle="vectors")),
     ("code-dim", dict(transfer="none", code_dim=8)), ("codebook-size", dict(codebook_size=9)),
     ("weighted-edges", dict(transfer="mlp", weighted_edges=True)), ("beta", dict(method="gumbel", beta=1.0)),
@@ -435,6 +437,7 @@ def test_resuming_refuses_to_become_another_run():
 def test_a_folder_trains_with_a_prior_lpips_and_the_cosine(prior, monkeypatch):
     """The path of one's own photographs: folder, prior file, perceptual loss, decaying rate; then resuming."""
     monkeypatch.setattr(train_module, "load_lpips", lambda trunk, trunk_weights, lpips_weights: LPIPS(trunk))
+    monkeypatch.setattr(train_module, "lpips_files", lambda trunk: [])
     Path("data").mkdir()
     for i in range(20):
         pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3), dtype=np.uint8)

@@ -4,9 +4,8 @@ Paper §3.3, step 1 (codebook construction) and the first half of step 2 (the mo
 words that are not vision-related are dropped by their part of speech, each remaining word gets its language-model
 vector, and A_ij = 1 where adjective i modifies noun j.
 
-    python prior.py captions.txt --out prior.npz                       vectors from the corpus itself
+    python prior.py captions.txt --download --out prior.npz            CLIP's token vectors, the paper's choice
     python prior.py annotations/captions_train2017.json CUB_200_2011/text --embeddings glove --weights glove.6B.zip
-    python prior.py captions.txt --embeddings clip                     CLIP's token vectors, downloaded
     python prior.py show prior.npz --caption "a bright orange breast" --figure figure1.png
 
 A corpus is plain text (one caption per line), COCO captions JSON, Flickr's `name#k<TAB>caption`, any of them gzipped,

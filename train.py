@@ -1,7 +1,7 @@
 """Train the first stage: encoder, codebooks and decoder (paper §3.3, §4.1).
 
     python train.py                                            built-in birds, minutes on a CPU, no download
-    python train.py --dataset cub --download --device cuda     data/CUB_200_2011, the paper's f16 network
+    python train.py --dataset cub --download --device cuda     the paper's system, from nothing
     torchrun --nproc-per-node 8 train.py --dataset cub         on all GPUs of a machine
     python train.py --dataset coco --init vqgan_imagenet_f16_1024.ckpt --device cuda   from published weights
     python train.py --dataset folder --data DIR --prior prior.npz --preset tiny

@@ -610,10 +610,11 @@ def main(argv=None):
     for path in paths:
         if not (path / f"{choices.checkpoint}.pt").is_file():
             raise UserError(f"'{path}' is not a run of train.py: it has no {choices.checkpoint}.pt")
-    if choices.download:
-        with first_process_first():
-            provide([inception_file(), *lpips_files(choices.perceptual_trunk)], True, "")
+    files = [inception_file(), *lpips_files(choices.perceptual_trunk)]
+    local = choices.inception, choices.trunk_weights, choices.lpips_weights
     with first_process_first():
+        if choices.download:
+            provide([file for file, path in zip(files, local) if not path], True, "")
         inception = load_or_reason(load_inception, choices.inception)
         load = functools.partial(load_lpips, choices.perceptual_trunk)
         lpips = load_or_reason(load, choices.trunk_weights, choices.lpips_weights)

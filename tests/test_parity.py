@@ -1,5 +1,5 @@
 """The same numbers as well-known packages, each test where its peer is there: torch_geometric, pytorch-fid, lpips,
-scikit-image, vector-quantize-pytorch. Trunks have random weights and lpips brings its heads: nothing is downloaded."""
+scikit-image, vector-quantize-pytorch, transformers. Trunks have random weights and lpips brings its heads: nothing is downloaded."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ import torchvision
 from torch.testing import assert_close
 
 import evaluate
+import prior
 import vqct
 
 EDGES = torch.tensor([(0, 4), (0, 5), (1, 5), (2, 6), (3, 6), (3, 4), (3, 7)])  # node 8 has none
@@ -101,3 +102,17 @@ def test_quantizer_is_vector_quantize_pytorchs(learnable, beta):
     wanted = (z, peer._codebook.embed) if learnable else (z,)
     for mine, theirs in zip(gradients, torch.autograd.grad((their_z_q * upstream).sum() + their_loss.sum(), wanted)):
         assert_close(mine, theirs.view_as(mine), rtol=1e-5, atol=1e-7)
+
+
+def test_text_features_are_those_of_transformers():
+    transformers = pytest.importorskip("transformers")
+    shape = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=3, num_attention_heads=2, projection_dim=32)
+    peer = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**shape, eos_token_id=49407)).eval()
+    for parameter in peer.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    prompts = torch.tensor([[49406, 320, 1125, 539, word, 49407] for word in (7, 2866, 30000)])
+    with torch.no_grad():
+        theirs = peer(prompts).text_embeds
+        ours = prior.clip_text_features(prompts, peer.state_dict())
+    assert theirs.abs().mean() > 0.1
+    assert_close(ours, theirs, rtol=0, atol=1e-6 * theirs.abs().max().item())

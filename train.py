@@ -782,6 +782,8 @@ class Archive(Need):
 
 def archives(name, root):
     """The Archives of a data set, or of COCO's captions, whose folder is `root` → list."""
+    if name == "coco" and (root / "train2014").is_dir():  # an older year, which people have
+        return []
     folder = DATASETS["coco" if name == "captions" else name].folder
     if root.name != folder and ARCHIVES[name][0][-1] == ".." and not root.exists():
         raise UserError(f"no folder '{root}'; a download makes one named {folder}: give --data {root.parent / folder}")
@@ -881,7 +883,8 @@ def make_prior(config, dataset):
         name = "the demo's captions"
     else:
         prior, name = default_prior(config, dataset), prior_path(config)
-    print(f"codebook of {name}: {describe_codebook(prior)}", flush=True)
+    text, _, warning = describe_codebook(prior).partition("\n")
+    print(f"codebook of {name}: {text}" + (f"\n{warning}" if warning and config.dataset != "demo" else ""), flush=True)
     return shuffled(prior, config.shuffle, config.seed)
 
 
@@ -909,6 +912,7 @@ def default_prior(config, dataset):
         where = DATASETS[config.dataset].captions if config.dataset in DATASETS else "x.txt beside x.jpg"
         print(f"making '{path}' once: {len(captions):,} captions, {len(own):,} of them of {config.dataset}"
               + (f" itself (in {where})" if where else ""), flush=True)
+    provide(language_needs("clip"), config.download, "add --download")
     name = f"MS-COCO 2017 and {config.dataset}"
     prior = build_prior(captions, workers=max(1, CORES // processes()), name=name)
     prior.save(path)

@@ -33,7 +33,9 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 import time
+import traceback
 import unicodedata
 import urllib.request
 import warnings
@@ -412,7 +414,13 @@ def count_captions(captions, speech, contexts=False):
 
 def _start_worker(*job):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _count_chunk.job = job
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _count_chunk(captions):
@@ -422,14 +430,15 @@ def _count_chunk(captions):
 def count_corpus(captions, speech, contexts=False, workers=CORES):
     """`count_captions` over all cores; the result does not depend on their number.
 
-    Raises UserError if a worker is killed, or no adjective or noun is found.
+    Raises UserError if a worker is killed or lacks memory, or no adjective or noun is found.
     """
     captions, total, progress, began = iter(captions), Counts(), Progress(), time.monotonic()
     chunks = list(iter(lambda: list(itertools.islice(captions, CHUNK)), []))
     with ExitStack() as stack:
         parts = (count_captions(chunk, speech, contexts) for chunk in chunks)
         if workers > 1:
-            stack.enter_context(user_error("a process that tagged captions was killed: {}", BrokenProcessPool))
+            ended = "a process that tagged captions was killed or lacked memory; give fewer --workers"
+            stack.enter_context(user_error(ended, BrokenProcessPool, MemoryError))
             pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(speech, contexts))
             parts = stack.enter_context(pool).map(_count_chunk, chunks)
         for counts in parts:
@@ -641,16 +650,36 @@ class Prior:
         """Read a .npz of `save`. Raises UserError if it is missing or no prior."""
         with user_error(f"'{path}' is no prior: {{}}; make one with: python prior.py CORPUS --out prior.npz"):
             with np.load(regular(path), allow_pickle=False) as file:
+                if missing := cls.__dataclass_fields__.keys() - set(file):
+                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
                 arrays = {name: file[name] for name in cls.__dataclass_fields__}
             prior = cls(**{**arrays, "provenance": json.loads(str(arrays["provenance"]))})
-            for part in PARTS:
-                words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"]
-                if not len(words) or len(vectors) != len(words) or not np.isfinite(vectors).all():
-                    raise ValueError(f"its {part}s are not words with a vector of finite numbers each")
-            sizes = len(prior.adjective_words), len(prior.noun_words)
-            if (prior.edges < 0).any() or (prior.edges >= sizes).any():
-                raise ValueError("its edges name words that are not there")
+            if fault := prior.fault():
+                raise ValueError(fault)
             return prior
+
+    def fault(self):
+        """Why these arrays are no prior, in a line, or None if they are one."""
+        for part in PARTS:
+            words, vectors = self[f"{part}_words"], self[f"{part}_vectors"]
+            if words.dtype.kind != "U" or words.ndim != 1 or not len(words) or any(map(str.isnumeric, words.tolist())):
+                return f"its {part}s are not words"
+            if len(np.unique(words)) < len(words):
+                return f"one of its {part}s is there twice"
+            if vectors.dtype.kind != "f" or vectors.ndim != 2 or len(vectors) != len(words):
+                return f"its {part}s do not have a vector each"
+            if not (vectors.any(axis=1) & (np.abs(vectors) < 1e6).all(axis=1)).all():
+                return f"a vector of its {part}s is zero, huge or not finite"
+        if self.adjective_vectors.shape[1] != self.noun_vectors.shape[1]:
+            return "its adjectives and nouns differ in dimensions"
+        edges, counts, sizes = self.edges, self.edge_counts, (len(self.adjective_words), len(self.noun_words))
+        if edges.dtype.kind != "i" or edges.shape != (len(edges), 2) or (edges < 0).any() or (edges >= sizes).any():
+            return "its edges are not pairs of an adjective's and a noun's index"
+        if len(np.unique(edges, axis=0)) < len(edges):
+            return "one of its edges is there twice"
+        if counts.dtype.kind != "i" or counts.shape != (len(edges),) or (counts < 1).any():
+            return "its edges do not have a count of one or more each"
+        return None if isinstance(self.provenance, dict) else "its provenance is not a JSON object"
 
     def tensors(self):
         """The arrays as tensors and lists of strings, which a checkpoint may hold → dict."""
@@ -675,7 +704,8 @@ def build_prior(captions, speech=None, embeddings="corpus", weights="", min_coun
     frequent = sorted((-count, word, part) for (word, part), count in counts.words.items() if count >= min_count)
     seen = {part: [word for _, word, kind in frequent if kind == part] for part in PARTS}
     vectors = LANGUAGE_MODELS[embeddings](seen, weights, dim, counts)
-    words = {part: [word for word in seen[part] if word in vectors[part]] for part in PARTS}
+    has_vector = lambda part, word: word in vectors[part] and vectors[part][word].any()
+    words = {part: [word for word in seen[part] if has_vector(part, word)] for part in PARTS}
     for part in PARTS:
         if not words[part]:
             raise UserError(
@@ -988,6 +1018,8 @@ def user_error(message, *kinds):
     except UserError:
         raise
     except kinds or Exception as error:
+        if isinstance(error, MemoryError) and MemoryError not in kinds:
+            raise  # which is no fault of what the user gave
         raise UserError(message.replace("{}", str(error).partition("\n")[0] or type(error).__name__)) from None
 
 
@@ -1006,6 +1038,11 @@ def command(main):
     except (UserError, OSError) as error:
         message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader's worker sends its traceback along
         print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+    except MemoryError as error:
+        calls = traceback.extract_tb(error.__traceback__)
+        call = [call for call in calls if Path(call.filename).parent == Path(__file__).parent][-1]
+        print(f"error: out of memory in {call.name} ({Path(call.filename).name}, line {call.lineno})", file=sys.stderr)
         sys.exit(2)
 
 

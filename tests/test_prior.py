@@ -306,7 +306,7 @@ class Befallen(WordListSpeech):
 
 
 @pytest.mark.parametrize("deed, corpora, message", [
-    ((signal.raise_signal, signal.SIGKILL), [], "^a process that tagged captions was killed: "),
+    ((signal.raise_signal, signal.SIGKILL), [], "^a process that tagged captions was killed or lacked memory; "),
     ((time.sleep, 0.2), ["absent.txt"], "^corpus 'absent.txt'"),
 ])
 def test_a_fault_ends_the_counting_at_once(monkeypatch, deed, corpora, message):
@@ -548,14 +548,45 @@ def test_prior_file_round_trip(tmp_path, prior):
     assert np.array_equal(held["adjective_vectors"], prior.adjective_vectors) and held["edges"].dtype == torch.int64
 
 
-def test_what_is_no_prior_is_refused(tmp_path, prior):
-    changes = [{}, {"noun_vectors": np.ones((8, 12))}, {"noun_vectors": np.full((9, 12), np.nan)}, {"edges": None}]
-    changes += [{"noun_words": np.array([], "U1"), "noun_vectors": np.ones((0, 12))}]
-    for change in changes:
-        arrays = {**vars(prior), "provenance": "{}" if change else "nothing", **change}
-        np.savez(tmp_path / "p.npz", **{name: value for name, value in arrays.items() if value is not None})
-        with pytest.raises(UserError, match="p.npz' is no prior: .*; make one with: python prior.py CORPUS"):
-            Prior.load(tmp_path / "p.npz")
+def at(array, index, value):
+    """A copy with one value changed."""
+    array = array.astype(np.result_type(array.dtype, np.min_scalar_type(value)))
+    array[index] = value
+    return array
+
+
+@pytest.mark.parametrize("name, change, fault", [
+    ("noun_vectors", lambda x: x[1:], "nouns do not have a vector each"), ("edges", None, "it lacks edges"),
+    ("noun_vectors", lambda x: x[:, 1:], "differ in dimensions"), ("edge_counts", None, "it lacks edge_counts"),
+    ("noun_vectors", lambda x: x[0], "nouns do not have a vector each"), ("provenance", lambda _: "x", "Expecting value"),
+    ("adjective_vectors", lambda x: at(x, 2, 0), "a vector of its adjectives is zero"),
+    ("adjective_vectors", lambda x: at(x, (2, 3), 1e30), "a vector of its adjectives is zero, huge or not finite"),
+    ("noun_vectors", lambda x: at(x, (2, 3), np.nan), "zero, huge or not finite"),
+    ("noun_vectors", lambda x: x[:, :0], "zero, huge or not finite"), ("provenance", lambda _: "[]", "not a JSON object"),
+    ("noun_vectors", lambda x: x.astype(int), "nouns do not have a vector each"),
+    ("noun_words", lambda x: x[:0], "nouns are not words"), ("noun_words", lambda x: np.arange(9), "nouns are not words"),
+    ("noun_words", lambda x: np.array([*map(str, range(9))]), "nouns are not words"),
+    ("adjective_words", lambda x: at(x, 0, "b"), "one of its adjectives is there twice"),
+    ("edges", lambda x: x + 0.5, "edges are not pairs"), ("edges", lambda x: at(x, (0, 1), 9), "edges are not pairs"),
+    ("edges", lambda x: at(x, (0, 0), -1), "edges are not pairs"), ("edges", lambda x: x.T, "edges are not pairs"),
+    ("edges", lambda x: at(x, 0, x[1]), "one of its edges is there twice"),
+    ("edge_counts", lambda x: at(x, 0, -1), "count of one or more"), ("edge_counts", lambda x: x[1:], "count of one"),
+    ("edge_counts", lambda x: x * 1.5, "count of one or more"),
+])
+def test_what_is_no_prior_is_refused(tmp_path, prior, name, change, fault):
+    arrays = {**vars(prior), "provenance": "{}"}
+    np.savez(tmp_path / "p.npz", **arrays)
+    Prior.load(tmp_path / "p.npz")
+    value = arrays.pop(name)
+    np.savez(tmp_path / "p.npz", **arrays, **({name: change(value)} if change else {}))
+    with pytest.raises(UserError, match=f"p.npz' is no prior: .*{fault}.*; make one with: python prior.py CORPUS"):
+        Prior.load(tmp_path / "p.npz")
+
+
+def test_a_word_whose_vector_is_zero_has_none(tmp_path):
+    (tmp_path / "v.txt").write_text("red 0 1\nsmall 1 1\nbird 1 1\nwing 0 0\n")
+    prior = build_prior(BIRDS, SPEECH, "glove", str(tmp_path / "v.txt"), min_count=1, workers=1)
+    assert prior.noun_words.tolist() == ["bird"] and prior.fault() is None
 
 
 def test_shuffling_destroys_one_thing_and_keeps_the_rest(prior):
@@ -670,7 +701,7 @@ def test_a_reader_that_leaves_is_no_error(show):
     assert process.stderr.read() == b"" and process.wait() == 141
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_signal_ends_the_script_and_its_workers(tmp_path, number):
     (tmp_path / "waits.py").write_text("""import time, prior
 class Waits(prior.WordListSpeech):
@@ -682,7 +713,29 @@ if __name__ == "__main__": prior.command(lambda: prior.count_corpus(["a bird"], 
     assert process.stdout.readline() == b"tagging\n"
     process.send_signal(number)
     printed = process.communicate(timeout=20)  # to the end of both, which the workers hold open as long as they live
-    assert printed == (b"", b"") and process.returncode == 128 + number
+    assert printed == (b"", b"") and process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+
+
+class Hungry(WordListSpeech):
+    def __call__(self, caption):
+        raise MemoryError
+
+
+def test_lack_of_memory_is_one_line_that_blames_no_file(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr("nltk.data.find", lambda path: bytes(1 << 60))
+    deeds = {
+        "error: out of memory in lacks (prior.py, line ": WordNetSpeech,
+        "error: a process that tagged captions was killed or lacked memory; give fewer": (
+            lambda: count_corpus(["a bird"] * 3, Hungry([], ["bird"]), workers=2)),
+        "error: out of memory in count_captions (prior.py, line ": (
+            lambda: count_corpus(["a bird"], Hungry([], ["bird"]), workers=1)),
+    }
+    for message, deed in deeds.items():
+        with pytest.raises(SystemExit) as end:
+            command(deed)
+        printed = capsys.readouterr().err
+        assert end.value.code == 2 and printed.startswith(message) and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("link", [False, True])

@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech, atomic_write,
                    build_prior, checksum, command, describe_codebook, download, language_needs, provide, read_captions,
-                   read_tensors, regular, save_png, shuffled, text_checksum, user_error)
+                   read_corpora, read_tensors, regular, save_png, shuffled, text_checksum, user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VectorQuantizer, VQModel, adaptive_weight, all_reduce,
                   distributed, hinge_loss, load_taming, needs_prior, option)
 
@@ -902,7 +902,7 @@ def default_prior(config, dataset):
     path, folder, own = prior_path(config), captions_folder(config), []
     if config.dataset != "coco":
         own = [caption for index in range(len(dataset)) for caption in dataset.captions_of(index)]
-    captions = [*itertools.chain.from_iterable(read_captions(folder / name) for name in COCO_CAPTIONS), *own]
+    captions = [*read_corpora(folder / name for name in COCO_CAPTIONS), *own]
     if path.is_file():
         prior = Prior.load(path)
         if prior.provenance.get("captions_sha256") == text_checksum(captions):

@@ -204,6 +204,7 @@ def parts_of_speech(tagged, speech):
     return [Token(*fields, noun or fields[0]) for *fields, noun in zip(words, tags, kinds, parts, nouns)]
 
 
+@functools.lru_cache(1 << 16)
 def kind_of(word, tag, speech):
     """The letter of a tagged word before any rule."""
     if word in KINDS or not re.search("[a-z]", word):
@@ -279,6 +280,10 @@ class WordNetSpeech:
         with user_error(DAMAGED_NLTK):
             self.tagger = PerceptronTagger()
             self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
+            senses = re.findall(r"^(\S+)%([12])\S* \d+ (\d+)", wordnet.open("cntlist.rev").read(), re.MULTILINE)
+        self.counts = Counter()  # (word, "1" for a noun or "2" for a verb) → times in WordNet's texts
+        for word, part, count in senses:
+            self.counts[word, part] += int(count)
         self.tagger.model = DensePerceptron(self.tagger.model)
         self.tokenizer, self.split_sentences = nltk.NLTKWordTokenizer(), nltk.sent_tokenize
         self.wordnet, self.lemmatize = wordnet, nltk.WordNetLemmatizer().lemmatize
@@ -301,23 +306,18 @@ class WordNetSpeech:
         """Singular of a noun WordNet knows, or None."""
         if word in PLURALS or not word.isalpha() or len(word) < 2:
             return PLURALS.get(word)
-        forms = self.wordnet.morphy(word, "n"), self.lemmatize(word, "n")  # of "pass" NLTK makes "pass" and "pas"
-        known = [form for form in forms if form in self.known["n"] and form not in QUANTIFIERS]
-        return max(known, key=lambda form: self.count(form, "n"), default=None)
+        first, shortest = self.wordnet.morphy(word, "n"), self.lemmatize(word, "n")  # "pass" and "pas" of "pass"
+        lemma = first if first == shortest or self.counts[first, "1"] >= self.counts[shortest, "1"] else shortest
+        return lemma if lemma in self.known["n"] and lemma not in QUANTIFIERS else None
 
     @functools.lru_cache(1 << 16)
     def verb(self, word):
         """Base form of a verb WordNet knows, or None."""
         return self.wordnet.morphy(word, "v")
 
-    def count(self, word, pos):
-        """How often WordNet's texts hold the word as an "n" or "v"."""
-        return sum(lemma.count() for lemma in self.wordnet.lemmas(word, pos)) if word else 0
-
-    @functools.lru_cache(1 << 16)
     def mostly_verb(self, word):
         """Whether a word is more often a verb than a noun."""
-        return self.count(self.verb(word), "v") > self.count(self.noun(word), "n")
+        return self.counts[self.verb(word), "2"] > self.counts[self.noun(word), "1"]
 
     def lists(self, word, tag):
         """Whether WordNet lists the word in the part of speech of an adjective's, adverb's or verb's tag."""

@@ -61,8 +61,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # ======== Corpora
 
 FORMS = (
-    "text, a caption per line; Flickr's `name#k caption`; JSON or JSON lines: COCO's, Karpathy's, strings, or objects "
-    "with a `caption`; a table with captions in its last column; each maybe .gz; or a folder of .txt"
+    "text, a caption per line; Flickr's `name#k caption`; JSON or JSON lines: COCO's, Karpathy's, strings, or "
+    "objects with a `caption`; a table with captions in its last column; each maybe .gz; or a folder of .txt"
 )
 
 
@@ -78,7 +78,7 @@ def read_corpora(paths):
 
 
 def read_captions(path):
-    """Yield the captions of a file in one of FORMS, told by its content, or of a folder's .txt and .txt.gz files.
+    """Yield the captions of a file in one of FORMS, told by its content, or of a folder's .txt and .txt.gz.
 
     Raises UserError if it is missing or damaged, or neither UTF-8 nor UTF-16 with its mark.
     """
@@ -105,8 +105,8 @@ def captions_of(text):
                 raise
             return [caption for line in lines for caption in captions_in(json.loads(line))]
     for mark in "\t|,;":  # a table's first column holds names, numbers or URLs; so may its last
-        names = [line.partition(mark) for line in lines[1:20]]
-        if names and all(found and (mark == "\t" or re.fullmatch(r"\S*[\d./:]\S*", name)) for name, found, _ in names):
+        row = ".*\t" if mark == "\t" else rf"[^\s{mark}]*[\d./:][^\s{mark}]*[{mark}]"
+        if lines[1:] and all(re.match(row, line) for line in lines[1:20]):
             quoting = csv.QUOTE_NONE if mark in "\t|" else csv.QUOTE_MINIMAL
             rows = csv.reader((f"{line}\n" for line in lines), delimiter=mark, quoting=quoting)
             lines = [next(filter(is_text, reversed(row)), "") for row in rows]
@@ -134,18 +134,17 @@ def is_text(value):
 #
 # Each word of a sentence is one letter, its kind, so that a rule of the grammar is a regular expression:
 #
-#   A  adjective                                     N  noun, or a word that WordNet does not list under its tag
-#   B  noun that may be an adjective: "orange"       S  plural that is more often a verb: "walks"
-#   E  participle that may be an adjective: "striped"    G  -ing form that may be an adjective: "flying"
-#   K  is, are, was, were    W  that, which, who    C  and, or, but    P  preposition    R  adverb
-#   a  a, an                 D  the, its, …         ,  comma           -  any other word
+#   A  adjective                                      N  noun, or a word that WordNet does not list under its tag
+#   B  noun that may be an adjective: "orange"        S  plural that is more often a verb: "walks"
+#   E  participle that may be one too: "striped"      G  -ing form that may be one too: "flying"
+#   -  any other word                                 the others: KINDS
 #
-# RULES settle B, S, E and G, in this order; EDGES then read pairs from A, N and the rest. Every rule changes at
-# least 5 in 1,000 pairs of 2,500 captions of Flickr30k or of CUB; what changed fewer is not here.
+# RULES settle B, S, E and G, in this order; EDGES then read the pairs. Each rule changes at least 5 in 1,000
+# pairs of 2,500 captions of Flickr30k or of CUB; rules that changed fewer were left out.
 
-KINDS = "is are was were:K that which who:W a an:a CC:C ,:, IN:P RB RBR RBS:R DT PRP$:D"  # of words, then of tags
-KINDS = {word: kind for words, kind in (entry.rsplit(":", 1) for entry in re.findall(r"\S.*?:\S", KINDS))
-         for word in words.split()}
+KINDS = {"K": "is are was were", "W": "that which who", "a": "a an", "C": "CC", ",": ",", "P": "IN"}
+KINDS |= {"R": "RB RBR RBS", "D": "DT PRP$"}  # words, or tags of the other words
+KINDS = {word: kind for kind, words in KINDS.items() for word in words.split()}
 LIST = "R*{0}(?:[C,]*{0})*"  # adjectives in a row: "very small, round and brown"
 RULES = (  # new kind, where, an example
     ("-", r"(?<=[NBS])S(?=[PDa])", "a brown dog WALKS on grass"),
@@ -162,12 +161,11 @@ EDGES = (  # adjectives and the noun that they modify, an example
     (rf"(?P<noun>N)(?:P[Da]?A*N+)?K(?P<adjectives>{LIST.format('A')})", "the BELLY of the bird is WHITE"),
 )
 PLURALS = {"men": "man"} | {word: word for word in ("shorts", "glasses", "trunks")}  # not "short"
-QUANTIFIERS = frozenset("several many few more most much less other half both two three four five six seven".split())
-
-
+QUANTIFIERS = frozenset(
+    "several many few more most much less other half both two three four five six seven".split()
+)
 INVISIBLE = (0xAD, *range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x2070), 0xFEFF)
-ASCII = dict.fromkeys(INVISIBLE, "") | dict.fromkeys(map(ord, "‘’‛′"), "'") | dict.fromkeys(map(ord, "–—―"), ", ")
-ASCII[ord("‐")] = "-"
+ASCII = dict.fromkeys(INVISIBLE, "") | str.maketrans("‘’‛′‐", "''''-") | dict.fromkeys(map(ord, "–—―"), ", ")
 
 
 def plain(text):
@@ -203,6 +201,7 @@ def parts_of_speech(tagged, speech):
     return [Token(*fields, noun or fields[0]) for *fields, noun in zip(words, tags, kinds, parts, nouns)]
 
 
+@functools.lru_cache(1 << 16)
 def kind_of(word, tag, speech):
     """The letter of a tagged word before any rule."""
     if word in KINDS or not re.search("[a-z]", word):
@@ -220,7 +219,7 @@ def kind_of(word, tag, speech):
 
 
 def modifying_pairs(tokens):
-    """Yield (adjective, noun) for every adjective of a sentence that modifies a noun: the edges of the graph."""
+    """Yield (adjective, noun) for every adjective of a sentence that modifies a noun: edges of the graph."""
     kinds = "".join(token.kind for token in tokens)
     for match in itertools.chain.from_iterable(re.finditer(pattern, kinds) for pattern, _ in EDGES):
         noun = tokens[match.start("noun")]
@@ -272,6 +271,10 @@ class WordNetSpeech:
         with user_error(DAMAGED_NLTK):
             self.tagger = PerceptronTagger()
             self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
+            senses = re.findall(r"^(\S+)%([12])\S* \d+ (\d+)", wordnet.open("cntlist.rev").read(), re.MULTILINE)
+        self.counts = Counter()  # (word, "1" for a noun or "2" for a verb) → times in WordNet's texts
+        for word, part, count in senses:
+            self.counts[word, part] += int(count)
         self.tagger.model = DensePerceptron(self.tagger.model)
         self.tokenizer, self.split_sentences = nltk.NLTKWordTokenizer(), nltk.sent_tokenize
         self.wordnet, self.lemmatize = wordnet, nltk.WordNetLemmatizer().lemmatize
@@ -294,23 +297,18 @@ class WordNetSpeech:
         """Singular of a noun WordNet knows, or None."""
         if word in PLURALS or not word.isalpha() or len(word) < 2:
             return PLURALS.get(word)
-        forms = self.wordnet.morphy(word, "n"), self.lemmatize(word, "n")  # of "pass" NLTK makes "pass" and "pas"
-        known = [form for form in forms if form in self.known["n"] and form not in QUANTIFIERS]
-        return max(known, key=lambda form: self.count(form, "n"), default=None)
+        first, shortest = self.wordnet.morphy(word, "n"), self.lemmatize(word, "n")  # of "pass": pass, pas
+        lemma = first if first == shortest or self.counts[first, "1"] >= self.counts[shortest, "1"] else shortest
+        return lemma if lemma in self.known["n"] and lemma not in QUANTIFIERS else None
 
     @functools.lru_cache(1 << 16)
     def verb(self, word):
         """Base form of a verb WordNet knows, or None."""
         return self.wordnet.morphy(word, "v")
 
-    def count(self, word, pos):
-        """How often WordNet's texts hold the word as an "n" or "v"."""
-        return sum(lemma.count() for lemma in self.wordnet.lemmas(word, pos)) if word else 0
-
-    @functools.lru_cache(1 << 16)
     def mostly_verb(self, word):
         """Whether a word is more often a verb than a noun."""
-        return self.count(self.verb(word), "v") > self.count(self.noun(word), "n")
+        return self.counts[self.verb(word), "2"] > self.counts[self.noun(word), "1"]
 
     def lists(self, word, tag):
         """Whether WordNet lists the word in the part of speech of an adjective's, adverb's or verb's tag."""
@@ -688,7 +686,8 @@ class Prior:
         """Why these arrays are no prior, in a line, or None if they are one."""
         for part in PARTS:
             words, vectors = self[f"{part}_words"], self[f"{part}_vectors"]
-            if words.dtype.kind != "U" or words.ndim != 1 or not len(words) or any(map(str.isnumeric, words.tolist())):
+            texts = words.ndim == 1 and words.dtype.kind == "U" and len(words)
+            if not texts or any(map(str.isnumeric, words.tolist())):
                 return f"its {part}s are not words"
             if len(np.unique(words)) < len(words):
                 return f"one of its {part}s is there twice"
@@ -699,7 +698,8 @@ class Prior:
         if self.adjective_vectors.shape[1] != self.noun_vectors.shape[1]:
             return "its adjectives and nouns differ in dimensions"
         edges, counts, sizes = self.edges, self.edge_counts, (len(self.adjective_words), len(self.noun_words))
-        if edges.dtype.kind != "i" or edges.shape != (len(edges), 2) or (edges < 0).any() or (edges >= sizes).any():
+        whole = edges.dtype.kind == "i" and edges.shape == (len(edges), 2)
+        if not whole or (edges < 0).any() or (edges >= sizes).any():
             return "its edges are not pairs of an adjective's and a noun's index"
         if len(np.unique(edges, axis=0)) < len(edges):
             return "one of its edges is there twice"
@@ -1104,7 +1104,8 @@ def command(main):
     except MemoryError as error:
         calls = traceback.extract_tb(error.__traceback__)
         call = [call for call in calls if Path(call.filename).parent == Path(__file__).parent][-1]
-        print(f"error: out of memory in {call.name} ({Path(call.filename).name}, line {call.lineno})", file=sys.stderr)
+        place = f"{Path(call.filename).name}, line {call.lineno}: {call.line}"
+        print(f"error: out of memory in {call.name} ({place})", file=sys.stderr)
         sys.exit(2)
 
 

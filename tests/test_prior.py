@@ -36,7 +36,7 @@ from prior import (INK, LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordLi
 CAPTIONS = ["a small brown bird", "its belly is white"]
 
 
-IMAGES = [{"sentids": [1], "split": "val", "filename": "1.jpg", "sentences": [{"tokens": ["a"], "raw": c}]} for c in CAPTIONS]
+IMAGES = [{"split": "val", "filename": "1.jpg", "sentences": [{"tokens": ["a"], "raw": c}]} for c in CAPTIONS]
 COCO = [{"image_id": 1, "id": i, "caption": c} for i, c in enumerate([CAPTIONS[0], None, CAPTIONS[1]])]
 
 
@@ -218,8 +218,8 @@ def test_typography_around_a_caption_costs_no_pair(speech, form):
 
 
 @pytest.mark.parametrize("plain, spelt", [
-    (" ", "\u00a0"), (" ", "\ufffd\ufffd"), (" ", "&nbsp;"), ("i", "i\u200b"), ("r", "\u00adr"), ("o", "\u2060o"), ("fl", "ﬂ"),
-    ("b", "ｂ"), ("-", "\u2011"), (" and ", " &amp; "), (" and ", "/"), (", ", "—"), ('"', "”"),
+    (" ", "\u00a0"), (" ", "\ufffd\ufffd"), (" ", "&nbsp;"), ("i", "i\u200b"), ("r", "\u00adr"), ("o", "\u2060o"),
+    ("fl", "ﬂ"), ("b", "ｂ"), ("-", "\u2011"), (" and ", " &amp; "), (" and ", "/"), (", ", "—"), ('"', "”"),
 ])
 def test_typography_within_a_caption_costs_no_pair(speech, plain, spelt):
     for caption, expected in READ:

@@ -35,26 +35,41 @@ import torchvision
 # ======== §3.1, Eq. 1 and 2: the nearest code, and the losses of a code that was chosen
 
 @torch.no_grad()
-def nearest_code(z, codebook):
+def nearest_code(z, codebook, neighbours=1):
     """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
-    ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised, in chunks of
-    rows whose scores fit in 16 MiB, however many rows there are.
+    ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised. Chunks of
+    rows share one buffer of at most 2²² scores (of one row, if K is larger), however many rows there are.
 
     z: (N, D) features of any floating type; codebook: (K, D) codes, K ≥ 1.
-    Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); ties are broken arbitrarily.
+    neighbours: how many codes to find for each feature.
+    Returns (N,) int64, or (neighbours, N) if there are several, nearest first; ties are broken arbitrarily.
+
+    The scores are float32, or float64 if either argument is. Their origin is m, the median of about a hundred codes,
+    so a squared distance exceeds the least by a few rounding errors of (‖ẑ − m‖ + ‖e − m‖)² at most. Codes for which
+    ‖e − m‖² is not finite come after all others.
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with torch.autocast(z.device.type, enabled=False):
-        codebook = codebook.to(dtype)
-        origin = codebook.mean(0)  # distances do not depend on the origin, their rounding does
-        codes = codebook - origin  # (K, D)
+        codes = codebook.to(dtype)
+        # Distances do not depend on the origin, but their rounding does. A median is not moved by outliers.
+        sample = codes[:: len(codes) // 100 + 1].sort(0).values
+        origin = sample[len(sample) // 2].nan_to_num(0, 0, 0)  # (D,)
+        codes = codes - origin  # (K, D)
         half_norms = codes.square().sum(1) / 2  # (K,)
-        indices = []
-        for rows in z.to(dtype).split(max(1, 2**22 // len(codes))):
-            scores = torch.addmm(half_norms, rows - origin, codes.T, alpha=-1)  # ½‖e‖² − ẑ·e, (rows, K)
-            indices.append(scores.argmin(1))
-        return torch.cat(indices)
+        finite = half_norms.isfinite()
+        half_norms.masked_fill_(~finite, torch.inf)
+        codes.masked_fill_(~finite[:, None], 0)
+        size = max(1, 2**22 // len(codes))
+        buffer = codes.new_empty(min(size, len(z)), len(codes))
+        indices = torch.empty(neighbours, len(z), dtype=torch.int64, device=z.device)
+        for rows, found in zip(z.split(size), indices.split(size, 1)):
+            scores = buffer[: len(rows)]  # ½‖e‖² − ẑ·e, (rows, K)
+            torch.addmm(half_norms, rows - origin, codes.T, alpha=-1, out=scores)
+            for nearest in found:
+                torch.argmin(scores, 1, out=nearest)
+                scores.scatter_(1, nearest[:, None], torch.finfo(dtype).max)
+        return indices.squeeze(0)
 
 
 def look_up(indices, codebook):
@@ -84,13 +99,8 @@ class VectorQuantizer(nn.Module):
         """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, Eq. 1; n neighbours, nearest first."""
         features = z.movedim(1, -1)  # (B, H, W, D)
         rows = features.reshape(-1, features.shape[-1])
-        if self.neighbours == 1:
-            found = nearest_code(rows, codebook)
-        else:
-            chunks = rows.to(codebook.dtype).split(max(1, 2**22 // len(codebook)))
-            distances = (torch.cdist(part, codebook, compute_mode="donot_use_mm_for_euclid_dist") for part in chunks)
-            found = torch.cat([part.topk(self.neighbours, largest=False).indices for part in distances])
-        return found.view(*features.shape[:-1], self.neighbours).movedim(-1, 1)
+        found = nearest_code(rows, codebook, self.neighbours)  # (n, B H W), or without n if it is one
+        return found.view(self.neighbours, *features.shape[:-1]).movedim(0, 1)
 
     def forward(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().

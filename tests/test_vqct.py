@@ -4,6 +4,9 @@ import dataclasses
 import math
 import re
 import runpy
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,9 +28,10 @@ def distances(z, codebook):
     return torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
-def assert_nearest(z, codebook, indices):
-    """Each row has a code as near as the nearest, to the rounding of scores of vectors about the codes' mean."""
-    exact, origin = distances(z, codebook), codebook.double().mean(0)
+def assert_nearest(z, codebook, indices, origin=None):
+    """Each row has a code as near as the nearest, to the rounding of scores of vectors about an origin: the median."""
+    exact, sample = distances(z, codebook), codebook[:: len(codebook) // 100 + 1].double()
+    origin = sample.sort(0).values[len(sample) // 2] if origin is None else origin
     rows, best = torch.arange(len(z)), exact.argmin(1)
     size = (codebook[torch.stack([best, indices])].double() - origin).norm(dim=2).amax(0)
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
@@ -76,6 +80,26 @@ def test_features_that_are_not_finite_get_some_code_and_disturb_no_other(bad):
     assert_nearest(z[finite], codebook, found[finite])
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("offset", [0, 1000])  # codes far from zero, as the outputs of a ReLU may be
+@pytest.mark.parametrize("factor", [1, 0, 1e6, -1e8, 1e30, math.inf, math.nan])
+def test_one_outlier_costs_the_other_codes_no_digit(factor, offset, scale):
+    z, codebook = scale * (offset + torch.randn(500, 16)), scale * (offset + torch.randn(1024, 16))
+    centre = codebook.double().mean(0)
+    codebook[[11, 22]] *= factor  # the second is one of those whose median is the origin
+    assert_nearest(z, codebook.nan_to_num(1e38, 1e38, 1e38), nearest_code(z, codebook), centre)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_a_code_that_is_not_finite_comes_after_all_others(bad):
+    codebook = torch.full((300, 4), bad)
+    codebook[7], codebook[9] = 1e6, torch.tensor([0, bad, 0, 0])
+    assert (nearest_code(torch.randn(20, 4), codebook) == 7).all()
+    assert (nearest_code(torch.randn(20, 4), codebook, 2) == 7).all()  # rather twice than one that is not finite
+    codebook[7] = bad
+    assert nearest_code(torch.randn(20, 4), codebook).shape == (20,)  # some code
+
+
 @pytest.mark.parametrize("z, codebook", [((2, 4), (3, 5)), ((2, 4), (3, 1)), ((2, 2, 4), (3, 4))])
 def test_nearest_code_refuses_other_shapes(z, codebook):
     with pytest.raises(RuntimeError):
@@ -99,6 +123,28 @@ def test_the_search_never_holds_the_distance_matrix(neighbours):
     exact = distances(z[::97], codebook)
     chosen, wanted = exact.gather(1, found[:, ::97].T), exact.topk(neighbours, largest=False).values
     torch.testing.assert_close(chosen, wanted, rtol=0, atol=1e-5)  # of entries up to 4, float32's rounding
+
+
+RESIDENT = """
+import torch, vqct
+torch.set_num_threads({threads})
+z, codebook, quantizer = torch.randn(1, 4, 100, 200), torch.randn(8192, 4), vqct.VectorQuantizer(neighbours={neighbours})
+quantizer.indices(z[:, :, :1, :9], codebook)
+size = lambda name: int(open("/proc/self/status").read().split(name + ":")[1].split()[0]) // 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = size("VmRSS")
+quantizer.indices(z, codebook)
+print(size("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the resident size")
+@pytest.mark.parametrize("threads, neighbours", [(1, 1), (2, 1), (1, 2)])
+def test_the_process_stays_small_too(threads, neighbours):
+    """One buffer serves all chunks: of buffers made anew, this process kept most of a matrix of 625 MiB."""
+    script = RESIDENT.format(threads=threads, neighbours=neighbours)
+    grown = subprocess.run([sys.executable, "-c", script], cwd=Path(vqct.__file__).parent, capture_output=True, text=True)
+    assert int(grown.stdout) < 50, grown.stderr
 
 
 # ======== Eq. 2

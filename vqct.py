@@ -125,17 +125,27 @@ class VectorQuantizer(nn.Module):
 # ======== §3.3 step 2, Eq. 3: the modifying graph, and the graph convolutions that transfer codes along it
 
 class SymmetricProduct(torch.autograd.Function):
-    """Â H for a constant symmetric Â in compressed rows; its gradient is the same product."""
+    """Â H for a constant symmetric Â in compressed rows; its derivative, either way, is the same product."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, row_start, column, value, nodes):
-        ctx.adjacency = row_start, column, value
+    def forward(row_start, column, value, nodes):
         # A row of Â H is a weighted sum of H's rows: an embedding bag, which is faster than torch's sparse matrices.
         return F.embedding_bag(column, nodes, row_start, mode="sum", per_sample_weights=value, include_last_offset=True)
 
     @staticmethod
-    def backward(ctx, gradient):
-        return None, None, None, SymmetricProduct.apply(*ctx.adjacency, gradient.contiguous())
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx, gradient):  # an embedding bag's own takes four times as long, and has no second derivative
+        return None, None, None, SymmetricProduct.apply(*ctx.saved_tensors, gradient.contiguous())
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return SymmetricProduct.apply(*ctx.saved_tensors, tangents[3].contiguous())
 
 
 class NormalizedAdjacency(nn.Module):

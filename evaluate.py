@@ -108,6 +108,18 @@ def fid(a, b):
     return frechet_distance(a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False))
 
 
+class OtherPool(nn.Module):
+    """A block of torchvision's Inception whose pooling branch pools otherwise."""
+
+    def __init__(self, block, pool):
+        super().__init__()
+        self.block, self.pool = block, pool
+
+    def forward(self, x):
+        pooled = self.block.branch_pool(self.pool(x))  # always the last channels of a block
+        return torch.cat([self.block(x)[:, : -pooled.shape[1]], pooled], dim=1)
+
+
 class InceptionFeatures(nn.Module):
     """pool3 of the Inception-v3 whose weights FID was defined with (ported from TensorFlow).
 
@@ -122,27 +134,18 @@ class InceptionFeatures(nn.Module):
         shape = dict(num_classes=1008, aux_logits=False, transform_input=False)
         self.network = torchvision.models.inception_v3(weights=None, init_weights=False, **shape)
         self.network.load_state_dict(state)
-        average = lambda x: F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            self._replace_pooling(getattr(self.network, f"Mixed_{name}"), average)
-        self._replace_pooling(self.network.Mixed_7c, lambda x: F.max_pool2d(x, 3, stride=1, padding=1))
+        average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+        pools = dict.fromkeys(("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"), average)
+        for name, pool in {**pools, "7c": nn.MaxPool2d(3, stride=1, padding=1)}.items():
+            block = getattr(self.network, f"Mixed_{name}")
+            setattr(self.network, f"Mixed_{name}", OtherPool(block, pool))
         self.network.fc = nn.Identity()
         self.requires_grad_(False).eval()
 
-    @staticmethod
-    def _replace_pooling(block, pool):
-        forward = block.forward
-
-        def replaced(x):
-            pooled = block.branch_pool(pool(x))  # always the last channels of a block
-            return torch.cat([forward(x)[:, : -pooled.shape[1]], pooled], dim=1)
-
-        block.forward = replaced
-
     def forward(self, x):
-        """(B, 3, H, W) uint8 → (B, 2048) float32."""
-        x = F.interpolate(x.float() / 127.5 - 1, size=(299, 299), mode="bilinear", align_corners=False)
-        return self.network(x)
+        """(B, 3, H, W) uint8 → (B, 2048), in the type of the weights."""
+        x = x.to(self.network.Conv2d_1a_3x3.conv.weight.dtype) / 127.5 - 1
+        return self.network(F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False))
 
 
 def inception_file():
@@ -606,6 +609,7 @@ def main(argv=None):
     parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders of train.py")
     parser.add_fields(EvaluationConfig)
     given = vars(parser.parse_args(argv))
+    torch.backends.cudnn.allow_tf32 = False  # so that figures are those of a CPU
     paths, choices, evaluations = list(dict.fromkeys(given.pop("runs"))), EvaluationConfig(**given), []
     for path in paths:
         if not (path / f"{choices.checkpoint}.pt").is_file():

@@ -733,6 +733,7 @@ COMMANDS = {  # sub-command → its flags' dataclass, what it does
 def main(argv=None):
     """Run a sub-command on some runs, whose tokenizers do not change."""
     args = parse(argv)
+    torch.backends.cudnn.allow_tf32 = False  # so that tokens are those of a CPU
     name, where = args.pop("command"), [args.pop(flag) for flag in ("device", "data", "labels")]
     runs = [Run(path, *where) for path in args.pop("runs")]
     if name in ("train", "tokens") and len(runs) > 1:

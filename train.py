@@ -13,7 +13,6 @@ run's folder holds config.json, metrics.jsonl, last.pt, best.pt, prior.npz and r
 """
 
 import contextlib
-import copy
 import datetime
 import io
 import itertools
@@ -51,7 +50,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from prior import (CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech, atomic_write,
                    build_prior, checksum, command, describe_codebook, download, language_needs, provide, read_captions,
                    read_corpora, read_tensors, regular, save_png, shuffled, text_checksum, user_error)
-from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VectorQuantizer, VQModel, adaptive_weight, all_reduce,
+from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce,
                   distributed, hinge_loss, load_taming, needs_prior, option)
 
 try:
@@ -139,6 +138,7 @@ METHODS = {
                         adjective_neighbours=1),  # control: … kept alive
     "matched-l2": dict(codes="random", trained=True, transfer="unit"),  # control: … of unit length
     "simvq": dict(codes="random", transfer="linear"),  # control: frozen vectors, one linear map (Zhu et al.)
+    "words-linear": dict(transfer="linear"),  # control: … the words' vectors, VQGAN-LC's form
 }
 
 
@@ -188,8 +188,7 @@ MATTERS = {  # flags that matter only where this holds, and are refused elsewher
     "straight_through": lambda config: config.quantizer == "gumbel",
     "kl_weight temperature_end": lambda config: config.quantizer in ("gumbel", "regvq"),
     "usage_decay": lambda config: config.quantizer == "cvq",
-    "mask_ratio": lambda config: config.quantizer == "regvq",
-    "contrastive_weight": lambda config: config.quantizer in ("cvq", "regvq"),
+    "mask_ratio contrastive_weight": lambda config: config.quantizer == "regvq",
     "perceptual_trunk trunk_weights lpips_weights": lambda config: config.perceptual_weight > 0,
     "gan_start discriminator_layers": lambda config: config.gan_weight > 0,
 }
@@ -247,25 +246,14 @@ class Trainer:
         return torch.optim.Adam(network.parameters(), lr=self.config.lr, betas=(0.5, 0.9), fused=True)
 
     def compile(self):
-        """Compile the networks and try a step on black images; where that fails, print why and train uncompiled."""
-        # Apart: the last layer, which the adaptive weight differentiates alone, and quantizers that draw or move codes.
-        apart = [quantizer for quantizer in self.model.quantizers if type(quantizer) is not VectorQuantizer]
-        for module in (self.model.decoder.to_image, *apart):
-            module.forward = torch.compiler.disable(module.forward)
-        alone = None if distributed() else self.discriminator  # batch norm of all processes breaks the graph
-        for network in filter(None, (self.model, self.perceptual, alone)):
+        """Compile the networks; torch runs, and says why, what it cannot compile as it is."""
+        torch._dynamo.config.suppress_errors = True
+        # Not compiled: the last layer, which the adaptive weight differentiates alone, and the codes.
+        parts = [self.model.encoder, self.model.decoder.layers, self.perceptual]
+        if not distributed():  # batch norm of all processes breaks the graph
+            parts.append(self.discriminator)
+        for network in filter(None, parts):
             network.compile()
-        changed = filter(None, (self.model.train(), self.discriminator))
-        before, side = [(part, copy.deepcopy(part.state_dict())) for part in changed], self.config.resolution
-        try:
-            x = torch.zeros(self.config.batch_size, 3, side, side, device=self.device)
-            self.micro_step(x, 1.0, alone is not None)  # no exchange (but CVQ's): one process may fail
-        except Exception as error:  # Triton's, the C compiler's and torch's have no class in common
-            print(f"not compiled: {' '.join(str(error).split())[:200]}")
-            torch.compiler.set_stance("force_eager")
-        for part, state in before:
-            part.load_state_dict(state)
-        torch.manual_seed(self.config.seed)
 
     def parts(self):
         """The networks and optimizers that a checkpoint holds, by name."""
@@ -278,6 +266,13 @@ class Trainer:
 
     def train_step(self, batches):
         """One step of generator (encoder, codebooks, decoder) and discriminator on a list of (B, 3, R, R) images.
+
+        The generator minimises, by means over elements, images and patches and a sum over the codebooks c,
+
+            L = ‖x − x̂‖² + w_p LPIPS(x, x̂) + Σ_c (‖sg[ẑ_c] − z_c‖² + β ‖sg[z_c] − ẑ_c‖²) + λ w_g (−D(x̂))
+
+        where w_p is `perceptual_weight`, w_g `gan_weight`, and λ `adaptive_weight`, a constant. With `pixel_loss`
+        "l1", the first term is |x − x̂|. Quantizers other than VectorQuantizer have their own terms in the sum.
 
         1. x̂ = G(quantize(E(x))), one forward pass.
         2. The pixel loss and LPIPS are differentiated down to x̂, no further; and from `gan_start` on −D(x̂)
@@ -365,13 +360,14 @@ class Trainer:
         return [[int((used >= since).sum()), len(used)] for used in self.last_used]
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # evaluation would compile graphs of its own
     def validate(self, loader, picture, shown=16):
         """Mean PSNR over a loader, some of whose images go to a picture → score, {name: float}."""
-        self.model.eval()
+        self.model.eval().codebook.freeze()
         scores, originals, reconstructions, wanted = [], [], [], spread_indices(len(loader.dataset), shown)
         for batch in loader:
             x = to_images(batch["image"], self.device)
-            x_hat = self.model.forward(x).x_hat  # uncompiled, as evaluation would compile graphs of its own
+            x_hat = self.model(x).x_hat
             rows = [row for row in range(len(x)) if len(scores) + row in wanted]
             originals += x[rows]
             reconstructions += x_hat[rows]
@@ -1105,7 +1101,6 @@ class Run:
 
     def __init__(self, path, device="auto", data="", labels="", checkpoint="last"):
         self.path, self.device, file = Path(path), pick_device(device), Path(path) / f"{checkpoint}.pt"
-        torch.backends.cudnn.allow_tf32 = False  # so that tokens and figures are those of a CPU
         state, self.tokenizer = load_checkpoint(file), checksum(file)
         with fitting(file):
             self.config, self.prior, self.step = Config(**state["config"]), state["prior"], state["step"]
@@ -1114,8 +1109,7 @@ class Run:
             self.model.load_state_dict(state["model"])
             if not all(x.isfinite().all() for x in state["model"].values()):
                 raise ValueError("weights that are not finite")
-        codes = self.model.to(self.device).eval().requires_grad_(False).codebook()
-        self.model.codebook.forward = lambda: codes  # made once, not for each batch
+        self.model.to(self.device).eval().requires_grad_(False).codebook.freeze()
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
             kind = f"a run of {self.config.dataset} (synthesize.py RUN tokens PHOTO reads any photograph)"
             raise UserError(f"--data or --labels changes nothing for '{path}', {kind}")

@@ -34,27 +34,47 @@ import torchvision
 
 # ======== §3.1, Eq. 1 and 2: the nearest code, and the losses of a code that was chosen
 
+def precise(x):
+    """The tensor in its own floating type, but at least in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 @torch.no_grad()
-def nearest_code(z, codebook):
+def nearest_code(z, codebook, neighbours=1):
     """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
-    ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised, in chunks of
-    rows whose scores fit in 16 MiB, however many rows there are.
+    ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code, so ½‖e‖² − ẑ·e is minimised. Chunks of
+    rows share one buffer of at most 2²² scores (of one row, if K is larger), however many rows there are.
 
     z: (N, D) features of any floating type; codebook: (K, D) codes, K ≥ 1.
-    Returns (N,) int64, exact to the rounding of float32 (of float64 if either is); ties are broken arbitrarily.
+    neighbours: how many codes to find for each feature.
+    Returns (N,) int64, or (neighbours, N) if there are several, nearest first; ties are broken arbitrarily.
+
+    The scores are float32, or float64 if either argument is. Their origin is m, the median of about a hundred codes,
+    so a squared distance exceeds the least by a few rounding errors of (‖ẑ − m‖ + ‖e − m‖)² at most. Codes for which
+    ‖e − m‖² is not finite come after all others.
     """
     dtype = torch.promote_types(torch.promote_types(z.dtype, codebook.dtype), torch.float32)
     with torch.autocast(z.device.type, enabled=False):
-        codebook = codebook.to(dtype)
-        origin = codebook.mean(0)  # distances do not depend on the origin, their rounding does
-        codes = codebook - origin  # (K, D)
+        codes = codebook.to(dtype)
+        # Distances do not depend on the origin, but their rounding does. A median is not moved by outliers.
+        sample = codes[:: len(codes) // 100 + 1].sort(0).values
+        origin = sample[len(sample) // 2].nan_to_num(0, 0, 0)  # (D,)
+        codes = codes - origin  # (K, D)
         half_norms = codes.square().sum(1) / 2  # (K,)
-        indices = []
-        for rows in z.to(dtype).split(max(1, 2**22 // len(codes))):
-            scores = torch.addmm(half_norms, rows - origin, codes.T, alpha=-1)  # ½‖e‖² − ẑ·e, (rows, K)
-            indices.append(scores.argmin(1))
-        return torch.cat(indices)
+        finite = half_norms.isfinite()
+        half_norms.masked_fill_(~finite, torch.inf)
+        codes.masked_fill_(~finite[:, None], 0)
+        size = max(1, 2**22 // len(codes))
+        buffer = codes.new_empty(min(size, len(z)), len(codes))
+        indices = torch.empty(neighbours, len(z), dtype=torch.int64, device=z.device)
+        for rows, found in zip(z.split(size), indices.split(size, 1)):
+            scores = buffer[: len(rows)]  # ½‖e‖² − ẑ·e, (rows, K)
+            torch.addmm(half_norms, rows - origin, codes.T, alpha=-1, out=scores)
+            for nearest in found:
+                torch.argmin(scores, 1, out=nearest)
+                scores.scatter_(1, nearest[:, None], torch.finfo(dtype).max)
+        return indices.squeeze(0)
 
 
 def look_up(indices, codebook):
@@ -84,22 +104,18 @@ class VectorQuantizer(nn.Module):
         """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, Eq. 1; n neighbours, nearest first."""
         features = z.movedim(1, -1)  # (B, H, W, D)
         rows = features.reshape(-1, features.shape[-1])
-        if self.neighbours == 1:
-            found = nearest_code(rows, codebook)
-        else:
-            chunks = rows.to(codebook.dtype).split(max(1, 2**22 // len(codebook)))
-            distances = (torch.cdist(part, codebook, compute_mode="donot_use_mm_for_euclid_dist") for part in chunks)
-            found = torch.cat([part.topk(self.neighbours, largest=False).indices for part in distances])
-        return found.view(*features.shape[:-1], self.neighbours).movedim(-1, 1)
+        found = nearest_code(rows, codebook, self.neighbours)  # (n, B H W), or without n if it is one
+        return found.view(self.neighbours, *features.shape[:-1]).movedim(0, 1)
 
     def forward(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().
 
         In training z_q carries the decoder's gradient straight through to z; in evaluation it is exactly the code, so
-        that decoding by indices gives the same image. At least float32, also under autocast.
+        that decoding by indices gives the same image. All is at least float32, also under autocast, since features
+        and their codes come to differ by little.
         """
         with torch.autocast(z.device.type, enabled=False):
-            codebook = codebook.to(torch.promote_types(codebook.dtype, torch.float32))
+            codebook = precise(codebook)
             z = z.to(codebook.dtype)
             return self.quantize(z, codebook, self.indices(z, codebook))
 
@@ -115,17 +131,27 @@ class VectorQuantizer(nn.Module):
 # ======== §3.3 step 2, Eq. 3: the modifying graph, and the graph convolutions that transfer codes along it
 
 class SymmetricProduct(torch.autograd.Function):
-    """Â H for a constant symmetric Â in compressed rows; its gradient is the same product."""
+    """Â H for a constant symmetric Â in compressed rows; its derivative, either way, is the same product."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx, row_start, column, value, nodes):
-        ctx.adjacency = row_start, column, value
+    def forward(row_start, column, value, nodes):
         # A row of Â H is a weighted sum of H's rows: an embedding bag, which is faster than torch's sparse matrices.
         return F.embedding_bag(column, nodes, row_start, mode="sum", per_sample_weights=value, include_last_offset=True)
 
     @staticmethod
-    def backward(ctx, gradient):
-        return None, None, None, SymmetricProduct.apply(*ctx.adjacency, gradient.contiguous())
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx, gradient):  # an embedding bag's own takes four times as long, and has no second derivative
+        return None, None, None, SymmetricProduct.apply(*ctx.saved_tensors, gradient.contiguous())
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return SymmetricProduct.apply(*ctx.saved_tensors, tangents[3].contiguous())
 
 
 class NormalizedAdjacency(nn.Module):
@@ -142,19 +168,24 @@ class NormalizedAdjacency(nn.Module):
 
     def __init__(self, edges, nodes, weights=None):
         super().__init__()
-        edges = torch.as_tensor(edges, dtype=torch.int64).reshape(-1, 2)
-        loops = torch.arange(nodes)[:, None].expand(-1, 2)
-        entries = torch.ones(len(edges)) if weights is None else torch.as_tensor(weights)
-        entries = torch.cat([entries, entries, torch.ones(nodes)]).double()
-        index = torch.cat([edges, edges.flip(1), loops]).T  # (2, 2E + N)
-        with_loops = torch.sparse_coo_tensor(index, entries, (nodes, nodes), check_invariants=True).coalesce()  # A + I
-        (row, column), value = with_loops.indices(), with_loops.values()
-        if weights is None:
-            value = torch.ones_like(value)
-        scale = torch.zeros(nodes).double().index_add(0, row, value).rsqrt()  # D^{-1/2}
-        self.register_buffer("row_start", F.pad(row.bincount(minlength=nodes).cumsum(0), (1, 0)))  # (N + 1,)
-        self.register_buffer("column", column)  # (2E + N,)
-        self.register_buffer("value", (value * scale[row] * scale[column]).float())  # (2E + N,)
+        with torch.device("cpu"):  # even if the network is built on "meta": the number of entries depends on the data
+            edges = torch.as_tensor(edges, dtype=torch.int64, device="cpu").reshape(-1, 2)
+            loops = torch.arange(nodes)[:, None].expand(-1, 2)
+            entries = torch.ones(len(edges)) if weights is None else torch.as_tensor(weights, device="cpu")
+            entries = torch.cat([entries, entries, torch.ones(nodes)]).double()
+            index = torch.cat([edges, edges.flip(1), loops]).T  # (2, 2E + N)
+            shape = nodes, nodes
+            with_loops = torch.sparse_coo_tensor(index, entries, shape, check_invariants=True).coalesce()  # A + I
+            (row, column), value = with_loops.indices(), with_loops.values()
+            if weights is None:
+                value = torch.ones_like(value)
+            scale = torch.zeros(nodes).double().index_add_(0, row, value).rsqrt()  # D^{-1/2}
+            row_start = F.pad(row.bincount(minlength=nodes).cumsum(0), (1, 0))
+        device = torch.get_default_device()
+        self.register_buffer("row_start", row_start.to(device))  # (N + 1,)
+        self.register_buffer("column", column.to(device))  # (2E + N,)
+        value = (value * scale[row] * scale[column]).to(device, torch.get_default_dtype())
+        self.register_buffer("value", value)  # (2E + N,)
 
     def forward(self, nodes):
         """(N, D) → Â nodes, (N, D)."""
@@ -234,9 +265,27 @@ class Codebook(nn.Module):
         else:
             self.register_buffer("vectors", vectors.clone())
         self.transfer = transfer
+        self.register_buffer("frozen", None, persistent=False)  # (ΣK, D), the codes that `freeze` keeps
+
+    @torch.no_grad()
+    def freeze(self):
+        """Make the codes once and keep them, without gradient, until `train()` or the loading of a state dict."""
+        self.frozen = None
+        self.frozen = torch.cat(self())
+
+    def train(self, mode=True):
+        """As of any module; frozen codes are dropped, since training changes them."""
+        self.frozen = None if mode else self.frozen
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *arguments):
+        self.frozen = None
+        super()._load_from_state_dict(*arguments)
 
     def forward(self):
         """→ a tuple of (K_i, D) codebooks."""
+        if self.frozen is not None:
+            return self.frozen.split(self.sizes)
         with torch.autocast(self.vectors.device.type, enabled=False):
             codes = self.vectors if self.transfer is None else self.transfer(self.vectors)
             return codes.split(self.sizes)
@@ -246,8 +295,8 @@ class UnitLength(nn.Module):
     """ℓ2-normalised codes and features, as in ViT-VQGAN (Yu et al. 2022), which takes 32 channels."""
 
     def forward(self, x):
-        """(N, D, …) → the same, of unit length along D."""
-        return F.normalize(x.float(), dim=1)
+        """(N, D, …) → the same, of unit length along D; at least float32, as the nearest directions differ by little."""
+        return F.normalize(precise(x), dim=1)
 
 
 class Output(NamedTuple):
@@ -596,15 +645,16 @@ class LPIPS(nn.Module):
         return super().train(False)
 
     def forward(self, x, y):
-        """Two (B, 3, H, W) images in [-1, 1] → (B,) distances ≥ 0, differentiable in both."""
+        """Two (B, 3, H, W) images in [-1, 1] → (B,) distances ≥ 0, differentiable in both; at least float32."""
         x, y = (x - self.shift) / self.scale, (y - self.shift) / self.scale
         distance, heads = 0.0, iter(self.heads)
         for i, layer in enumerate(self.features):
             x, y = layer(x), layer(y)  # (B, C, h, w)
             if i in self.taps:
                 with torch.autocast(x.device.type, enabled=False):  # nearly equal directions are subtracted
-                    difference = F.normalize(x.float(), dim=1, eps=1e-10) - F.normalize(y.float(), dim=1, eps=1e-10)
-                    distance = distance + next(heads)(difference.square()).mean(dim=(1, 2, 3))
+                    unit = [F.normalize(precise(part), dim=1, eps=1e-10) for part in (x, y)]
+                    head = next(heads).weight.to(unit[0].dtype)
+                    distance = distance + F.conv2d((unit[0] - unit[1]).square(), head).mean(dim=(1, 2, 3))
         return distance
 
 
@@ -617,7 +667,9 @@ class GumbelQuantizer(nn.Module):
 
     DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it: a 1×1 convolution gives K logits a position, so the
     codebook does not choose the codes; the loss is KL(softmax(logits) ‖ uniform), summed over codes and averaged over
-    positions.
+    positions. The paper cites vq-wav2vec (Baevski et al. 2020) for this row, whose groups of codes are not here.
+    VQ-GAN's code differs in two points: it draws the code in evaluation too, and its published configuration has a
+    weight of 1e-8.
 
     dim: channels of ẑ; size: codes K; kl_weight: of that loss; 5e-4 is the layer's default in VQ-GAN's code.
     straight_through: hard weights forward, soft ones backward; otherwise soft both ways.
@@ -660,12 +712,10 @@ class ClusteredQuantizer(VectorQuantizer):
 
     With n_k the batch's share of code k, N_k ← γ N_k + (1 − γ) n_k and α_k = exp(−10 K N_k / (1 − γ) − 1e-3), each
     training pass moves e_k ← (1 − α_k) e_k + α_k ẑ_k. The anchor ẑ_k is a feature of the batch, drawn with
-    probability softmax(−‖ẑ − e_k‖²) over features (the paper's "probabilistic random").
+    probability softmax(−‖ẑ − e_k‖²) over features (the paper's "probabilistic random"). The contrastive loss of the
+    source, which is optional there, is left out.
 
-    size: codes K; decay: γ.
-    contrastive_weight: of the optional loss that, for each code, holds the nearest N/K features against the far half,
-        by cosine at temperature 0.07.
-    others: as VectorQuantizer.
+    size: codes K; decay: γ; others: as VectorQuantizer.
 
     The codebook must be a leaf parameter (or views of one), float32 or float64, since it is written to.
 
@@ -673,19 +723,17 @@ class ClusteredQuantizer(VectorQuantizer):
     >>> z_q, indices, loss = ClusteredQuantizer(size=512)(torch.randn(2, 64, 8, 8), codebook)
     """
 
-    def __init__(self, size, decay=0.99, contrastive_weight=0.0, **eq2):
+    def __init__(self, size, decay=0.99, **eq2):
         super().__init__(**eq2)
-        self.decay, self.contrastive_weight = decay, contrastive_weight
+        self.decay = decay
         self.register_buffer("usage", torch.zeros(size))  # N_k
 
     def quantize(self, z, codebook, indices):
         """As VectorQuantizer; the codes are moved after the loss is taken."""
         z_q, indices, loss = super().quantize(z, codebook, indices)
         if self.training:
-            features = z.movedim(1, -1).flatten(0, -2)  # (N, D)
-            if self.contrastive_weight > 0:  # of a copy, as the original is about to change
-                loss = loss + self.contrastive_weight * self.contrast(features.detach(), codebook.clone())
-            self.re_anchor(features.detach(), indices, codebook.data)  # nothing saved for autograd depends on the codes
+            features = z.detach().movedim(1, -1).flatten(0, -2)  # (N, D)
+            self.re_anchor(features, indices, codebook.data)  # nothing saved for autograd depends on the codes
         return z_q, indices, loss
 
     @torch.no_grad()
@@ -696,21 +744,13 @@ class ClusteredQuantizer(VectorQuantizer):
         share.index_add_(0, indices.flatten(), share.new_full((indices.numel(),), 1 / indices.numel()))
         self.usage.lerp_(all_reduce(share), 1 - self.decay)
         features = all_gather(features)
-        alpha = torch.exp(-10 * size * self.usage / (1 - self.decay) - 1e-3)[:, None]  # (K, 1)
-        drawn = [gumbel_argmax(-torch.cdist(codes, features).square()) for codes in codebook.split(1024)]
-        codebook.lerp_(features[torch.cat(drawn)], alpha)
+        alpha = torch.exp(-10 * size * self.usage / (1 - self.decay) - 1e-3)[:, None].to(codebook.dtype)  # (K, 1)
+        rows = max(1, 2**22 // len(features))  # as in `nearest_code`, a chunk has 2²² distances at most
+        for codes, amount in zip(codebook.split(rows), alpha.split(rows)):
+            drawn = gumbel_argmax(-torch.cdist(codes, features).square())
+            codes.lerp_(features[drawn], amount)
         if distributed():
             torch.distributed.broadcast(codebook, 0)  # each process drew other anchors
-
-    @staticmethod
-    def contrast(features, codebook, temperature=0.07):
-        """(N, D), (K, D) → (): cross-entropy of each code's positive against its negatives."""
-        cosine = F.normalize(codebook, dim=1) @ F.normalize(features, dim=1).T  # (K, N)
-        ranked = cosine.sort(dim=1, descending=True).values
-        count, size = len(features), len(codebook)
-        positive = ranked[:, : max(1, count // size)].mean(1, keepdim=True)  # (K, 1)
-        logits = torch.cat([positive, ranked[:, count - count // 2 :]], dim=1) / temperature  # (K, 1 + N/2)
-        return F.cross_entropy(logits, logits.new_zeros(size, dtype=torch.int64))
 
 
 class RegularizedQuantizer(VectorQuantizer):
@@ -724,9 +764,13 @@ class RegularizedQuantizer(VectorQuantizer):
 
     kl_weight: of (1); mask_ratio: of (2); contrastive_weight: of (3); others: as VectorQuantizer, with one neighbour.
 
-    Our choice, not the paper's: the softmax over squared distances; in (3) features and codes, where the paper has
-    VGG's of both images, w, where it has the distance itself, the temperature 0.07 and at most 1,024 positions; and
-    the defaults of all three arguments. `temperature` τ is the trainer's to anneal.
+    Our choice, not the paper's:
+    - the softmax over squared distances;
+    - hard draws with the straight-through gradient, without a relaxation;
+    - in (3), features and codes instead of VGG's features of both images;
+    - in (3), the weight w instead of the distance itself, the temperature, and at most 1,024 positions, evenly spread;
+    - the defaults of all three arguments.
+    `temperature` τ is the trainer's to anneal.
     """
 
     def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):
@@ -755,7 +799,9 @@ class RegularizedQuantizer(VectorQuantizer):
     @staticmethod
     def contrast(features, codebook, chosen, nearest, positions=1024, temperature=0.07):
         """(N, D), (K, D), (N,), (N,) → (): cross-entropy of each position's own code among those of others."""
-        features, chosen, nearest = features[:positions], chosen[:positions], nearest[:positions]
+        count = min(positions, len(features))
+        spread = torch.arange(count, device=features.device) * (len(features) - 1) // max(1, count - 1)
+        features, chosen, nearest = features[spread], chosen[spread], nearest[spread]
         codes = codebook[chosen]  # (P, D)
         noise = (codes - codebook[nearest]).square().sum(1).detach()  # (P,), zero where the nearest was taken
         mean = noise.sum() / (noise > 0).sum().clamp_min(1)
@@ -772,8 +818,7 @@ class RegularizedQuantizer(VectorQuantizer):
 QUANTIZERS = {  # `quantizer` → what makes it: (ModelConfig, channels D, codes K, arguments of VectorQuantizer) → module
     "nearest": lambda config, dim, size, eq2: VectorQuantizer(**eq2),
     "gumbel": lambda config, dim, size, eq2: GumbelQuantizer(dim, size, config.kl_weight, config.straight_through),
-    "cvq": lambda config, dim, size, eq2: ClusteredQuantizer(
-        size, config.usage_decay, config.contrastive_weight, **eq2),
+    "cvq": lambda config, dim, size, eq2: ClusteredQuantizer(size, config.usage_decay, **eq2),
     "regvq": lambda config, dim, size, eq2: RegularizedQuantizer(
         config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2),
 }
@@ -820,7 +865,7 @@ class ModelConfig:
     temperature_end: float = option(1 / 16, "gumbel, regvq: at the end, by a cosine from 1 (DALL-E)", least=1e-6)
     usage_decay: float = option(0.99, "cvq: decay γ of each code's running usage", most=0.9999)
     mask_ratio: float = option(0.3, "regvq: share of positions whose code is drawn, not nearest", most=1)
-    contrastive_weight: float = option(0.0, "cvq, regvq: weight of their contrastive losses (regvq's: 0.01)")
+    contrastive_weight: float = option(0.0, "regvq: weight of its contrastive loss (the method's: 0.01)")
 
 
 NETWORKS = {  # what the presets change of ModelConfig
@@ -854,7 +899,8 @@ def make_codebook(config, prior=None):
     if needs_prior(config):
         if prior is None:
             raise ValueError(f"codes from '{config.codes}' with transfer '{config.transfer}' need a prior")
-        parts = [torch.as_tensor(prior[name], dtype=torch.float32) for name in ("adjective_vectors", "noun_vectors")]
+        dtype = torch.get_default_dtype()
+        parts = [torch.as_tensor(prior[name], dtype=dtype) for name in ("adjective_vectors", "noun_vectors")]
         words, sizes = torch.cat(parts), tuple(map(len, parts))  # (ΣK, d)
         sizes = sizes if config.codebooks == 2 else (sum(sizes),)
     dim = config.code_dim // len(sizes)
@@ -874,8 +920,8 @@ def make_codebook(config, prior=None):
         widths = (vectors.shape[1], *(config.transfer_width,) * (config.transfer_layers - 1), dim)
         adjacency = nn.Identity()
         if config.transfer == "gcn":
-            edges = torch.as_tensor(prior["edges"], dtype=torch.int64).reshape(-1, 2)
-            edges = edges + torch.tensor([0, len(prior["adjective_vectors"])])  # nouns come after adjectives
+            edges = torch.as_tensor(prior["edges"], dtype=torch.int64, device="cpu").reshape(-1, 2)
+            edges = edges + edges.new_tensor([0, len(prior["adjective_vectors"])])  # nouns come after adjectives
             weights = prior["edge_counts"] if config.weighted_edges else None
             adjacency = NormalizedAdjacency(edges, sum(sizes), weights)
         transfer = CodebookTransfer(widths, adjacency, config.last_relu, config.transfer_dropout)
@@ -1072,8 +1118,9 @@ class TokenTransformer(nn.Module):
 
     def loss(self, tokens, known=None, drop=None, generator=None):
         """Mean negative log-likelihood of each of a position's M tokens → list of () tensors, nats; draws nothing."""
+        tokens = tokens.long()
         logits = self(tokens, known, drop)
-        return [F.cross_entropy(part.float().mT, tokens[:, i].flatten(1)) for i, part in enumerate(logits)]
+        return [F.cross_entropy(precise(part).mT, tokens[:, i].flatten(1)) for i, part in enumerate(logits)]
 
 
 def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
@@ -1084,7 +1131,7 @@ def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = precise(logits) / temperature
     if top_k:
         logits = logits.masked_fill(logits < logits.topk(min(top_k, logits.shape[-1])).values[:, -1:], -math.inf)
     if top_p < 1:
@@ -1160,7 +1207,8 @@ class Denoiser(nn.Module):
         """z_t: (B, C, h, w); t: (B,) in [0, 1]; condition: (B, N or 1, W) of Condition → ε, (B, C, h, w)."""
         frequency = torch.exp(torch.linspace(0, math.log(1000), self.width // 2, device=t.device))
         angle = t[:, None] * frequency  # (B, W/2)
-        signal = self.time(torch.cat([angle.sin(), angle.cos()], dim=1))[:, None] + condition  # (B, N or 1, W)
+        time = torch.cat([angle.sin(), angle.cos()], dim=1).to(self.mean.dtype)  # (B, W)
+        signal = self.time(time)[:, None] + condition  # (B, N or 1, W)
         x = self.enter(z_t.flatten(2).mT) + self.positions()  # (B, N, W)
         for block in self.blocks:
             x = block(x, signal)
@@ -1170,8 +1218,8 @@ class Denoiser(nn.Module):
         """Mean squared error of ε at a random t for each of (B, C, h, w) features → a list of one () tensor."""
         z = (z - self.mean) / self.std
         t = torch.rand(len(z), device=z.device, generator=generator) * self.LAST
-        noise = torch.randn(z.shape, device=z.device, generator=generator)
-        angle = (t * math.pi / 2)[:, None, None, None]
+        noise = torch.randn(z.shape, dtype=z.dtype, device=z.device, generator=generator)
+        angle = (t * math.pi / 2).to(z.dtype)[:, None, None, None]
         z_t = angle.cos() * z + angle.sin() * noise
         return [F.mse_loss(self(z_t, t, self.condition(known, len(z), drop)), noise)]
 
@@ -1185,13 +1233,13 @@ def sample_features(model, batch, known=None, given=None, mask=None, scale=1.0, 
     scale: of classifier-free guidance; steps: evaluations of the network (twice as many with guidance).
     Returns (B, C, h, w).
     """
-    device, shape = model.mean.device, (batch, model.channels, *model.grid)
+    shape, like = (batch, model.channels, *model.grid), dict(device=model.mean.device, dtype=model.mean.dtype)
     condition, absent = model.condition(known, batch), model.condition(None, batch)
-    z_t = torch.randn(shape, generator=generator, device=device)
-    angles = torch.linspace(model.LAST, 0, steps + 1, device=device) * math.pi / 2
+    z_t = torch.randn(shape, generator=generator, **like)
+    angles = torch.linspace(model.LAST, 0, steps + 1, device=z_t.device) * math.pi / 2
     for now, then in zip(angles[:-1], angles[1:]):
         if given is not None:
-            noise = torch.randn(shape, generator=generator, device=device)
+            noise = torch.randn(shape, generator=generator, **like)
             z_t = torch.where(mask, now.cos() * (given - model.mean) / model.std + now.sin() * noise, z_t)
         t = (now / (math.pi / 2)).expand(batch)
         noise = model(z_t, t, condition)

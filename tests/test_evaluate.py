@@ -1,5 +1,6 @@
 """Metrics against closed forms, and evaluation of a run."""
 
+import copy
 import json
 import math
 import re
@@ -19,8 +20,9 @@ from PIL import Image
 import train
 from evaluate import Evaluation, EvaluationConfig, alignment_table, caption_alignment, code_statistics, draw_curves
 from evaluate import draw_rate_distortion, draw_regions, draw_toy, draw_usage, evaluate, fid, frechet_distance, load_inception, load_or_reason
-from evaluate import main, markdown, mean_image, rows_of, ssim
+from evaluate import InceptionFeatures, main, markdown, mean_image, rows_of, ssim
 from prior import UserError
+from test_parity import random_inception
 from train import DemoDataset, ImageDataset, Record, Run, load_lpips, to_bytes, to_images
 from vqct import LPIPS
 
@@ -50,6 +52,19 @@ def run(own_folder):
 
 
 # ======== Metrics, and the weights of those that are networks
+
+@torch.no_grad()
+def test_inception_is_copied_whole_and_computes_in_the_type_of_its_weights():
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features = InceptionFeatures(random_inception())
+    before, twin = features(images), copy.deepcopy(features)
+    for parameter in features.parameters():
+        parameter.zero_()
+    assert torch.equal(twin(images), before) and before.std() > 0.01
+    for dtype, error in ((torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        found = copy.deepcopy(twin).to(dtype)(images)
+        assert found.dtype == dtype and (found - before).norm() < error * before.norm()
+
 
 def test_ssim_of_constant_images_and_by_its_definition_at_one_position():
     a, b, c1, c2 = 0.5, -0.2, 0.02**2, 0.06**2
@@ -147,7 +162,7 @@ def test_inception_is_fids_network():
     for name, channels in {"5b": 192, "6c": 768, "7b": 1280, "7c": 2048}.items():
         block, x = getattr(inception.network, f"Mixed_{name}"), torch.randn(1, channels, 9, 9)
         pooled = F.max_pool2d(x, 3, 1, 1) if name == "7c" else F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-        expected = block.branch_pool(pooled)
+        expected = block.block.branch_pool(pooled)
         torch.testing.assert_close(block(x)[:, -expected.shape[1] :], expected)
     inception.network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     assert inception(torch.arange(0, 250, 25, dtype=torch.uint8).expand(1, 3, 10, 10)).shape == (1, 2048) and not reason

@@ -1,6 +1,8 @@
 """The demo, the command line, and training itself: steps, run folders, checkpoints, resuming."""
 
+import copy
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -320,16 +322,15 @@ def test_a_compiled_step_is_the_step(monkeypatch, prior):
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", as_traced)
     trainers = [Trainer(tiny(gan_start=0), prior.tensors(), CPU) for _ in range(2)]
-    assert torch._dynamo.explain(trainers[0].model)(torch.zeros(2, 3, 32, 32)).graph_count == 1  # search and all
     trainers[1].compile()
-    states = [trainer.model.state_dict() for trainer in trainers]
-    torch.testing.assert_close(*states, rtol=0, atol=0)  # what the trial changed is as it was
-    torch._dynamo.utils.counters.clear()
     for step in range(2):
         x = torch.rand(trainers[0].config.batch_size, 3, 32, 32) * 2 - 1
         values = [trainer.train_step([x]) for trainer in trainers]
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
-    assert not torch._dynamo.utils.counters["stats"]  # the trial has compiled all that a step needs
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    monkeypatch.setattr(train_module, "draw_grid", lambda rows, path: None)
+    trainers[1].validate(make_loader(DemoDataset("val", 32), CPU, batch_size=3), "x.png")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0  # evaluation compiles nothing
 
 
 def test_what_does_not_compile_well_stays_apart(monkeypatch, prior):
@@ -337,23 +338,20 @@ def test_what_does_not_compile_well_stays_apart(monkeypatch, prior):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
     trainer = Trainer(tiny(gan_start=0, method="matched-cvq"), prior.tensors(), CPU)
     monkeypatch.setattr(train_module, "distributed", lambda: True)
-    trainer.compile()
-    assert compiled == [trainer.model]  # not the discriminator, whose batch norm is of all processes
-    apart = trainer.model.decoder.to_image, *trainer.model.quantizers
-    assert all(module.forward._torchdynamo_disable for module in apart)
+    trainer.compile()  # not the discriminator, whose batch norm is of all processes
+    assert compiled == [trainer.model.encoder, trainer.model.decoder.layers]
 
 
-def test_without_a_compiler_networks_are_trained_as_they_are(monkeypatch, prior, capsys):
+def test_without_a_compiler_networks_are_trained_as_they_are(monkeypatch, prior):
     def no_compiler(graph, inputs):
         raise RuntimeError("Failed to find C compiler.\nPlease specify one")
 
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compile_in_place(network, backend=no_compiler))
-    with torch.compiler.set_stance("default"):  # and again afterwards
-        trainer = Trainer(tiny(gan_start=0), prior.tensors(), CPU)
-        trainer.compile()
-        assert re.match("not compiled: .*Failed to find C compiler. Please specify one", capsys.readouterr().out)
-        assert trainer.train_step([torch.rand(2, 3, 32, 32)])["loss"].isfinite()
+    monkeypatch.setattr(torch._dynamo.config, "suppress_errors", False)  # and again afterwards
+    trainer = Trainer(tiny(gan_start=0), prior.tensors(), CPU)
+    trainer.compile()
+    assert trainer.train_step([torch.rand(2, 3, 32, 32)])["loss"].isfinite()
 
 
 @pytest.mark.parametrize("amp, since_ampere, expected", [(True, True, "bfloat16"), (True, False, "float32"), (False, True, "float32")])
@@ -368,8 +366,18 @@ def test_bfloat16_is_for_gpus_that_compute_in_it(monkeypatch, amp, since_ampere,
 def test_cudnn_seeks_its_fastest_unless_runs_shall_repeat(deterministic):
     run_tiny("run", steps=1, deterministic=deterministic)
     assert torch.backends.cudnn.benchmark == (not deterministic)
-    Run("run")
-    assert not torch.backends.cudnn.allow_tf32  # tokens and figures are those of the CPU
+
+
+def test_a_run_leaves_the_process_as_it_is_and_its_model_can_be_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    run = Run(run_tiny(tmp_path / "run", steps=1))
+    assert torch.backends.cudnn.allow_tf32  # evaluate.py and synthesize.py set it, for the tokens of a CPU
+    x, model = torch.zeros(1, 3, 32, 32), copy.deepcopy(run.model)
+    codes = run.model.codebook()[0]
+    assert codes.data_ptr() == run.model.codebook()[0].data_ptr()  # made once, not for each batch
+    assert pickle.loads(pickle.dumps(run.model)).encode(x).equal(run.model.encode(x))
+    model.train().requires_grad_(True)(x).quantizer_loss.backward()
+    assert all(parameter.grad is not None for parameter in model.codebook.transfer.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -1167,6 +1167,29 @@ def read_tensors(path):
         return tensors
 
 
+def list_files(root, suffixes, above=()):
+    """Yield, in sorted order, the files below a folder whose names end in one of the suffixes, in any case.
+
+    Linked folders are followed, as torchvision's ImageFolder does; `above` (real paths) ends loops of links.
+    Hidden files and folders are left out. Raises UserError if there is no such folder.
+    """
+    real = os.path.realpath(root)
+    if not os.path.isdir(real):
+        raise UserError(f"no such folder: '{root}'")
+    with os.scandir(root) as entries:
+        shown = sorted((entry.name, entry) for entry in entries if not is_hidden(entry.name))
+    for name, entry in shown if real not in above else ():
+        if entry.is_dir():
+            yield from list_files(entry.path, suffixes, (*above, real))
+        elif name.lower().endswith(tuple(suffixes)) and entry.is_file():
+            yield Path(entry.path)
+
+
+def is_hidden(name):
+    """Whether a relative path has a part that starts with a dot, or macOS's `__MACOSX`."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
 class Progress:
     """One line that is rewritten on a terminal, and printed every ten seconds to a log."""
 

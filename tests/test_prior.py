@@ -27,7 +27,7 @@ from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 
 from prior import (INK, LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordListSpeech, WordNetSpeech, atomic_write,
                    build_prior, checksum, command, count_captions, count_corpus, draw_plots, fetch, free_box,
-                   modifying_pairs, nearest_words, parts_of_speech, read_captions, read_tensors, rewired, shuffled,
+                   list_files, modifying_pairs, nearest_words, parts_of_speech, read_captions, read_tensors, rewired, shuffled,
                    ticks, user_error)
 
 
@@ -597,6 +597,25 @@ def test_a_write_replaces_a_file_whole_or_not_at_all(tmp_path, link):
         part.write_text("half")
         raise RuntimeError
     assert kept.read_text() == "second" and list(kept.parent.iterdir()) == [kept] and path.is_symlink() == link
+
+
+def test_hidden_files_are_not_listed_and_linked_folders_are_followed_once(tmp_path):
+    shown = ["a/1.JPG", "a/b/2.jpg", "a.jpg", "birds/3.jpg", "birds/again/3.jpg", "z.jpg"]
+    hidden = [".x.jpg", "a/._1.JPG", ".thumbnails/1.jpg", "a/.ipynb_checkpoints/1.jpg", "__MACOSX/a/1.jpg", "a/1.txt"]
+    root, elsewhere = tmp_path / ".cache" / "root", tmp_path / "elsewhere"  # a hidden folder above is no matter
+    for path in [*(root / name for name in (*shown[:3], "z.jpg", *hidden)), elsewhere / "3.jpg"]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    os.symlink(elsewhere, root / "birds")
+    os.symlink(elsewhere.parent / "more", elsewhere / "again")
+    (elsewhere.parent / "more").mkdir()
+    (elsewhere.parent / "more" / "3.jpg").touch()
+    os.symlink(root, root / "a" / "loop")
+    os.symlink(elsewhere, elsewhere.parent / "more" / "loop")
+    os.symlink(root / "absent.jpg", root / "broken.jpg")
+    assert [str(path.relative_to(root)) for path in list_files(root, (".jpg", ".png"))] == shown
+    with pytest.raises(UserError, match="no such folder: '.*absent'"):
+        list(list_files(tmp_path / "absent", (".jpg",)))
 
 
 @pytest.mark.parametrize("kinds, error, message", [

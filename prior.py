@@ -32,6 +32,7 @@ import signal
 import sys
 import textwrap
 import time
+import traceback
 import urllib.request
 import zipfile
 from collections import Counter
@@ -144,6 +145,7 @@ class WordNetSpeech:
         with user_error(damaged):
             self.tagger = PerceptronTagger()
             self.known = {pos: frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"}
+            self.known["a"] |= {"rufous"}  # a colour of birds that WordNet 3.0 lacks
         self.tagger.model = DensePerceptron(self.tagger.model)
         self.tokenizer, self.split_sentences = nltk.NLTKWordTokenizer(), nltk.sent_tokenize
         self.wordnet, self.lemmatize = wordnet, nltk.WordNetLemmatizer().lemmatize
@@ -995,16 +997,20 @@ def user_error(message, *kinds):
     """A block whose errors, of these kinds or any, become a UserError: the message, with the error's line for `{}`."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except kinds or Exception as error:
         raise UserError(message.replace("{}", str(error).partition("\n")[0] or type(error).__name__)) from None
 
 
+SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in the texts of errors of any class
+
+
 def command(main):
-    """Run a script's `main`: a user's error is one line and status 2; a signal ends it with 128 + its number."""
+    """Run a script's `main`. A user's error, or a lack of memory, files or workers, is one line and status 2; a signal
+    ends it with 128 + its number."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
+        signal.signal(number, lambda number, frame: _end(128 + number))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may lack ℓ and β
     try:
@@ -1013,17 +1019,27 @@ def command(main):
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, OSError) as error:
-        message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader's worker sends its traceback along
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[-1 if lines[0].startswith("Caught ") else 0]  # a loader's worker sends its traceback along
+        line = re.sub(r"^[\w.]*UserError: ", "", line)
+        short = isinstance(error, MemoryError) or re.search(SHORTAGE, line, re.IGNORECASE)
+        if isinstance(error, RuntimeError) and not short:
+            raise
+        if not short:
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)
+        frames, folder = traceback.extract_tb(error.__traceback__), os.path.dirname(__file__)
+        names = [frame.name for frame in frames if os.path.dirname(frame.filename) == folder and "<" not in frame.name]
+        print(f"error: {line} (in {names[-1]})", file=sys.stderr, flush=True)
+        _end(2)  # to take loaders and tensors apart may fail again
 
 
-def _end(number, frame):
+def _end(status):
     """Nothing needs cleaning: what is half written is NAME.part, and the next write replaces it."""
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(128 + number)
+    os._exit(status)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1158,7 +1158,8 @@ class Run:
         self.results = self.path  # where results go; those on another data set have a folder of their own
         if data and Path(data).resolve().name != Path(self.config.data).resolve().name:
             self.results, self.config.labels = self.path / "other" / Path(data).resolve().name, ""
-        self.config.data, self.config.labels = data or self.config.data, labels or self.config.labels
+        stored = self.config.labels if os.path.isdir(self.config.labels) else ""  # few commands need label maps
+        self.config.data, self.config.labels = data or self.config.data, labels or stored
         self.datasets = None  # when they are asked for
         sizes = self.model.codebook.sizes
         self.names = ("adjective", "noun") if len(sizes) == 2 else ("code",)

@@ -236,7 +236,7 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
     M, h, w) int32; features: originals' and reconstructions', (2, N, 2048), or an empty list.
     """
     scores, indices, features = {}, [], []
-    share = range(rank(), len(dataset), processes()) or range(1)  # of few images, one serves where none is left
+    share = range(rank(), len(dataset), processes()) or range(1)  # with few images, the first again
     for x, batch in run.batches(dataset, share, "reconstructing"):
         output = run.model(x)
         x_hat = output.x_hat.float()

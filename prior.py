@@ -1003,12 +1003,12 @@ def user_error(message, *kinds):
         raise UserError(message.replace("{}", str(error).partition("\n")[0] or type(error).__name__)) from None
 
 
-SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in the texts of errors of any class
+SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in errors of several classes
 
 
 def command(main):
-    """Run a script's `main`. A user's error, or a lack of memory, files or workers, is one line and status 2; a signal
-    ends it with 128 + its number."""
+    """Run a script's `main`. A user's error is one line and status 2, as is a lack of memory, files or workers;
+    a signal ends it with 128 + its number."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: _end(128 + number))
     for stream in (sys.stdout, sys.stderr):
@@ -1021,17 +1021,18 @@ def command(main):
         sys.exit(141)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        line = lines[-1 if lines[0].startswith("Caught ") else 0]  # a loader's worker sends its traceback along
-        line = re.sub(r"^[\w.]*UserError: ", "", line)
+        line = lines[-1 if lines[0].startswith("Caught ") else 0]  # a worker sends its traceback along
+        line = line.rsplit("UserError: ", 1)[-1]
         short = isinstance(error, MemoryError) or re.search(SHORTAGE, line, re.IGNORECASE)
         if isinstance(error, RuntimeError) and not short:
             raise
         if not short:
             print(f"error: {line}", file=sys.stderr)
             sys.exit(2)
-        frames, folder = traceback.extract_tb(error.__traceback__), os.path.dirname(__file__)
-        names = [frame.name for frame in frames if os.path.dirname(frame.filename) == folder and "<" not in frame.name]
-        print(f"error: {line} (in {names[-1]})", file=sys.stderr, flush=True)
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        ours = (frame.name for frame in frames if os.path.dirname(frame.filename) == os.path.dirname(__file__))
+        doing = next(name for name in ours if "<" not in name)
+        print(f"error: {line} (in {doing})", file=sys.stderr, flush=True)
         _end(2)  # to take loaders and tensors apart may fail again
 
 

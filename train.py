@@ -489,10 +489,8 @@ def pace(trainer, recent):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list to which SIGINT and SIGTERM add their number, instead of ending the process; a second one does end it.
-
-    In a notebook or server, where this is not the main thread, signals are left alone.
-    """
+    """A list to which SIGINT and SIGTERM add their number, instead of ending the process; a second one ends it.
+    Outside the main thread, as in a notebook's server, signals are left alone."""
     noted, usual = [], {}
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
@@ -534,7 +532,7 @@ class ImageDataset(Dataset):
     records: list of Record; classes: names of the labels.
     resolution: pixels per side; the shorter side is resized to it, antialiased.
     unlabeled: the number of a label map that stands for no label, beside the largest of its 8 or 16 bits.
-    sides: label → the label that it becomes when a picture is flipped, such as the left eye's and the right eye's.
+    sides: label → the label that it becomes when an image is flipped, such as left eye → right eye.
 
     Set `with_segmentation` for items to hold their label maps, in which −1 stands for no label.
     """
@@ -562,9 +560,9 @@ class ImageDataset(Dataset):
         return found + [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
     def read(self, index, rng=None):
-        """→ image (3, R, R) uint8 and label map (R, R) int64 or None: the centre, or where `rng` puts the crop.
+        """→ image (3, R, R) uint8 and label map (R, R) int64 or None: the centre, or a crop that `rng` draws.
 
-        With `rng`, a large JPEG may be decoded at a fraction of its size, which training takes and evaluation does not.
+        With `rng`, for training, a large JPEG may be decoded at a fraction of its size.
         """
         record, side = self.records[index], self.resolution
         image = read_image(record.path, side if rng else 0)
@@ -586,12 +584,12 @@ class ImageDataset(Dataset):
         rng = None if draw is None else np.random.default_rng((self.seed, draw))
         image, labels = self.read(index, rng)
         flip = rng is not None and rng.random() < 0.5
-        item = {"image": image.flip(-1) if flip else image, "label": self.records[index].label, "index": index}
+        image = image.flip(-1) if flip else image
+        item = {"image": image, "label": self.records[index].label, "index": index}
         if labels is not None:
-            seen = labels.flip(-1) if flip else labels
-            item["segmentation"] = seen.clone()
+            item["segmentation"] = labels.flip(-1) if flip else labels
             for label, other in self.sides.items() if flip else ():
-                item["segmentation"][seen == label] = other
+                item["segmentation"][labels.flip(-1) == label] = other
         return item
 
 
@@ -602,12 +600,13 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long notes in 
 
 @contextlib.contextmanager
 def open_picture(path, kind="image"):
-    """A picture file, open; every picture that a user names is opened here.
+    """An open picture file; every picture of the user's is opened here.
 
     Raises UserError if it is missing, damaged or no regular file of one of FORMATS, here or in the block.
     """
-    with user_error(f"{kind} '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as file:
-        yield file
+    with user_error(f"{kind} '{path}' cannot be read: {{}}"):
+        with Image.open(regular(path), formats=FORMATS) as file:
+            yield file
 
 
 def unreadable(paths):
@@ -634,10 +633,10 @@ def check_images(datasets, device, workers=-1):
 
 
 def read_image(path, side=0):
-    """An RGB image as it is meant to be seen: turned as its EXIF says, 16 bits scaled to 8, transparency on white, of
-    an animation the first picture.
+    """An RGB image as it is meant to be seen: turned as its EXIF says, 16 bits scaled to 8, transparency on white,
+    of an animation the first picture.
 
-    side: a JPEG is decoded at the smallest fraction of its size that keeps twice so many pixels a side; 0: whole.
+    side: a JPEG may be decoded at a fraction of its size that keeps twice so many pixels a side; 0: whole.
     Raises UserError if it is missing, damaged or truncated.
     """
     with open_picture(path) as file:
@@ -660,19 +659,18 @@ def read_image(path, side=0):
 
 
 def end_jpeg(data):
-    """The image of a JPEG that lacks its end mark, as viewers show it. Raises ValueError if pixels are missing too:
-    only then does it matter what stands between the data and the mark."""
-    plain, other = (Image.open(io.BytesIO(data + more + b"\xff\xd9")) for more in (b"", bytes(range(1, 255)) * 20))
+    """The image of a JPEG that lacks its end mark. Raises ValueError if pixels are missing too: only then does it
+    matter what stands between the data and the mark."""
+    fillers = b"", bytes(range(1, 255)) * 20
+    plain, other = (Image.open(io.BytesIO(data + filler + b"\xff\xd9")) for filler in fillers)
     if plain.tobytes() != other.tobytes():
         raise ValueError("it is truncated")
     return plain
 
 
 def resized_crop(image, side, box, resampling):
-    """The part of a PIL image in a box (left, top, right, bottom; shares of its sides) as a square of `side` pixels.
-
-    Equal to resizing the whole and cropping, at the cost of the crop alone.
-    """
+    """A PIL image's part in a box (left, top, right, bottom, as shares of its sides) as a square of `side` pixels:
+    what resizing the whole and cropping gives, at the cost of the crop alone."""
     box = [share * length for share, length in zip(box, 2 * image.size)]
     return image.resize((side, side), resampling, box)
 
@@ -704,9 +702,11 @@ def read_label_map(segmentation, size, side, box):
 
 
 CUB_TABLES = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
-CUB_PARTS = {"upperparts": "its back", "underparts": "its belly", **dict.fromkeys(("size", "shape", "primary"), "the bird")}
+CUB_PARTS = {"size": "the bird", "shape": "the bird", "primary": "the bird", "upperparts": "its back",
+             "underparts": "its belly"}
 CUB_WORDS = {  # values that are no adjective as they stand; an empty one makes no sentence
-    "hooked_seabird": "hooked", "longer_than_head": "long", "shorter_than_head": "short", "long-legged-like": "long-legged",
+    "hooked_seabird": "hooked", "long-legged-like": "long-legged", "longer_than_head": "long",
+    "shorter_than_head": "short",
     **dict.fromkeys("dagger needle cone malar eyebrow eyering eyeline about_the_same_as_head".split(), ""),
 }
 
@@ -714,7 +714,7 @@ CUB_WORDS = {  # values that are no adjective as they stand; an empty one makes 
 def cub_records(root, split):
     """CUB-200-2011, the published split: val are the test images.
 
-    Captions are Reed et al.'s where text_c10/ or text/ is there, otherwise an image's published attributes as sentences.
+    Captions are Reed et al.'s in text_c10/ or text/, otherwise an image's published attributes as sentences.
     """
     require(root, *CUB_TABLES, "images")
     images, splits, labels, classes = (read_table(root / name) for name in CUB_TABLES)
@@ -732,9 +732,9 @@ def cub_records(root, split):
 
 
 def cub_sentences(root):
-    """dict image → its attributes as sentences: `has_wing_color::blue` is "its wing is blue", the pair "blue wing".
+    """dict image → its attributes as sentences: `has_wing_color::blue` is "its wing is blue".
 
-    Attributes without an adjective, such as `has_bill_shape::dagger` or `has_shape::owl-like`, are left out.
+    Attributes without an adjective, such as `has_bill_shape::dagger`, are left out.
     """
     places = [folder / "attributes.txt" for folder in (root, root / "attributes", root.parent)]
     labels, sentences, found = root / "attributes" / "image_attribute_labels.txt", {}, defaultdict(list)
@@ -817,7 +817,8 @@ class Layout(NamedTuple):
 DATASETS = {  # --dataset: the one place where a new one is added
     "cub": Layout(cub_records, "CUB_200_2011", "https://data.caltech.edu/records/65de6-vp158"),
     "ade20k": Layout(ade20k_records, "ADEChallengeData2016", "http://data.csail.mit.edu/places/ADEchallenge", 0),
-    "celebahq": Layout(celebahq_records, "CelebAMask-HQ", "https://github.com/switchablenorms/CelebAMask-HQ", -1, FACE_SIDES),
+    "celebahq": Layout(celebahq_records, "CelebAMask-HQ", "https://github.com/switchablenorms/CelebAMask-HQ",
+                       sides=FACE_SIDES),
     "coco": Layout(coco_records, "coco", "http://images.cocodataset.org"),
 }
 COCO_STUFF = "http://calvin.inf.ed.ac.uk/wp-content/uploads/data/cocostuffdataset"
@@ -871,13 +872,15 @@ SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", 
 
 
 def split_folders(root, maps):
-    """Folders of a tree that are its splits, by their usual names in any case → {"train": Path, "val": Path} or {}.
+    """A tree's folders with the usual names of splits, in any case → {"train": Path, "val": Path} or {}.
 
-    Raises UserError for train/ beside other folders (except label maps) of which none is a validation split.
+    Raises UserError for train/ beside other folders (except label maps) without a usual name.
     """
     shown = sorted(path for path in root.iterdir() if not is_hidden(path.name) and path.is_dir())
     folders = {path.name.lower(): path for path in shown if path.resolve() != maps}
-    splits = {split: folders[name] for split, names in SPLITS.items() for name in reversed(names) if name in folders}
+    splits = {}
+    for split, names in SPLITS.items():
+        splits.update({split: folders[name] for name in reversed(names) if name in folders})
     if "train" in splits and "val" not in splits and len(folders) > 1:
         others = ", ".join(f"'{path.name}'" for path in folders.values())
         raise UserError(f"'{root}' holds {others}: which one evaluates? Name it val, or name train otherwise")
@@ -885,11 +888,11 @@ def split_folders(root, maps):
 
 
 def folder_records(root, labels="", whole=False):
-    """Any tree of images. Folders named as splits (SPLITS) are those; otherwise every tenth image is held out.
+    """Any tree of images. Folders named as SPLITS are the splits; otherwise every tenth image is held out.
 
     root: the tree; sub-folders of a split are classes, `x.txt` beside `x.jpg` holds its captions.
-    labels: tree of label maps with the same relative names; whole: hold none out, as of images that did not train.
-    Returns records of "train" and of "val" (the same list if `whole` holds none out), class names.
+    labels: tree of label maps with the same relative names; whole: hold none out, as these did not train.
+    Returns records of "train" and of "val" (the same list if none is held out), class names.
     Raises UserError for a folder that is not there.
     """
     for name, folder in (("data", root), ("labels", labels)):
@@ -908,14 +911,14 @@ def folder_records(root, labels="", whole=False):
                 found[base].append(Record(path, label, text if text in texts else (), label_map))
     classes = sorted({record.label for records in found.values() for record in records} - {"."})
     numbers = {".": -1, **{label: number for number, label in enumerate(classes)}}
-    found = [[record._replace(label=numbers[record.label]) for record in records] for records in found.values()]
-    if not splits and not whole:
-        found = [[record for i, record in enumerate(found[0]) if (i % 10 == 9) == held_out] for held_out in (False, True)]
-    return found[0], found[-1], classes
+    train, *val = [[record._replace(label=numbers[record.label]) for record in part] for part in found.values()]
+    if not val and not whole:
+        val, train = [train[9::10]], [record for i, record in enumerate(train) if i % 10 != 9]
+    return train, val[0] if val else train, classes
 
 
 def make_datasets(config, whole=False):
-    """The "train" and the "val" split that a Config names, each an ImageDataset; whole: of `folder_records`."""
+    """The "train" and "val" splits that a Config names, as ImageDatasets; whole: of `folder_records`."""
     root, layout = Path(config.data).expanduser(), DATASETS.get(config.dataset)
     if config.dataset == "demo":
         return [DemoDataset(split, config.resolution, config.seed) for split in SPLITS]
@@ -953,8 +956,8 @@ def make_prior(config, dataset):
 
 
 def hold_out(length, count):
-    """Indices of training images: those that train, and those that choose best.pt instead: `count`, evenly spread, but
-    at most a twentieth."""
+    """Indices of training images: those that train, and those that choose best.pt instead, which are `count`, but
+    at most a twentieth, evenly spread."""
     chosen = spread_indices(length, min(count, math.ceil(length / 20)))
     return sorted(set(range(length)).difference(chosen)) or [0], chosen
 
@@ -995,8 +998,8 @@ def make_loader(dataset, device, workers=-1, **options):
 
 
 def worker_init(worker):
-    """Leave the group, which Ctrl-C reaches, as the main process needs its workers to finish its step; and be silent,
-    as errors are sent to it."""
+    """Leave the group that Ctrl-C reaches, as the main process needs its workers to finish its step. Errors are sent
+    to it, so nothing is printed here."""
     sys.stderr = open(os.devnull, "w")
     if hasattr(os, "setpgrp"):
         os.setpgrp()
@@ -1158,7 +1161,7 @@ class Run:
         self.results = self.path  # where results go; those on another data set have a folder of their own
         if data and Path(data).resolve().name != Path(self.config.data).resolve().name:
             self.results, self.config.labels = self.path / "other" / Path(data).resolve().name, ""
-        stored = self.config.labels if os.path.isdir(self.config.labels) else ""  # few commands need label maps
+        stored = self.config.labels if os.path.isdir(self.config.labels) else ""  # few need label maps
         self.config.data, self.config.labels = data or self.config.data, labels or stored
         self.datasets = None  # when they are asked for
         sizes = self.model.codebook.sizes
@@ -1171,7 +1174,7 @@ class Run:
             self.words = [adjectives, nouns] if len(sizes) == 2 else [adjectives + nouns]
 
     def dataset(self, split):
-        """The "train" or "val" images that the run was made with, or of another data set; they are listed once."""
+        """The "train" or "val" images that the run was made with, or of another data set."""
         self.datasets = self.datasets or make_datasets(self.config, whole=self.results != self.path)
         return copy.copy(self.datasets[split == "val"])
 
@@ -1313,8 +1316,8 @@ def take_published_weights(trainer, path):
 
 # ======== Command line
 
-CHANGEABLE = """out steps lr device data labels trunk_weights lpips_weights workers log_every eval_every amp compile
-    deterministic""".split()
+CHANGEABLE = """out steps lr device data labels trunk_weights lpips_weights workers log_every eval_every amp
+    compile deterministic""".split()
 
 
 def parse(argv=None):
@@ -1612,9 +1615,9 @@ class DemoDataset(ImageDataset):
     def read(self, index, rng=None):
         if index not in self.drawn:
             image, segmentation = render_scene(self.scenes[index], self.resolution)
-            self.drawn[index] = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(segmentation).long()
+            self.drawn[index] = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(segmentation)
         image, segmentation = self.drawn[index]
-        return image, segmentation if self.with_segmentation else None
+        return image, segmentation.long() if self.with_segmentation else None
 
 
 if __name__ == "__main__":

@@ -16,14 +16,11 @@ import json
 import math
 import os
 import re
-import signal
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported
 
 import numpy as np
 import scipy.linalg
@@ -247,7 +244,8 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
     M, h, w) int32; features: originals' and reconstructions', (2, N, 2048), or an empty list.
     """
     scores, indices, features = {}, [], []
-    for x, batch in run.batches(dataset, range(rank(), len(dataset), processes()), "reconstructing"):
+    share = range(rank(), len(dataset), processes()) or range(1)  # with few images, the first again
+    for x, batch in run.batches(dataset, share, "reconstructing"):
         output = run.model(x)
         x_hat = output.x_hat.float()
         values = {
@@ -265,7 +263,7 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
         eight_bits = {"originals": batch["image"].to(run.device, non_blocking=True), "reconstructions": to_bytes(x_hat)}
         if inception is not None:
             features.append(torch.stack([inception(images) for images in eight_bits.values()], dim=1))  # (B, 2, 2048)
-        for kind, images in eight_bits.items() if save else ():
+        for kind, images in eight_bits.items() if save and rank() < len(dataset) else ():
             for index, image in zip(batch["index"].tolist(), images.cpu()):
                 save_png(TF.to_pil_image(image), save / kind / f"{index:06d}.png")
     gather = lambda parts: of_all_processes(torch.cat(parts), len(dataset)).cpu().numpy()
@@ -298,6 +296,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
     """
     run = Run(path, choices.device, choices.data, choices.labels, choices.checkpoint)
     dataset, baseline = run.dataset("val"), mean_image(run)
+    itself = dataset.records is run.dataset("train").records  # no split: all images of other data evaluate
     networks = [network and network.to(run.device) for network, _ in (inception, lpips)]
     scores, indices, features = reconstruct(run, dataset, baseline, *networks, save)
     if rank():
@@ -308,6 +307,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
     result = {
         **{"run": str(path), "split": "val", "checkpoint": choices.checkpoint, "step": run.step},
         "images": len(dataset),
+        "baseline": "these images themselves" if itself else "its train split",
         **{name: getattr(run.config, name) for name in names},
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
@@ -343,7 +343,7 @@ def reconstructed(run, dataset, count):
 
 # ======== Tables
 
-SAME_ROW = """seed out download device compile workers log_every eval_every eval_images trunk_weights
+SAME_ROW = """seed out download device compile workers log_every eval_every trunk_weights
     lpips_weights""".split()  # may differ within a row
 
 
@@ -591,8 +591,9 @@ def compare(evaluations, folder):
 def report(results, inception, lpips):
     """Print the tables, and notes to their columns."""
     print(f"\n{markdown(results)}")
-    for dataset, images, score in sorted({(r["dataset"], r["images"], f"{r['baseline_psnr']:.2f}") for r in results}):
-        print(f"\n{dataset}: {images:,} evaluation images; the mean image of its train split gives {score} dB")
+    shown = {(r["dataset"], r["images"], r["baseline"], f"{r['baseline_psnr']:.2f}") for r in results}
+    for dataset, images, baseline, score in sorted(shown):
+        print(f"\n{dataset}: {images:,} evaluation images; the mean image of {baseline} gives {score} dB")
     if table := alignment_table(results):
         print(f"\n{table}")
     print()

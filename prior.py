@@ -275,6 +275,7 @@ class WordNetSpeech:
         self.counts = Counter()  # (word, "1" for a noun or "2" for a verb) → times in WordNet's texts
         for word, part, count in senses:
             self.counts[word, part] += int(count)
+        self.known["a"] |= {"rufous"}  # a colour of birds that WordNet 3.0 lacks
         self.tagger.model = DensePerceptron(self.tagger.model)
         self.tokenizer, self.split_sentences = nltk.NLTKWordTokenizer(), nltk.sent_tokenize
         self.wordnet, self.lemmatize = wordnet, nltk.WordNetLemmatizer().lemmatize
@@ -1077,18 +1078,20 @@ def user_error(message, *kinds):
     """A block whose errors, of these kinds or any, become a UserError: the message, with the error's line for `{}`."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):
         raise
     except kinds or Exception as error:
-        if isinstance(error, MemoryError) and MemoryError not in kinds:
-            raise  # which is no fault of what the user gave
         raise UserError(message.replace("{}", str(error).partition("\n")[0] or type(error).__name__)) from None
 
 
+SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in errors of several classes
+
+
 def command(main):
-    """Run a script's `main`: a user's error is one line and status 2; a signal ends it with 128 + its number."""
+    """Run a script's `main`. A user's error is one line and status 2, as is a lack of memory, files or workers;
+    a signal ends it with 128 + its number."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _end)
+        signal.signal(number, lambda number, frame: _end(128 + number))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal may lack ℓ and β
     try:
@@ -1097,23 +1100,30 @@ def command(main):
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except (UserError, OSError) as error:
-        message = str(error).rsplit("UserError: ", 1)[-1].strip()  # a loader's worker sends its traceback along
-        print(f"error: {message}", file=sys.stderr)
+    except UserError as error:
+        message = str(error).rsplit("UserError: ", 1)[-1]  # a loader's worker sends its traceback along
+        print(f"error: {message.strip()}", file=sys.stderr)
         sys.exit(2)
-    except MemoryError as error:
-        calls = traceback.extract_tb(error.__traceback__)
-        call = [call for call in calls if Path(call.filename).parent == Path(__file__).parent][-1]
-        place = f"{Path(call.filename).name}, line {call.lineno}: {call.line}"
-        print(f"error: out of memory in {call.name} ({place})", file=sys.stderr)
-        sys.exit(2)
+    except (OSError, MemoryError, RuntimeError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        line = lines[-1 if lines[0].startswith("Caught ") else 0]
+        if not isinstance(error, MemoryError) and not re.search(SHORTAGE, line, re.IGNORECASE):
+            if isinstance(error, RuntimeError):
+                raise
+            print(f"error: {line}", file=sys.stderr)
+            sys.exit(2)
+        frames = reversed(traceback.extract_tb(error.__traceback__))
+        ours = (frame.name for frame in frames if os.path.dirname(frame.filename) == os.path.dirname(__file__))
+        doing = next(name for name in ours if "<" not in name)
+        print(f"error: {line} (in {doing})", file=sys.stderr, flush=True)
+        _end(2)  # to take loaders and tensors apart may fail again
 
 
-def _end(number, frame):
+def _end(status):
     """Nothing needs cleaning: what is half written is NAME.part, and the next write replaces it."""
     for child in multiprocessing.active_children():
         child.kill()
-    os._exit(128 + number)
+    os._exit(status)
 
 
 class Parser(argparse.ArgumentParser):

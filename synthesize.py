@@ -20,15 +20,13 @@ import hashlib
 import json
 import math
 import os
-import signal
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported
 
 import numpy as np
 import torch
@@ -39,8 +37,8 @@ from PIL import Image
 from evaluate import as_markdown, fid, load_inception, load_or_reason
 from prior import Parser, UserError, atomic_write, save_png, user_error
 from train import (Run, add_up, autocast, average_gradients, draw_grid, first_process_first, fit, fitting, hold_out,
-                   launch, load_checkpoint, open_run, psnr, refuse_idle, restore, resumed_config, spread_indices,
-                   to_bytes, train_batches)
+                   launch, load_checkpoint, open_run, psnr, read_image, refuse_idle, restore, resumed_config,
+                   spread_indices, to_bytes, train_batches)
 from vqct import Condition, Denoiser, TokenTransformer, option, sample_features, sample_tokens
 
 
@@ -147,7 +145,7 @@ def encode_dataset(run, dataset, views, path=None):
         kept["labels"].append(batch["label"])
         if "segmentation" in batch:
             maps = batch["segmentation"][:, stride // 2 :: stride, stride // 2 :: stride]
-            kept["segmentation"].append(maps.where(maps != dataset.unlabeled, -1).clamp(max=2**15 - 1).short())
+            kept["segmentation"].append(maps.clamp(max=2**15 - 1).short())
         if path:
             features[done : done + len(x)] = torch.cat(z, dim=1).half().cpu().numpy()
         done += len(x)
@@ -387,7 +385,7 @@ def train_stage(run, given, resume, overwrite):
         train_set, val_set = tokens_of(run, "train", config.views, ldm), tokens_of(run, "val", 1, ldm)
     count = state["count"] if state else condition_count(config, train_set, val_set)
     images = len(train_set.labels) // config.views  # rows go through all images view by view
-    trained, chosen = hold_out(images)
+    trained, chosen = hold_out(images, run.config.eval_images)
     kept = [view * images + row for view in range(config.views) for row in trained]
     trainer = StageTrainer(config, run, count, train_set, chosen)
     if state:
@@ -399,7 +397,7 @@ def train_stage(run, given, resume, overwrite):
         print(f"{folder}: {weights:.1f} M weights on {run.device}, {len(kept):,} grids of tokens")
         fit(trainer, ([row for row, _ in batch] for batch in order), trainer.validate, folder, journal)
     which = f"--model {config.model} --condition {config.condition}"
-    print(f"done: look at samples with: python synthesize.py {run.path} sample {which}")
+    print(f"done: look at samples with: python synthesize.py {shlex.quote(str(run.path))} sample {which}")
 
 
 # ======== Sampling
@@ -455,9 +453,10 @@ def known_part(part, grid):
     if part in halves:
         known[halves[part]] = True
     elif part:
-        with user_error(f"--part {part}: neither top, bottom, left or right, nor a picture: {{}}"):
-            picture = Image.open(part).convert("L").resize((width, height), Image.Resampling.BOX)
-            known = torch.from_numpy(np.asarray(picture) > 127)
+        if not Path(part).exists():
+            raise UserError(f"--part {part}: neither top, bottom, left or right, nor a picture")
+        picture = read_image(part).convert("L").resize((width, height), Image.Resampling.BOX)
+        known = torch.from_numpy(np.asarray(picture) > 127)
     return known
 
 

@@ -14,6 +14,7 @@ run's folder holds config.json, metrics.jsonl, last.pt, best.pt, prior.npz and r
 
 import contextlib
 import datetime
+import functools
 import io
 import itertools
 import json
@@ -25,6 +26,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 from collections import defaultdict, deque, namedtuple
@@ -35,8 +37,6 @@ from typing import NamedTuple
 
 os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's products do not repeat themselves
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported
 
 import numpy as np
 import scipy.ndimage
@@ -44,12 +44,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech, atomic_write,
-                   build_prior, checksum, command, describe_codebook, download, language_needs, provide, read_captions,
-                   read_corpora, read_tensors, regular, save_png, shuffled, text_checksum, user_error)
+                   build_prior, checksum, command, describe_codebook, download, is_hidden, language_needs, list_files,
+                   provide, read_captions, read_corpora, read_tensors, regular, save_png, shuffled, text_checksum,
+                   user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce,
                   distributed, hinge_loss, load_taming, needs_prior, option)
 
@@ -104,7 +105,7 @@ class Config(ModelConfig):
     workers: int = option(-1, "processes that read images; −1: at most 8 for a GPU, none on the CPU", least=-1)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(2_000, "steps between validations, with checkpoint and picture")
-    eval_images: int = option(256, "images of a validation, from the held-out twentieth of the training images")
+    eval_images: int = option(256, "training images held out to choose best.pt, at most a twentieth")
 
 
 PRESETS = {
@@ -489,14 +490,16 @@ def pace(trainer, recent):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list to which SIGINT and SIGTERM add their number, instead of ending the process; a second one does end it."""
+    """A list to which SIGINT and SIGTERM add their number, instead of ending the process; a second one ends it.
+    Outside the main thread, as in a notebook's server, signals are left alone."""
     noted, usual = [], {}
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
     def note(number, frame):
         noted.append(number)
         signal.signal(number, usual[number])
 
-    usual.update({number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)})
+    usual.update({number: signal.signal(number, note) for number in numbers})
     try:
         yield noted
     finally:
@@ -529,16 +532,18 @@ class ImageDataset(Dataset):
 
     records: list of Record; classes: names of the labels.
     resolution: pixels per side; the shorter side is resized to it, antialiased.
+    unlabeled: the number of a label map that stands for no label, beside the largest of its 8 or 16 bits.
+    sides: label → the label that it becomes when an image is flipped, such as left eye → right eye.
 
-    Set `with_segmentation` for items to hold their label maps, in which `unlabeled` stands for no label.
+    Set `with_segmentation` for items to hold their label maps, in which −1 stands for no label.
     """
 
     with_segmentation = False
     labels = {-1: "none"}  # names of label maps' values, where they have any
 
-    def __init__(self, records, classes, resolution, seed=0, unlabeled=-1):
+    def __init__(self, records, classes, resolution, seed=0, unlabeled=-1, sides=()):
         self.records, self.classes, self.resolution, self.seed = records, classes, resolution, seed
-        self.unlabeled = unlabeled
+        self.unlabeled, self.sides = unlabeled, dict(sides)
 
     def __len__(self):
         return len(self.records)
@@ -555,50 +560,95 @@ class ImageDataset(Dataset):
         stats = [(str(path), path.stat()) for path in paths if isinstance(path, Path)]
         return found + [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
-    def read(self, index, draft=False):
-        """→ image (3, h, w) uint8 and segmentation (1, h, w) integers or None, shorter sides the resolution.
+    def read(self, index, rng=None):
+        """→ image (3, R, R) uint8 and label map (R, R) int64 or None: the centre, or a crop that `rng` draws.
 
-        `draft` lets a large JPEG be decoded at a fraction of its size, which training takes and evaluation does not.
+        With `rng`, for training, a large JPEG may be decoded at a fraction of its size.
         """
-        record = self.records[index]
-        image = read_image(record.path, self.resolution, draft)
-        wanted = self.with_segmentation and record.segmentation is not None
-        labels = read_label_map(record, image.size) if wanted else None
-        return TF.pil_to_tensor(image), None if labels is None else TF.pil_to_tensor(labels)
+        record, side = self.records[index], self.resolution
+        image = read_image(record.path, side if rng else 0)
+        width, height = (int(side * length / min(image.size)) for length in image.size)
+        if rng:
+            top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+        else:
+            top, left = (height - side) // 2, (width - side) // 2
+        box = left / width, top / height, (left + side) / width, (top + side) / height
+        labels = None
+        if self.with_segmentation and record.segmentation is not None:
+            labels = torch.from_numpy(read_label_map(record.segmentation, image.size, side, box)).long()
+            labels[labels == self.unlabeled] = -1
+        return TF.pil_to_tensor(resized_crop(image, side, box, Image.Resampling.BILINEAR)), labels
 
     def __getitem__(self, key):
         """→ dict: image (3, R, R) uint8, label, index, and segmentation (R, R) int64 where asked for."""
         index, draw = key if isinstance(key, tuple) else (key, None)
-        image, segmentation = self.read(index, draft=draw is not None)
-        size, (height, width) = self.resolution, image.shape[1:]
-        top, left, flip = (height - size) // 2, (width - size) // 2, False
-        if draw is not None:
-            rng = np.random.default_rng((self.seed, draw))
-            top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-            flip = rng.random() < 0.5
-        item = {"label": self.records[index].label, "index": index}
-        for name, picture in (("image", image), ("segmentation", segmentation)):
-            if picture is not None:
-                picture = picture[:, top : top + size, left : left + size]
-                item[name] = picture.flip(-1) if flip else picture
-        if segmentation is not None:
-            item["segmentation"] = item["segmentation"][0].long()
+        rng = None if draw is None else np.random.default_rng((self.seed, draw))
+        image, labels = self.read(index, rng)
+        flip = rng is not None and rng.random() < 0.5
+        image = image.flip(-1) if flip else image
+        item = {"image": image, "label": self.records[index].label, "index": index}
+        if labels is not None:
+            item["segmentation"] = labels.flip(-1) if flip else labels
+            for label, other in self.sides.items() if flip else ():
+                item["segmentation"][labels.flip(-1) == label] = other
         return item
 
 
 EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 FORMATS = ("JPEG", "PNG", "BMP", "PPM", "TIFF", "WEBP", "GIF")  # not EPS, which runs Ghostscript
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long notes in a file do not spoil its image
 
 
-def read_image(path, side, draft=False):
-    """An RGB image as it is meant to be seen, its shorter side resized to `side`: turned as its EXIF says, 16 bits
-    scaled to 8, transparency on white, of an animation the first picture.
+@contextlib.contextmanager
+def open_picture(path, kind="image"):
+    """An open picture file; every picture of the user's is opened here.
 
+    Raises UserError if it is missing, damaged or no regular file of one of FORMATS, here or in the block.
+    """
+    with user_error(f"{kind} '{path}' cannot be read: {{}}"):
+        with Image.open(regular(path), formats=FORMATS) as file:
+            yield file
+
+
+def unreadable(paths):
+    """The errors of those image files whose headers cannot be read."""
+    errors = []
+    for path in paths:
+        try:
+            with open_picture(path):
+                pass
+        except UserError as error:
+            errors.append(str(error))
+    return errors
+
+
+def check_images(datasets, device, workers=-1):
+    """Read the header of every image. Raises UserError that names all images that cannot be read."""
+    paths = [record.path for dataset in datasets for record in dataset.records if record.path]
+    progress, errors = Progress(), []
+    for done, found in enumerate(make_loader(paths, device, workers, batch_size=256, collate_fn=unreadable)):
+        errors += found
+        progress(f"reading headers: {min(256 * done + 256, len(paths)):,} of {len(paths):,} images")
+    if errors:
+        raise UserError("; ".join(errors))
+
+
+def read_image(path, side=0):
+    """An RGB image as it is meant to be seen: turned as its EXIF says, 16 bits scaled to 8, transparency on white,
+    of an animation the first picture.
+
+    side: a JPEG may be decoded at a fraction of its size that keeps twice so many pixels a side; 0: whole.
     Raises UserError if it is missing, damaged or truncated.
     """
-    with user_error(f"image '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as file:
-        if draft:  # a JPEG at the fraction of its size that keeps twice the pixels
+    with open_picture(path) as file:
+        if side:
             file.draft("RGB", (2 * side, 2 * side))
+        try:
+            file.load()
+        except OSError:
+            if file.format != "JPEG":
+                raise
+            file = end_jpeg(Path(path).read_bytes())
         image = ImageOps.exif_transpose(file)
         if image.mode == "F":
             raise ValueError("its pixels are floating-point numbers; convert it to 8 or 16 bits")
@@ -606,50 +656,87 @@ def read_image(path, side, draft=False):
             image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return TF.resize(image.convert("RGB"), side, antialias=True)
+        return image.convert("RGB")
 
 
-def read_label_map(record, size):
-    """A Record's segmentation as a PIL image of integers, resized to (width, height) by nearest neighbour."""
-    painted = record.segmentation if isinstance(record.segmentation, tuple) else ((None, record.segmentation),)
-    labels = np.zeros(size[::-1], np.uint8)
-    for label, path in painted:
-        with user_error(f"label map '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as file:
-            image = ImageOps.exif_transpose(file).resize(size, Image.Resampling.NEAREST)
-            if len(image.getbands()) > 1 or image.mode == "F":
+def end_jpeg(data):
+    """The image of a JPEG that lacks its end mark. Raises ValueError if pixels are missing too: only then does it
+    matter what stands between the data and the mark."""
+    fillers = b"", bytes(range(1, 255)) * 20
+    plain, other = (Image.open(io.BytesIO(data + filler + b"\xff\xd9")) for filler in fillers)
+    if plain.tobytes() != other.tobytes():
+        raise ValueError("it is truncated")
+    return plain
+
+
+def resized_crop(image, side, box, resampling):
+    """A PIL image's part in a box (left, top, right, bottom, as shares of its sides) as a square of `side` pixels:
+    what resizing the whole and cropping gives, at the cost of the crop alone."""
+    box = [share * length for share, length in zip(box, 2 * image.size)]
+    return image.resize((side, side), resampling, box)
+
+
+def read_label_map(segmentation, size, side, box):
+    """A Record's segmentation, cropped as its image of (width, height) `size` is → (R, R) int32.
+
+    The largest number of 8 or of 16 bits becomes −1, no label; painted masks may have any number of channels.
+    """
+    labels = np.zeros((side, side), np.int32)
+    for label, path in segmentation if isinstance(segmentation, tuple) else ((None, segmentation),):
+        with open_picture(path, "label map") as file:
+            image = ImageOps.exif_transpose(file)
+            (width, height), error = image.size, size[0] * image.height - size[1] * image.width
+            if abs(error) > max(size) + max(image.size):  # more than rounding makes
+                raise ValueError(f"its {width}×{height} pixels have other proportions than its image")
+            if label is None and (len(image.getbands()) > 1 or image.mode == "F"):
                 raise ValueError("it is not one channel of whole numbers")
+            image = resized_crop(image, side, box, Image.Resampling.NEAREST)
         if label is None:
-            return Image.fromarray(np.asarray(image).astype(np.int32))  # of either byte order
-        labels[np.asarray(image.convert("L")) > 127] = label
-    return Image.fromarray(labels)
+            labels = np.asarray(image).astype(np.int32)  # of either byte order
+            labels[labels == (65535 if image.mode.startswith("I") else 255)] = -1
+        else:
+            labels[np.asarray(image.convert("L")) > 127] = label
+    return labels
 
 
 # Published layouts. Each function takes the folder and "train" or "val", and gives records and names of classes
 
 
 CUB_TABLES = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
-CUB_PARTS = {"size": "bird", "shape": "bird", "primary": "bird", "upperparts": "back", "underparts": "belly"}
+CUB_PARTS = {"size": "the bird", "shape": "the bird", "primary": "the bird", "upperparts": "its back",
+             "underparts": "its belly"}
+CUB_WORDS = {  # values that are no adjective as they stand; an empty one makes no sentence
+    "hooked_seabird": "hooked", "long-legged-like": "long-legged", "longer_than_head": "long",
+    "shorter_than_head": "short",
+    **dict.fromkeys("dagger needle cone malar eyebrow eyering eyeline about_the_same_as_head".split(), ""),
+}
 
 
 def cub_records(root, split):
     """CUB-200-2011, the published split: val are the test images.
 
-    Captions are Reed et al.'s where text/ is there, otherwise the published attributes of an image as sentences.
+    Captions are Reed et al.'s in text_c10/ or text/, otherwise an image's published attributes as sentences.
     """
     require(root, *CUB_TABLES, "images")
     images, splits, labels, classes = (read_table(root / name) for name in CUB_TABLES)
-    sentences, records = {} if (root / "text").is_dir() else cub_sentences(root), []
+    texts = root / ("text_c10" if (root / "text_c10").is_dir() else "text")
+    sentences, records = {} if texts.is_dir() else cub_sentences(root), []
     with user_error(f"the tables of '{root}' are inconsistent; unpack them again: {{}}"):
         for key, name in images.items():
+            if ".." in name or os.path.isabs(name):
+                raise ValueError(f"{name} lies elsewhere")
             if (splits[key] == "1") == (split == "train"):
-                text = (root / "text" / name).with_suffix(".txt")
+                text = (texts / name).with_suffix(".txt")
                 captions = text if text.exists() else sentences.get(key, ())
                 records.append(Record(root / "images" / name, int(labels[key]) - 1, captions))
         return records, [classes[key] for key in sorted(classes, key=int)]
 
 
 def cub_sentences(root):
-    """dict image → its attributes as sentences: `has_wing_color::blue` is "its wing is blue", the pair "blue wing"."""
+    """dict image → its attributes as sentences: `has_wing_color::blue` is "its wing is blue".
+
+    Attributes without an adjective, such as `has_bill_shape::dagger`, are left out.
+    """
     places = [folder / "attributes.txt" for folder in (root, root / "attributes", root.parent)]
     labels, sentences, found = root / "attributes" / "image_attribute_labels.txt", {}, defaultdict(list)
     if not labels.is_file() or not any(map(Path.is_file, places)):
@@ -657,11 +744,12 @@ def cub_sentences(root):
     for number, fact in read_table(next(filter(Path.is_file, places))).items():
         group, value = re.fullmatch(r"has_(\w+)::(.*)", fact).groups()
         part = re.sub(r"^(upper|under)_|_(color|shape|pattern|length)$", "", group)
-        value = re.sub(r"_?\(.*|[_-](tail|wings|pattern)$|-like$", "", value).replace("_", " ")
-        sentences[number] = f"its {CUB_PARTS.get(part, part)} is {value}"
+        plain = re.sub(r"_?\(.*|[_-](tail|wings|pattern)$|.*-(like|marsh)$", "", value).replace("_", " ")
+        if word := CUB_WORDS.get(value, plain):
+            sentences[number] = f"{CUB_PARTS.get(part, f'its {part}')} is {word}"
     for line in labels.read_text().splitlines():
         key, number, present = line.split()[:3]
-        if present == "1":
+        if present == "1" and number in sentences:
             found[key].append(sentences[number])
     return found
 
@@ -673,13 +761,14 @@ def ade20k_records(root, split):
     listed, maps = root / "sceneCategories.txt", root / "annotations" / folder
     scenes = read_table(listed) if listed.is_file() else {}
     place = {scene: index for index, scene in enumerate(sorted(set(scenes.values())))}
-    images = sorted((root / "images" / folder).glob("*.jpg"))
+    images = list_files(root / "images" / folder, [".jpg"])
     records = [Record(p, place.get(scenes.get(p.stem), -1), (), maps / f"{p.stem}.png") for p in images]
     return records, list(place)
 
 
 # Parts of CelebAMask-HQ in the order in which its authors paint them; 0 is the background
 FACE_PARTS = "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth"
+FACE_SIDES = [(4, 5), (5, 4), (6, 7), (7, 6), (8, 9), (9, 8)]  # l_ and r_ are the person's own left and right
 
 
 def celebahq_records(root, split):
@@ -691,8 +780,8 @@ def celebahq_records(root, split):
         masks[int(number)][part] = path
     first, end = {"train": (0, 162_771), "val": (162_771, 182_638)}[split]
     records = []
-    for number, line in list(read_table(root / "CelebA-HQ-to-CelebA-mapping.txt").items())[1:]:
-        if first <= int(line.split()[0]) < end:
+    for number, line in read_table(root / "CelebA-HQ-to-CelebA-mapping.txt").items():
+        if number.isdigit() and first <= int(line.split()[0]) < end:  # its first line is a header
             mine = masks.get(int(number), {})
             painted = tuple((label, mine[part]) for label, part in enumerate(FACE_PARTS.split(), 1) if part in mine)
             records.append(Record(root / "CelebA-HQ-img" / f"{number}.jpg", segmentation=painted if masks else None))
@@ -700,7 +789,7 @@ def celebahq_records(root, split):
 
 
 def coco_records(root, split):
-    """MS-COCO 2017 (or 2014): captions of annotations/, label maps of stuffthingmaps/ if there, 255 for unlabeled."""
+    """MS-COCO 2017 (or 2014): captions of annotations/, label maps of stuffthingmaps/ if there."""
     year = 2014 if (root / "train2014").is_dir() and not (root / "train2017").is_dir() else 2017
     require(root, f"train{year}", f"val{year}")
     listed, maps = root / "annotations" / f"captions_{split}{year}.json", root / "stuffthingmaps" / f"{split}{year}"
@@ -711,7 +800,7 @@ def coco_records(root, split):
             names = {image["id"]: image["file_name"] for image in content["images"]}
             for annotation in content["annotations"]:
                 captions[names[annotation["image_id"]]].append(" ".join(annotation["caption"].split()))
-    paths = sorted((root / f"{split}{year}").glob("*.jpg"))
+    paths = list(list_files(root / f"{split}{year}", [".jpg"]))
     labels = [maps / f"{path.stem}.png" if maps.is_dir() else None for path in paths]
     return [Record(path, -1, captions[path.name], label_map) for path, label_map in zip(paths, labels)], []
 
@@ -722,14 +811,15 @@ class Layout(NamedTuple):
     records: Callable  # (root, split) → records, names of classes
     folder: str  # its usual name
     captions: str  # where its own captions are, if it has any
-    unlabeled: int = -1  # the label that stands for none, if there is one
+    unlabeled: int = -1  # as of ImageDataset
+    sides: tuple = ()  # as of ImageDataset
 
 
 DATASETS = {  # --dataset: the one place where a new one is added
     "cub": Layout(cub_records, "CUB_200_2011", "text/, text_c10/ or attributes/"),
     "ade20k": Layout(ade20k_records, "ADEChallengeData2016", "", 0),
-    "celebahq": Layout(celebahq_records, "CelebAMask-HQ", ""),
-    "coco": Layout(coco_records, "coco", "annotations/", 255),
+    "celebahq": Layout(celebahq_records, "CelebAMask-HQ", "", sides=FACE_SIDES),
+    "coco": Layout(coco_records, "coco", "annotations/"),
 }
 
 
@@ -818,53 +908,71 @@ def read_table(path):
         return {key: rest.strip() for key, rest in (line.split(maxsplit=1) for line in lines if line.strip())}
 
 
-def folder_records(root, split, labels="", whole=False):
-    """Any tree of images. Folders named train and val (or test) are the splits, else every tenth image is held out.
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev", "test", "testing")}
+
+
+def split_folders(root, maps):
+    """A tree's folders with the usual names of splits, in any case → {"train": Path, "val": Path} or {}.
+
+    Raises UserError for train/ beside other folders (except label maps) without a usual name.
+    """
+    shown = sorted(path for path in root.iterdir() if not is_hidden(path.name) and path.is_dir())
+    folders = {path.name.lower(): path for path in shown if path.resolve() != maps}
+    splits = {}
+    for split, names in SPLITS.items():
+        splits.update({split: folders[name] for name in reversed(names) if name in folders})
+    if "train" in splits and "val" not in splits and len(folders) > 1:
+        others = ", ".join(f"'{path.name}'" for path in folders.values())
+        raise UserError(f"'{root}' holds {others}: which one evaluates? Name it val, or name train otherwise")
+    return splits if len(splits) == 2 else {}
+
+
+def folder_records(root, labels="", whole=False):
+    """Any tree of images. Folders named as SPLITS are the splits; otherwise every tenth image is held out.
 
     root: the tree; sub-folders of a split are classes, `x.txt` beside `x.jpg` holds its captions.
-    labels: tree of label maps with the same relative names; whole: hold none out, as of images that did not train.
-    Returns records, class names.
+    labels: tree of label maps with the same relative names; whole: hold none out, as these did not train.
+    Returns records of "train" and of "val" (the same list if none is held out), class names.
+    Raises UserError for a folder that is not there.
     """
-    names = [name for name in ("val", "test") if (root / name).is_dir()] if (root / "train").is_dir() else []
-    bases = {"train": root / "train", "val": root / names[0]} if names else {"train": root, "val": root}
+    for name, folder in (("data", root), ("labels", labels)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"--{name}: no such folder: '{folder}'")
     maps = Path(labels).resolve() if labels else None
-    found = lambda base: (p for p in base.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    listed = lambda base: sorted(p for p in found(base) if maps is None or maps not in p.resolve().parents)
-    images = {base: listed(base) for base in bases.values()}
-    classes = sorted({str(p.parent.relative_to(base)) for base, paths in images.items() for p in paths} - {"."})
-    base, records = bases[split], []
-    for i, path in enumerate(images[base]):
-        if names or whole or (i % 10 == 9) == (split == "val"):
-            label, text = str(path.parent.relative_to(base)), path.with_suffix(".txt")
-            label_map = (Path(labels) / path.relative_to(root)).with_suffix(".png") if labels else None
-            captions = text if text.exists() else ()
-            records.append(Record(path, classes.index(label) if label != "." else -1, captions, label_map))
-    return records, classes
+    outside = functools.cache(lambda folder: maps is None or maps not in (folder.resolve() / "x").parents)
+    splits, found = split_folders(root, maps), {}
+    for base in (splits or {"": root}).values():
+        files = [path for path in list_files(base, (*EXTENSIONS, ".txt")) if outside(path.parent)]
+        texts, found[base] = {path for path in files if path.suffix == ".txt"}, []
+        for path in files:
+            if path.suffix.lower() in EXTENSIONS:
+                text, label = path.with_suffix(".txt"), str(path.parent.relative_to(base))
+                label_map = (maps / path.relative_to(root)).with_suffix(".png") if maps else None
+                found[base].append(Record(path, label, text if text in texts else (), label_map))
+    classes = sorted({record.label for records in found.values() for record in records} - {"."})
+    numbers = {".": -1, **{label: number for number, label in enumerate(classes)}}
+    train, *val = [[record._replace(label=numbers[record.label]) for record in part] for part in found.values()]
+    if not val and not whole:
+        val, train = [train[9::10]], [record for i, record in enumerate(train) if i % 10 != 9]
+    return train, val[0] if val else train, classes
 
 
-def warn_of_label_maps(records):
-    """Name the folders whose first image has one channel, where others have more: these may be label maps."""
-    modes = {}
-    for path in (record.path for record in records):
-        if path.parent not in modes:
-            with user_error(f"image '{path}' cannot be read: {{}}"), Image.open(regular(path), formats=FORMATS) as file:
-                modes[path.parent] = len(file.getbands())
-    if {1} < set(modes.values()):
-        found = ", ".join(f"'{folder}'" for folder, bands in modes.items() if bands == 1)
-        print(f"one-channel images train as photographs: {found}; move label maps out of --data, and give --labels DIR")
-
-
-def make_dataset(config, split, whole=False):
-    """The "train" or "val" split that a Config names; whole: of `folder_records`."""
-    root, layout = Path(config.data), DATASETS.get(config.dataset)
+def make_datasets(config, whole=False):
+    """The "train" and "val" splits that a Config names, as ImageDatasets; whole: of `folder_records`."""
+    root, layout = Path(config.data).expanduser(), DATASETS.get(config.dataset)
     if config.dataset == "demo":
-        return DemoDataset(split, config.resolution, config.seed)
+        return [DemoDataset(split, config.resolution, config.seed) for split in SPLITS]
     if config.dataset == "folder" and not config.data:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
-    records, classes = layout.records(root, split) if layout else folder_records(root, split, config.labels, whole)
-    if not records:
+    if layout:
+        (train, classes), (val, _) = (layout.records(root, split) for split in SPLITS)
+    else:
+        train, val, classes = folder_records(root, os.path.expanduser(config.labels), whole)
+    if not train or not val:
+        split = "val" if train else "train"
         raise UserError(f"no images for the {split} split in '{root}' (which needs ten, or train/ and val/)")
-    return ImageDataset(records, classes, config.resolution, config.seed, layout.unlabeled if layout else -1)
+    more = (layout.unlabeled, layout.sides) if layout else ()
+    return [ImageDataset(records, classes, config.resolution, config.seed, *more) for records in (train, val)]
 
 
 def make_prior(config, dataset):
@@ -915,10 +1023,11 @@ def default_prior(config, dataset):
     return prior
 
 
-def hold_out(length):
-    """Indices of training images: those that train, and each twentieth, which chooses best.pt instead."""
-    chosen = range(0, length, 20)
-    return [index for index in range(length) if index not in chosen] or [0], chosen
+def hold_out(length, count):
+    """Indices of training images: those that train, and those that choose best.pt instead, which are `count`, but
+    at most a twentieth, evenly spread."""
+    chosen = spread_indices(length, min(count, math.ceil(length / 20)))
+    return sorted(set(range(length)).difference(chosen)) or [0], chosen
 
 
 def train_batches(kept, batch_size, start, steps, seed):
@@ -957,7 +1066,9 @@ def make_loader(dataset, device, workers=-1, **options):
 
 
 def worker_init(worker):
-    """Ctrl-C reaches every process of a group, but the main one needs its workers to finish its step."""
+    """Leave the group that Ctrl-C reaches, as the main process needs its workers to finish its step. Errors are sent
+    to it, so nothing is printed here."""
+    sys.stderr = open(os.devnull, "w")
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
@@ -1116,7 +1227,9 @@ class Run:
         self.results = self.path  # where results go; those on another data set have a folder of their own
         if data and Path(data).resolve().name != Path(self.config.data).resolve().name:
             self.results, self.config.labels = self.path / "other" / Path(data).resolve().name, ""
-        self.config.data, self.config.labels = data or self.config.data, labels or self.config.labels
+        stored = self.config.labels if os.path.isdir(self.config.labels) else ""  # few need label maps
+        self.config.data, self.config.labels = data or self.config.data, labels or stored
+        self.datasets = None  # when they are asked for
         sizes = self.model.codebook.sizes
         self.names = ("adjective", "noun") if len(sizes) == 2 else ("code",)
         tokens = self.model.per_token(self.names)
@@ -1128,7 +1241,8 @@ class Run:
 
     def dataset(self, split):
         """The "train" or "val" images that the run was made with, or of another data set."""
-        return make_dataset(self.config, split, whole=self.results != self.path)
+        self.datasets = self.datasets or make_datasets(self.config, whole=self.results != self.path)
+        return copy.copy(self.datasets[split == "val"])
 
     def read(self, path):
         """A photograph, its centre cropped to the run's resolution → (1, 3, R, R) in [-1, 1]."""
@@ -1196,7 +1310,7 @@ def launch(main):
     """Run a script's `main` in every process that torchrun started, of which only the first one prints."""
 
     def joined():
-        if "LOCAL_RANK" in os.environ:
+        if {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
             on_cuda = torch.cuda.is_available()
             if on_cuda:
                 with user_error("torchrun started more processes than there are GPUs: {}"):
@@ -1274,7 +1388,7 @@ def take_published_weights(trainer, path):
 
 # ======== Command line
 
-CHANGEABLE = """out steps lr device data download labels trunk_weights lpips_weights workers log_every eval_every eval_images
+CHANGEABLE = """out steps lr device data download labels trunk_weights lpips_weights workers log_every eval_every
     amp compile deterministic""".split()
 
 
@@ -1305,11 +1419,11 @@ def main(argv=None):
         check_folder(out, overwrite)  # before the data are scanned
     with first_process_first():
         provide(needs(config, with_prior=state is None), config.download, again)
-        train_set, val_set = make_dataset(config, "train"), make_dataset(config, "val")  # the latter is for evaluate.py
+        train_set, val_set = make_datasets(config)  # the latter is for evaluate.py
+        if not rank():
+            check_images((train_set, val_set), device, config.workers)
         prior = None if state else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
-    if config.dataset == "folder":
-        warn_of_label_maps(train_set.records)
-    kept, chosen = hold_out(len(train_set))
+    kept, chosen = hold_out(len(train_set), config.eval_images)
     tensors = state["prior"] if state else prior and prior.tensors()
     trainer = Trainer(config, tensors, device, len(kept))  # step 3: the networks
     if state:
@@ -1319,13 +1433,12 @@ def main(argv=None):
     first, last = trainer.step * config.accumulate, config.steps * config.accumulate
     order = train_batches(kept, config.batch_size, first, last, config.seed)
     loader = make_loader(train_set, device, config.workers, batch_sampler=order)
-    some = Subset(train_set, [chosen[i] for i in spread_indices(len(chosen), config.eval_images)])
-    validation = make_loader(some, device, 0, batch_size=config.batch_size)
+    validation = make_loader(Subset(train_set, chosen), device, 0, batch_size=config.batch_size)
     with open_run(out, trainer, overwrite, state) as journal:  # nothing was touched before all this succeeded
         if prior is not None and not rank():
             prior.save(out / "prior.npz")
         codes = " + ".join(f"{len(used):,}" for used in trainer.last_used)
-        sizes = f"{len(kept):,} images train, {len(some):,} choose best.pt, {len(val_set):,} evaluate"
+        sizes = f"{len(kept):,} images train, {len(chosen):,} choose best.pt, {len(val_set):,} evaluate"
         print(f"{config.dataset}: {sizes}; run {out}")
         where = f"on {device} in {precision(trainer)}"
         print(f"{config.method} ({config.preset}) {where}: {trainer.model.grid} positions of {codes} codes")
@@ -1335,7 +1448,7 @@ def main(argv=None):
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation, out / "reconstructions.png"), out, journal)
     look = f"look at {out / 'reconstructions.png'}; " if config.steps else ""
-    print(f"done: {look}measure with: python evaluate.py {out}")
+    print(f"done: {look}measure with: python evaluate.py {shlex.quote(str(out))}")
 
 
 # ======== Appendix, the demo: birds in scenes, after the paper's own examples, drawn and described by code
@@ -1573,12 +1686,12 @@ class DemoDataset(ImageDataset):
         records = [Record(None, scene.species, describe_scene(scene), ()) for scene in self.scenes]
         super().__init__(records, [species.name for species in SPECIES], resolution, seed)
 
-    def read(self, index, draft=False):
+    def read(self, index, rng=None):
         if index not in self.drawn:
             image, segmentation = render_scene(self.scenes[index], self.resolution)
-            self.drawn[index] = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(segmentation)[None]
+            self.drawn[index] = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(segmentation)
         image, segmentation = self.drawn[index]
-        return image, segmentation if self.with_segmentation else None
+        return image, segmentation.long() if self.with_segmentation else None
 
 
 if __name__ == "__main__":

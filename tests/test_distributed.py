@@ -46,14 +46,19 @@ def codes_and_order():
     return [quantizer.usage, all_gather(keys), codebook.detach()][: 1 + processes()]  # in two, the codes of the first
 
 
-def evaluation():
-    """Scores, indices and features of seven images, of all processes together."""
+def evaluation(count=7):
+    """Scores, indices and features of some images, of all processes together."""
     run, trainer = Run.__new__(Run), Trainer(tiny(), small_prior().tensors(), CPU)
     run.config, run.device, run.model = trainer.config, CPU, trainer.model.eval()
-    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1))
     any_features = lambda x: x.float().mean(dim=(2, 3))
     scores, *more = reconstruct(run, [{"image": image} for image in images], torch.zeros(3, 32, 32), any_features)
     return list(map(torch.tensor, (*scores.values(), *more)))
+
+
+def evaluation_of_one():
+    """… of fewer images than processes."""
+    return evaluation(1)
 
 
 def group_on_gpus(backend="cuda:nccl", begin=torch.distributed.init_process_group, **more):
@@ -79,7 +84,7 @@ def in_two(function, gpus=False):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder, shared = tmp_path_factory.mktemp("two"), (second_stage, codes_and_order, evaluation)
+    folder, shared = tmp_path_factory.mktemp("two"), (second_stage, codes_and_order, evaluation, evaluation_of_one)
     found = lambda: {"steps": list(map(gradients, METHODS)), **{shares.__name__: shares() for shares in shared}}
     in_two(lambda: torch.save(found(), folder / f"{rank()}.pt"))
     return [torch.load(folder / f"{share}.pt") for share in range(2)]
@@ -96,7 +101,9 @@ def test_two_processes_have_the_gradients_of_one(found, choice):
         assert sum(step[1][name] for step in steps).item() / 2 == pytest.approx(value.item(), rel=1e-6), name
 
 
-@pytest.mark.parametrize("function, precision", [(second_stage, 1e-8), (codes_and_order, 1e-6), (evaluation, 1e-4)])
+@pytest.mark.parametrize("function, precision", [
+    (second_stage, 1e-8), (codes_and_order, 1e-6), (evaluation, 1e-4), (evaluation_of_one, 1e-4),
+])
 def test_two_processes_share_the_work(found, function, precision):
     first, second = (process[function.__name__] for process in found)
     assert all(map(torch.equal, first, second))

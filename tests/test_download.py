@@ -225,7 +225,7 @@ def test_the_ordered_command_goes_from_nothing_to_a_run(published, capsys):
 @pytest.mark.parametrize("dataset", ["ade20k", "coco"])
 def test_the_other_data_sets_are_downloaded_too(published, dataset, capsys):
     config = download_all(words_of(dataset))
-    images = train.make_dataset(config, "train")
+    images, _ = train.make_datasets(config)
     train.make_prior(config, images)
     assert len(images) == 2
     assert f"codebook of data/{dataset}-clip.npz: 13 adjectives + 11 nouns" in capsys.readouterr().out
@@ -278,7 +278,7 @@ def test_any_photographs_take_the_papers_prior(published, tmp_path, capsys):
     for expected in ("making 'data/holiday-clip.npz' once: 429 captions, 0 of them of folder itself (in x.txt beside",
                      "codebook of data/holiday-clip.npz: 13 adjectives + 11 nouns",
                      "'data/holiday-clip.npz' is of other captions; it is made anew"):
-        train.make_prior(config, train.make_dataset(config, "train"))
+        train.make_prior(config, train.make_datasets(config)[0])
         assert expected in capsys.readouterr().out
         if expected.startswith("codebook"):
             for index in range(12):

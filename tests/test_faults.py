@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -25,7 +26,7 @@ import synthesize
 import train
 from conftest import small_prior
 from prior import Prior, UserError, read_tensors
-from train import Record, Run, Trainer, load_checkpoint, read_image, read_label_map
+from train import Run, Trainer, load_checkpoint, read_image, read_label_map
 
 LONG = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGKILL)]
 STAGE = "train --steps=100 --batch-size=4 --width=16 --depth=1 --heads=2 --log-every=1 --eval-every=25".split()
@@ -221,6 +222,69 @@ def test_a_second_signal_ends_a_run_at_once(photographs, tmp_path):
         assert process.is_alive()
         os.kill(process.pid, number)
     assert "stopped" not in finish(process, 130) and load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(photographs, whole, tmp_path):
+    before, errors = signal.getsignal(signal.SIGINT), []
+    monkey = threading.excepthook
+    threading.excepthook = lambda found: errors.append(found.exc_value)
+    thread = threading.Thread(target=train.main, args=[flags(photographs, tmp_path / "run")])  # as a notebook's server
+    thread.start()
+    thread.join()
+    threading.excepthook = monkey
+    assert not errors and signal.getsignal(signal.SIGINT) == before
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_a_killed_worker_is_one_line(photographs, tmp_path):
+    process = begin(tmp_path, train.main, flags(photographs, tmp_path / "run", workers=2, steps=10_000))
+    wait_for(process, tmp_path / "run" / "metrics.jsonl", 3)
+    workers = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    os.kill(int(workers.split()[0]), signal.SIGKILL)
+    lines = finish(process, 2).splitlines()
+    assert re.match(r"error: DataLoader worker .* (exited unexpectedly|killed).* \(in \w+\)", lines[-1])
+    assert [line for line in lines if "rror" in line] == lines[-1:], lines
+
+
+def test_a_lack_of_file_handles_is_one_line(photographs, tmp_path):
+    def main(arguments):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 16, 4096))
+        train.main(arguments)
+
+    text = finish(begin(tmp_path, main, flags(photographs, tmp_path / "run", workers=2, steps=10_000)), 2)
+    assert text.splitlines()[-1].startswith("error: ") and "Too many open files" in text.splitlines()[-1]
+    assert text.count("Error") == 0
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory:\nframe"),
+])
+@pytest.mark.parametrize("place, named", [("to_images", "train_step|main"), ("read_image", "read")])
+def test_a_lack_of_memory_is_one_line_that_says_where(photographs, tmp_path, monkeypatch, place, named, error):
+    def lack(*_):
+        raise error
+
+    monkeypatch.setattr(train, place, lack)
+    lines = finish(begin(tmp_path, train.main, flags(photographs, tmp_path / "run", batch_size=16)), 2).splitlines()
+    assert re.fullmatch(rf"error: .*(Memory|memory).* \(in ({named}|fit)\)", lines[-1])
+    assert "frame" not in lines[-1] and sum(line.startswith("error") for line in lines) == 1
+
+
+def test_a_lack_of_memory_is_not_called_damaged_data(monkeypatch):
+    def lack(*_):
+        raise MemoryError
+
+    monkeypatch.setattr("nltk.data.find", lack)
+    with pytest.raises(MemoryError):
+        prior_module.WordNetSpeech()
+
+
+def test_a_rank_without_its_group_is_one_process(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")  # as some batch systems and notebooks leave it
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    counted = []
+    train.launch(lambda: counted.append(train.processes()))
+    assert counted == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *LONG])
@@ -456,18 +520,7 @@ def test_label_maps_of_sixteen_bits_are_read_in_either_byte_order(tmp_path):
     labels = np.arange(16, dtype=np.uint16).reshape(4, 4) * 100
     for mode, order in (("I;16", "<u2"), ("I;16B", ">u2")):
         Image.frombytes(mode, (4, 4), labels.astype(order).tobytes()).save(tmp_path / "map.tif")
-        found = read_label_map(Record(None, segmentation=tmp_path / "map.tif"), (4, 4))
-        assert np.array_equal(np.asarray(found), labels)
-
-
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "synthesize.py"])
-def test_ctrl_c_during_imports_leaves_no_traceback(script):
-    process = subprocess.Popen([sys.executable, "-v", prior_module.__file__.replace("prior.py", script)], stderr=-1)
-    for line in process.stderr:  # Python names what it imports
-        if b"import 'torch" in line:
-            break
-    process.send_signal(signal.SIGINT)
-    assert b"Traceback" not in process.communicate()[1] and process.returncode == -signal.SIGINT
+        assert np.array_equal(read_label_map(tmp_path / "map.tif", (4, 4), 4, (0, 0, 1, 1)), labels)
 
 
 def test_images_of_every_kind_are_read_right(tmp_path):
@@ -488,7 +541,7 @@ def test_images_of_every_kind_are_read_right(tmp_path):
         ("turned.png", turned, np.rot90(gray, -1), {"exif": exif}),
     ):
         image.save(tmp_path / name, **options)
-        found = np.asarray(read_image(tmp_path / name, 16)).astype(int)
+        found = np.asarray(read_image(tmp_path / name)).astype(int)
         assert np.abs(found - expected).max() <= (3 if name == "cmyk.jpg" else 0), name
 
 
@@ -503,11 +556,13 @@ def test_an_image_that_cannot_be_read_is_named(photographs, tmp_path, content, m
     arguments = flags(photographs, tmp_path / "run", data=data, batch_size=17, workers=workers)
     error = finish(begin(tmp_path, train.main, arguments), 2).splitlines()[-1]
     assert error.startswith(f"error: image '{bad}' cannot be read: ") and re.search(message, error)
+    at_the_start = not (tmp_path / "run").exists()  # unless the header is right
+    assert at_the_start == (message in ("bomb", "cannot identify"))
 
 
 @pytest.mark.parametrize("image, message", [
     *((Image.new(mode, (48, 40)), "it is not one channel of whole numbers") for mode in ("F", "RGB")),
-    *((Image.fromarray(np.full((40, 48), label, np.uint16)), "more than 4,096") for label in (4096, 65_535)),
+    *((Image.fromarray(np.full((40, 48), label, np.uint16)), "more than 4,096") for label in (4096, 65_534)),
 ])
 def test_label_maps_of_other_than_labels_are_a_line(photographs, run, tmp_path, capsys, image, message):
     maps, stage = shutil.copytree(photographs / "maps", tmp_path / "maps"), [*STAGE, "--condition=segmentation"]
@@ -547,8 +602,11 @@ def test_results_of_other_data_lie_apart(photographs, run, tmp_path, monkeypatch
     assert set(files_of(other)) >= {"evaluation.json", "reconstructions.png", "tokens-val.npz"}
     assert {name: content for name, content in files_of(run).items() if "other" not in str(name)} == before
     assert json.loads((other / "evaluation.json").read_text())["config"]["data"] == str(data)
+    assert "the mean image of its train split gives" in capsys.readouterr().out
     flat = shutil.copytree(photographs / "images" / "val", tmp_path / "flat")
     assert len(Run(run, data=flat).dataset("val")) == 8  # none is held out of what did not train
+    evaluate.main([str(run), f"--data={flat}"])
+    assert "8 evaluation images; the mean image of these images themselves gives" in capsys.readouterr().out
     moved = shutil.copytree(photographs / "images", tmp_path / "moved" / "images")
     evaluate.main([str(run), f"--data={moved}"])  # the same data set elsewhere
     assert "evaluation.json" in files_of(run)
@@ -584,19 +642,14 @@ def test_a_second_stage_knows_the_classes_that_it_was_trained_with(photographs, 
             synthesize.main([str(run), *words, *elsewhere])
 
 
-def test_label_maps_among_photographs_are_named(photographs, tmp_path, capsys):
+def test_label_maps_among_photographs_are_no_photographs(photographs, tmp_path):
     data = tmp_path / "data"
-    shutil.copytree(photographs / "images", data / "train" / "pictures")
-    warn = lambda: train.warn_of_label_maps(train.folder_records(data, "train")[0])
-    warn()
-    assert "one-channel" not in capsys.readouterr().out
-    shutil.copytree(photographs / "maps", data / "train" / "maps")
+    for kind in ("images", "maps"):
+        shutil.copytree(photographs / kind, data / "train" / kind)
     shutil.copytree(photographs / "images" / "val", data / "val")
-    warn()
-    printed = capsys.readouterr().out
-    beside = train.folder_records(data, "train", data / "train" / "maps")[0]
-    assert {record.path.relative_to(data).parts[1] for record in beside} == {"pictures"}  # those named are left out
-    assert "maps" in printed and "pictures" not in printed and "--labels" in printed and printed.count("\n") == 1
+    records, _, classes = train.folder_records(data, data / "train" / "maps")
+    assert {record.path.relative_to(data).parts[1] for record in records} == {"images"}
+    assert classes == ["images/train", "images/val"]
 
 
 def test_label_maps_that_moved_are_named_again(photographs, tmp_path, monkeypatch):
@@ -604,12 +657,16 @@ def test_label_maps_that_moved_are_named_again(photographs, tmp_path, monkeypatc
     train.main(flags(photographs, out, steps=2, labels=maps))
     moved, found = maps.rename(tmp_path / "moved"), []
     train.main([f"--out={out}", "--resume", "--steps=3", f"--labels={moved}"])
-    again = moved.rename(maps)
     monkeypatch.setattr(evaluate, "load_or_reason", lambda *_: (None, "none here"))
     monkeypatch.setattr(evaluate, "mean_image", lambda run: found.append(run.config.labels) or torch.zeros(3, 32, 32))
     evaluate.main([str(out)])
+    again = moved.rename(maps)
+    evaluate.main([str(out)])  # which needs none
     evaluate.main([str(out), f"--labels={again}"])
-    assert found == [str(moved), str(again)]
+    assert found == [str(moved), "", str(again)]
+    for main, flag in ((train.main, [f"--out={out}", "--resume", "--steps=4"]), (evaluate.main, [str(out), "--labels=x"])):
+        with pytest.raises(UserError, match="--labels: no such folder: '(.*moved|x)'"):
+            main(flag)
 
 
 @pytest.mark.parametrize("condition, message", [("class", "has no classes"), ("segmentation", "has no label maps (with --dataset folder, --labels DIR names them)")])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import shutil
 from pathlib import Path
@@ -227,6 +228,11 @@ def test_words_are_pinned_and_parts_completed(run, capsys):
     assert not (sample[8:12, 16:20] == 255).all(axis=(1, 2)).any()  # the cell above has no frame
     Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save("mask.png")
     assert known_part("mask.png", (4, 4)).tolist() == [[True] + [False] * 3] * 4
+    Image.open("mask.png").save("mask.eps")  # to read it, Pillow would run Ghostscript
+    os.mkfifo("pipe.png")
+    for name, message in {"mask.eps": "cannot identify", "pipe.png": "not a regular file"}.items():
+        with pytest.raises(UserError, match=f"image '{name}' cannot be read: .*{message}"):
+            known_part(name, (4, 4))
     go("complete", *flags, "--part=mask.png", "--count=3")
     labels = stage(run, condition="segmentation")[2].segmentation[[0, 5, 10]].unique()
     rows = 8 + math.ceil(len(labels) / 8)  # maps, originals, decoded, known; twice two drawn; what colours mean

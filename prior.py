@@ -1105,7 +1105,7 @@ def command(main):
         print(f"error: {message.strip()}", file=sys.stderr)
         sys.exit(2)
     except (OSError, MemoryError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        lines = str(error).strip().splitlines() or ["out of memory"]
         line = lines[-1 if lines[0].startswith("Caught ") else 0]
         if not isinstance(error, MemoryError) and not re.search(SHORTAGE, line, re.IGNORECASE):
             if isinstance(error, RuntimeError):

@@ -28,7 +28,7 @@ import prior as prior_module
 from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 
 from prior import (INK, LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordListSpeech, WordNetSpeech, atomic_write,
-                   build_prior, checksum, command, count_captions, count_corpus, download, draw_plots, free_box,
+                   build_prior, command, count_captions, count_corpus, download, draw_plots, free_box,
                    list_files, missing_nltk, modifying_pairs, nearest_words, parts_of_speech, read_captions,
                    read_corpora, read_tensors, rewired, shuffled, ticks, user_error)
 
@@ -731,11 +731,12 @@ class Hungry(WordListSpeech):
 def test_lack_of_memory_is_one_line_that_blames_no_file(monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("nltk.data.find", lambda path: bytes(1 << 60))
+    monkeypatch.setattr(prior_module, "_end", sys.exit)
     deeds = {
-        "error: out of memory in lacks (prior.py, line ": WordNetSpeech,
+        "error: out of memory (in lacks)\n": WordNetSpeech,
         "error: a process that tagged captions was killed or lacked memory; give fewer": (
             lambda: count_corpus(["a bird"] * 3, Hungry([], ["bird"]), workers=2)),
-        "error: out of memory in count_captions (prior.py, line ": (
+        "error: out of memory (in count_captions)\n": (
             lambda: count_corpus(["a bird"], Hungry([], ["bird"]), workers=1)),
     }
     for message, deed in deeds.items():

@@ -952,7 +952,8 @@ def folder_records(root, labels="", whole=False):
                 found[base].append(Record(path, label, text if text in texts else (), label_map))
     classes = sorted({record.label for records in found.values() for record in records} - {"."})
     numbers = {".": -1, **{label: number for number, label in enumerate(classes)}}
-    train, *val = [[record._replace(label=numbers[record.label]) for record in part] for part in found.values()]
+    numbered = lambda records: [record._replace(label=numbers[record.label]) for record in records]
+    train, *val = map(numbered, found.values())
     if not val and not whole:
         val, train = [train[9::10]], [record for i, record in enumerate(train) if i % 10 != 9]
     return train, val[0] if val else train, classes

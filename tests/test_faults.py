@@ -11,8 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -224,16 +224,13 @@ def test_a_second_signal_ends_a_run_at_once(photographs, tmp_path):
     assert "stopped" not in finish(process, 130) and load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
 
 
-def test_a_run_in_another_thread_leaves_signals_alone(photographs, whole, tmp_path):
-    before, errors = signal.getsignal(signal.SIGINT), []
-    monkey = threading.excepthook
-    threading.excepthook = lambda found: errors.append(found.exc_value)
-    thread = threading.Thread(target=train.main, args=[flags(photographs, tmp_path / "run")])  # as a notebook's server
-    thread.start()
-    thread.join()
-    threading.excepthook = monkey
-    assert not errors and signal.getsignal(signal.SIGINT) == before
-    assert_same_run(whole, tmp_path / "run")
+def test_a_run_in_another_thread_leaves_signals_alone(photographs, whole, tmp_path, capsys):
+    before, out = signal.getsignal(signal.SIGINT), tmp_path / "my run"
+    with ThreadPoolExecutor() as pool:  # as a server has
+        pool.submit(train.main, flags(photographs, out)).result()
+    assert signal.getsignal(signal.SIGINT) == before
+    assert_same_run(whole, out)
+    assert capsys.readouterr().out.endswith(f"measure with: python evaluate.py '{out}'\n")  # as a shell reads it
 
 
 def test_a_killed_worker_is_one_line(photographs, tmp_path):

@@ -27,6 +27,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import signal
 import sys
@@ -1153,8 +1154,9 @@ def read_tensors(path):
             # Published VQGANs hold the state of this callback, a dict, under its class.
             callback = (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
             with torch.serialization.safe_globals([callback]):
-                state = torch.load(regular(path), map_location="cpu", weights_only=True)
-            return {name: x for name, x in state.get("state_dict", state).items() if isinstance(x, torch.Tensor)}
+                state = load_tensors(regular(path))
+            state = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
+            return {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
         data = bytearray(Path(regular(path)).read_bytes())  # the length of a JSON header, the header, raw numbers
         start = 8 + int.from_bytes(data[:8], "little")
         kinds = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64")
@@ -1165,6 +1167,16 @@ def read_tensors(path):
                 flat = torch.frombuffer(data, dtype=kind, count=math.prod(entry["shape"]), offset=offset)
                 tensors[name] = flat.reshape(entry["shape"])
         return tensors
+
+
+def load_tensors(file):
+    """What torch.save wrote, on the CPU. Raises ValueError where it holds objects, which `weights_only` refuses."""
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose message is advice, with codes for a terminal
+        raise ValueError("it is damaged, or holds objects other than tensors, numbers and strings") from None
 
 
 class Progress:

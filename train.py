@@ -15,6 +15,7 @@ run's folder holds config.json, metrics.jsonl, last.pt, best.pt, prior.npz and r
 import contextlib
 import copy
 import datetime
+import hashlib
 import io
 import itertools
 import json
@@ -46,8 +47,8 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, checksum,
-                   command, fetch, read_captions, read_tensors, regular, save_png, shuffled, user_error)
+from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, command, fetch,
+                   load_tensors, read_captions, read_tensors, regular, save_png, shuffled, user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VectorQuantizer, VQModel, adaptive_weight, all_reduce,
                   distributed, hinge_loss, load_taming, needs_prior, option)
 
@@ -79,7 +80,7 @@ class Config(ModelConfig):
                          choices=("", "tiny", "f16"))
     out: str = option("", "run folder (default: runs/, data set, method and what departs from it)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
-    seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0, most=2**62)
+    seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0)
     steps: int = option(500_000, "generator steps; the authors' 500 epochs on CUB are 375,000", least=0)
     batch_size: int = option(8, "images per process and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are averaged before each optimizer step")
@@ -95,7 +96,7 @@ class Config(ModelConfig):
     gan_weight: float = option(0.8, "adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
     gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks); tiny: "
                             "after five sixths of the steps", least=0)
-    discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)", most=6)
+    discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)")
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     compile: bool = option(True, "torch.compile on CUDA, unless --deterministic: a slower start, faster steps")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
@@ -113,7 +114,8 @@ PRESETS = {
 RECIPES = {
     "paper": {},
     "official": dict(transfer_layers=2, transfer_width=256, transfer_dropout=0.5, last_relu=False, pixel_loss="l1",
-                     adjective_neighbours=2, beta_on="codebook", weighted_edges=True, vector_scale="none"),
+                     adjective_neighbours=2, beta_on="codebook", weighted_edges=True, vector_scale="none",
+                     code_dim=512, straight_through=False, amp=False),  # 256 channels for each of two codebooks
 }
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
 PIXEL_LOSS_ONLY = dict(gan_weight=0.0, perceptual_weight=0.0)
@@ -139,9 +141,10 @@ METHODS = {
 }
 
 
-def resolve(given):
+def resolve(given, stored=None):
     """Explicit choices → the whole Config: flags come before the method, then the recipe, then the preset.
 
+    stored: the choices of a run that is resumed, which then take the place of these three.
     Raises UserError for a choice that changes nothing in this system.
     """
     dataset, method = given.get("dataset", Config.dataset), given.get("method", Config.method)
@@ -149,9 +152,12 @@ def resolve(given):
     usual = {**PRESETS[preset], **RECIPES[given.get("recipe", Config.recipe)], **METHODS[method]}
     if preset == "tiny" and "steps" in given:
         usual["gan_start"] = usual["gan_start"] * given["steps"] // usual["steps"]
-    config = Config(**{**usual, **given, "preset": preset})
+    if {**usual, **given}.get("codebooks") == 1:
+        usual["code_dim"] = PRESETS[preset].get("code_dim", Config.code_dim)
+    config = Config(**({**stored, **given} if stored else {**usual, **given, "preset": preset}))
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
-    config.data = config.data or ("" if dataset in ("demo", "folder") else f"data/{DATASETS[dataset].folder}")
+    if not config.data and config.dataset in DATASETS:
+        config.data = f"data/{DATASETS[config.dataset].folder}"
     if not config.out:
         usual["preset"], words = "tiny" if dataset == "demo" else "f16", [dataset, method]
         words += [Path(config.prior).stem] if config.prior else []
@@ -165,6 +171,7 @@ def resolve(given):
     return refuse_idle(config, given, MATTERS)
 
 
+ANNEALED = ("gumbel", "regvq")  # quantizers with a temperature
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
     "data": lambda config: config.dataset != "demo",
     "prior": lambda config: needs_prior(config),
@@ -180,7 +187,7 @@ MATTERS = {  # flags that matter only where this holds, and are refused elsewher
     "beta beta_on": lambda config: config.quantizer != "gumbel",
     "adjective_neighbours": lambda config: config.codebooks == 2,
     "straight_through": lambda config: config.quantizer == "gumbel",
-    "kl_weight temperature_end": lambda config: config.quantizer in ("gumbel", "regvq"),
+    "kl_weight temperature_end": lambda config: config.quantizer in ANNEALED,
     "usage_decay": lambda config: config.quantizer == "cvq",
     "mask_ratio": lambda config: config.quantizer == "regvq",
     "contrastive_weight": lambda config: config.quantizer in ("cvq", "regvq"),
@@ -204,13 +211,15 @@ class Trainer:
     """The state of a run, and its step.
 
     config: Config; prior: dict of `Prior.tensors`, or None; device: torch.device.
-    training_images: how many train; `usage` counts the codes chosen in the latest epoch.
+    training_images: how many train; `usage` counts the codes chosen in the latest epoch. data: their `identity`.
     Raises UserError for incompatible choices.
     """
 
-    def __init__(self, config, prior, device, training_images=1):
+    def __init__(self, config, prior, device, training_images=1, data=""):
         torch.manual_seed(config.seed)
-        self.config, self.prior, self.device = config, prior, device
+        self.config, self.prior, self.device, self.data = config, prior, device, data
+        scheduled = {"learning rate": config.schedule == "cosine", "temperature": config.quantizer in ANNEALED}
+        self.scheduled = [name for name, changes in scheduled.items() if changes]  # over the steps of the run
         self.step, self.best = 0, -math.inf
         self.steps_per_epoch = math.ceil(training_images / (config.batch_size * config.accumulate * processes()))
         with user_error("{}", ValueError):
@@ -268,7 +277,7 @@ class Trainer:
 
     def notes(self):
         """What a checkpoint holds beside them."""
-        return {"prior": self.prior, "last_used": self.last_used, "start": self.start}
+        return {"prior": self.prior, "last_used": self.last_used, "start": self.start, "data": self.data}
 
     def train_step(self, batches):
         """One step of generator (encoder, codebooks, decoder) and discriminator on a list of (B, 3, R, R) images.
@@ -359,8 +368,8 @@ class Trainer:
         return [[int((used >= since).sum()), len(used)] for used in self.last_used]
 
     @torch.no_grad()
-    def validate(self, loader, picture, shown=16):
-        """Mean PSNR over a loader, some of whose images go to a picture → score, {name: float}."""
+    def validate(self, loader, shown=16):
+        """Mean PSNR over a loader, and some of its images → score, {name: float}, rows for `draw_grid`."""
         self.model.eval()
         scores, originals, reconstructions, wanted = [], [], [], spread_indices(len(loader.dataset), shown)
         for batch in loader:
@@ -370,9 +379,8 @@ class Trainer:
             originals += x[rows]
             reconstructions += x_hat[rows]
             scores.extend(psnr(x_hat, x))
-        draw_grid([("original", originals), ("reconstruction", reconstructions)], picture)
         score = torch.stack(scores).mean().item()
-        return score, {"psnr": score}
+        return score, {"psnr": score}, [("original", originals), ("reconstruction", reconstructions)]
 
 
 def psnr(x_hat, x):
@@ -417,9 +425,10 @@ def fit(trainer, batches, validate, out, journal):
     """Take a batch, step, log, validate, save. A signal ends it after its step, with a checkpoint.
 
     trainer: Trainer, or StageTrainer of synthesize.py; batches: iterator of micro-batches.
-    validate: () → score, the higher the better, and a dict of floats.
-    out: folder of last.pt and best.pt; journal: its metrics.jsonl, open. Raises: UserError: where a value is not
-    finite, before it is saved. SystemExit: of 128 + the signal's number.
+    validate: () → score, the higher the better, a dict of floats, and rows of reconstructions.png, if any.
+    out: folder of last.pt and best.pt; journal: its metrics.jsonl, open.
+    Raises UserError if a value is not finite or the folder is gone, before anything is written; SystemExit of 128 +
+    the signal's number.
     """
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
@@ -435,19 +444,24 @@ def fit(trainer, batches, validate, out, journal):
             stop = max(signals, default=0)
             if distributed():  # all must stop at the same step, one at which they meet anyway
                 stop = int(all_reduce(torch.tensor(stop, device=trainer.device), "max")) if logs else 0
-            if logs:
+            if logs or validates or stop:  # what is written or saved follows from these
                 metrics = {name: all_reduce(value).item() for name, value in metrics.items()}
+                check_finite(metrics, trainer, out)
+            if logs:
                 metrics["images/s"], left = pace(trainer, recent)
-                progress(f"{record(metrics, trainer, out, journal)} left {left}", now=last)
+                progress(f"{record(metrics, trainer, journal)} left {left}", now=last)
             if validates and not rank():
-                score, values = validate()
+                score, values, rows = validate()
                 values = {f"validation_{name}": value for name, value in values.items()}
-                progress(record(values, trainer, out, journal), now=True)
+                progress(record(values, trainer, journal), now=True)
+                if rows:
+                    draw_grid(rows, out / "reconstructions.png")
                 if score > trainer.best:
                     trainer.best = score
                     save_checkpoint(out / "best.pt", trainer)
             if validates or stop:
                 if not rank():
+                    check_there(journal)
                     save_checkpoint(out / "last.pt", trainer)
                 seed_rank(trainer)
             if stop and not last:
@@ -457,15 +471,17 @@ def fit(trainer, batches, validate, out, journal):
         torch.distributed.barrier()  # the first may still be saving
 
 
-def record(values, trainer, out, journal):
-    """Write floats by name, and how many codes are in use, as a line of metrics.jsonl → that line in words.
-
-    Raises UserError for the first that is not finite.
-    """
-    for name, value in values.items():
+def check_finite(metrics, trainer, out):
+    """Raise UserError for the first value that is not finite; if loss and gradients are, the weights are too."""
+    for name, value in metrics.items():
         if not math.isfinite(value):
             advice = f"'{out / 'last.pt'}' is unchanged; try a smaller --lr"
             raise UserError(f"{name} is not finite at step {trainer.step:,}; {advice}")
+
+
+def record(values, trainer, journal):
+    """Write floats by name, and how many codes are in use, as a line of metrics.jsonl → that line in words."""
+    check_there(journal)
     usage = trainer.usage()
     line = {"step": trainer.step, **values, "codes_used": [used for used, _ in usage]}
     with user_error(f"'{journal.name}' cannot be written: {{}}"):
@@ -894,16 +910,25 @@ def worker_init(worker):
 
 # ======== Runs: their folders, checkpoints, and reading them again
 
-VERSION = 3  # of checkpoints
+VERSION = 4  # of checkpoints
+CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("vqct.py", "train.py")))
+CODE = CODE.hexdigest()  # of what trains; kept in checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
     tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
     fig7_regions.png curves.png samples.png completions.png photographs.png""".split()
 
 
+def identity(dataset, root):
+    """sha256 of a data set's labels and of its images' sizes and names below `root`, which moving them changes not."""
+    images = ((record.label, record.path) for record in dataset.records)
+    listed = [(label, path and [os.path.relpath(path, root), path.stat().st_size]) for label, path in images]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
 def check_folder(out, overwrite):
     """Raise UserError for a run that may not be overwritten, or a folder that holds what no run of train.py writes."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    ours = (*RUN_FILES, "synthesis", "decoded", "other")  # the last three are other scripts' folders, and kept
+    ours = (*RUN_FILES, "lock", "synthesis", "decoded", "other")  # the last four are other scripts', and kept
     foreign = [name for name in names if name.removesuffix(".part") not in ours]
     if "last.pt" in names and not overwrite:
         raise UserError(f"run '{out}' exists; go on with --resume, replace it with --overwrite, or name another --out")
@@ -911,38 +936,40 @@ def check_folder(out, overwrite):
         raise UserError(f"'{out}' holds {', '.join(foreign[:3]) or 'no folder'}; move that away, or name another --out")
 
 
+def lock(file, waiting=""):
+    """Lock an open file until it is closed. While another process holds it: print `waiting` and wait, or UserError."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not waiting:
+            raise UserError(f"another process works in '{Path(file.name).parent}'") from None
+        print(waiting, flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
+
+
 def open_run(out, trainer, overwrite=False, resumed=None):
     """Lock a run's folder and empty it, for config.json and a first checkpoint; or trim it to the checkpoint `resumed`.
 
     Returns metrics.jsonl, open to append, and locked as long as it is; nothing in other processes of torchrun.
-    Raises UserError where another process works in it, or as check_folder.
+    Raises UserError where another process works in it, or as check_folder, which is to be called before.
     """
     if rank():
         return open(os.devnull, "w")
     out.mkdir(parents=True, exist_ok=True)
-    if resumed is None:
-        check_folder(out, overwrite)
-    journal = open(out / "metrics.jsonl", "a+", encoding="utf-8", errors="replace", newline="\n")
-    try:
-        if fcntl:
-            fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process works in '{out}'") from None
-    except OSError:
-        pass  # a file system without locks
+    journal = open(out / "metrics.jsonl", "a+", encoding="utf-8", errors="surrogateescape", newline="\n")
+    lock(journal)
     if resumed is None:
         check_folder(out, overwrite)  # a run may have ended in it meanwhile
+        journal.truncate(0)
         for name in set(RUN_FILES) - {"metrics.jsonl"}:
             (out / name).unlink(missing_ok=True)
             (out / f"{name}.part").unlink(missing_ok=True)
-    journal.seek(0)
-    kept = 0
-    for line in iter(journal.readline, "") if resumed else ():
-        step = re.match(r'\{"step": (\d+),.*\}\n', line)
-        if step is None or int(step[1]) > resumed["step"]:
-            break  # from here on it is repeated, or damaged
-        kept += len(line)
-    journal.truncate(kept)
+    else:
+        cut_journal(journal, resumed["step"])
     with atomic_write(out / "config.json") as part:
         part.write_text(json.dumps({**asdict(trainer.config), "torch": torch.__version__}, indent=1))
     if resumed is None:
@@ -950,17 +977,44 @@ def open_run(out, trainer, overwrite=False, resumed=None):
     return journal
 
 
+def cut_journal(journal, step):
+    """Cut the lines of metrics.jsonl that are later than a step; one that cannot be read stays, if it has an end."""
+    journal.seek(0)
+    lines, steps = journal.readlines(), []
+    for line in lines:
+        found = re.search(r'"step": (\d+),', line)
+        steps.append(int(found[1]) if found else 0 if line.endswith("\n") else math.inf)
+    first = next((i for i, found in enumerate(steps) if found > step), len(lines))
+    journal.truncate(len("".join(lines[:first]).encode("utf-8", "surrogateescape")))
+    journal.writelines(line for line, found in zip(lines[first:], steps[first:]) if found <= step)
+    if cut := sum(found > step for found in steps):
+        print(f"{journal.name}: {cut:,} lines later than step {step:,} are cut")
+
+
+def read_journal(path):
+    """The lines of a metrics.jsonl that can be read → list of dicts."""
+    lines = []
+    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # damaged, or cut by a kill
+            lines.append(json.loads(text))
+    return lines
+
+
+def check_there(journal):
+    """Raise UserError if an open file is no longer where it was opened: its folder was deleted or moved."""
+    with user_error(f"'{journal.name}' is no longer there: its folder was deleted or moved; training ends"):
+        if not os.path.samestat(os.stat(journal.name), os.fstat(journal.fileno())):
+            raise FileNotFoundError
+
+
 def save_checkpoint(path, trainer):
     """A trainer's networks, optimizers, notes, step, configuration and random state, as tensors, numbers, strings."""
     state = {"version": VERSION, "config": asdict(trainer.config), "step": trainer.step, "best": trainer.best}
-    state.update(processes=processes(), random=torch.get_rng_state(), **trainer.notes())
+    state.update(code=CODE, processes=processes(), random=torch.get_rng_state(), **trainer.notes())
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
     for name, part in trainer.parts().items():
         state[name] = part.state_dict()
-        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
-            if not parameter.isfinite().all():
-                raise UserError(f"{name} is not finite after step {trainer.step:,}; '{path}' is kept; try another --lr")
     archive = io.BytesIO()
     torch.save(state, archive)
     with atomic_write(path) as part:
@@ -969,18 +1023,28 @@ def save_checkpoint(path, trainer):
 
 def load_checkpoint(path):
     """A dict of `save_checkpoint`. Raises UserError for a file that is missing, damaged or something else."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path):
+    """A checkpoint, and the sha256 of its file, which is read once, as a running training may replace it."""
     with user_error(f"'{path}' is no checkpoint of this program, or damaged: {{}}"):
-        with zipfile.ZipFile(regular(path)) as archive:  # torch writes a checksum of every record and does not read it
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(regular(path)).read_bytes()
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch does not read the checksums that it writes
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = load_tensors(io.BytesIO(data))
         if state["version"] != VERSION:
             raise ValueError(f"it is of version {state['version']}, this code reads {VERSION}")
-        return state
+        return state, hashlib.sha256(data).hexdigest()
 
 
 def restore(trainer, state, out):
-    """Give a trainer of either stage the state of a checkpoint, random state and all."""
+    """Give a trainer of either stage the state of a checkpoint, random state and all.
+
+    Raises UserError for a checkpoint of other images, or one that does not fit.
+    """
+    if state["data"] != trainer.data:
+        raise UserError(f"'{out}' was trained on other images than these; point --data at a copy of its own")
     with fitting(out / "last.pt"):
         trainer.step, trainer.best = state["step"], state["best"]
         for name, part in trainer.parts().items():
@@ -993,7 +1057,9 @@ def restore(trainer, state, out):
         torch.set_rng_state(state["random"])
         if "cuda_random" in state and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], trainer.device)
-    print(f"resumed at step {trainer.step:,}")
+    old, new, moved = state["config"]["steps"], trainer.config.steps, " and ".join(trainer.scheduled)
+    change = f"; {new:,} steps instead of {old:,} change the {moved} from here on" if moved and new != old else ""
+    print(f"resumed at step {trainer.step:,}{change}")
 
 
 def fitting(path):
@@ -1001,24 +1067,30 @@ def fitting(path):
     return user_error(f"'{path}' does not match its configuration: {{}}")
 
 
-def resumed_config(kind, given, changeable, out):
-    """The checkpoint of a run, and its configuration, a dataclass `kind`, with the flags of a --resume.
+def resumed_choices(kind, given, changeable, out):
+    """The checkpoint of a run, and the fields of its configuration, a dataclass `kind`, with the flags of a --resume.
 
-    Raises UserError for flags or processes that would make it another run, or if nothing is left to do.
+    Raises UserError for flags or processes that would make it another run, for a checkpoint of another run than
+    config.json's, or if nothing is left to do.
     """
-    state = load_checkpoint(out / "last.pt")
+    state, noted = load_checkpoint(out / "last.pt"), {}
     with fitting(out / "last.pt"):
         stored = asdict(kind(**state["config"]))
-    for name, value in given.items():
-        if name not in changeable and value != stored[name]:
-            flag = name.replace("_", "-")
-            raise UserError(f"--resume cannot change --{flag} from {stored[name]!r}; start another run")
+    if (out / "config.json").exists():
+        with user_error(f"'{out / 'config.json'}' cannot be read: {{}}; last.pt goes on without that file"):
+            noted = json.loads((out / "config.json").read_text())
+    for name in (name for name in stored if name not in changeable):
+        flag = f"--{name.replace('_', '-')}"
+        if given.get(name, stored[name]) != stored[name]:
+            raise UserError(f"--resume cannot change {flag} from {stored[name]!r}; start another run")
+        if name in noted and noted[name] != json.loads(json.dumps(stored[name])):
+            raise UserError(f"'{out}' holds last.pt of another run, with {flag} {stored[name]} instead of {noted[name]}")
     if state["processes"] != processes():
         raise UserError(f"'{out}' was trained by {state['processes']} processes; resume with as many")
-    config = kind(**{**stored, **given})
-    if state["step"] >= config.steps:
+    choices = {**stored, **given}
+    if state["step"] >= choices["steps"]:
         raise UserError(f"'{out}' is at step {state['step']:,} already; give a larger --steps")
-    return state, config
+    return state, choices
 
 
 class Run:
@@ -1032,14 +1104,12 @@ class Run:
     def __init__(self, path, device="auto", data="", labels="", checkpoint="last"):
         self.path, self.device, file = Path(path), pick_device(device), Path(path) / f"{checkpoint}.pt"
         torch.backends.cudnn.allow_tf32 = False  # so that tokens and figures are those of a CPU
-        state, self.tokenizer = load_checkpoint(file), checksum(file)
+        state, self.tokenizer = read_checkpoint(file)
         with fitting(file):
             self.config, self.prior, self.step = Config(**state["config"]), state["prior"], state["step"]
-            self.start = state["start"]
+            self.start, self.data, self.code = state["start"], state["data"], state["code"]
             self.model = VQModel(self.config, self.prior)
             self.model.load_state_dict(state["model"])
-            if not all(x.isfinite().all() for x in state["model"].values()):
-                raise ValueError("weights that are not finite")
         codes = self.model.to(self.device).eval().requires_grad_(False).codebook()
         self.model.codebook.forward = lambda: codes  # made once, not for each batch
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
@@ -1190,12 +1260,19 @@ def load_lpips(trunk, trunk_weights="", lpips_weights=""):
 
 
 def take_published_weights(trainer, path):
-    """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError if they don't fit."""
+    """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError if they don't fit.
+
+    A prefix that all names share, such as "module.", is left out.
+    """
     state = read_tensors(path)
-    with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} (published: --preset f16)"):
+    prefix = re.match(r"(.*\.)?", os.path.commonprefix(list(state)))[0]
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    without = f", names without '{prefix}'" if prefix else ""
+    advice = f"(published: --preset f16{without})"
+    with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} {advice}"):
         left = {name.partition(".")[0] for name in load_taming(trainer.model, trainer.discriminator, state)}
     trainer.start = [codes.detach().clone() for codes in trainer.model.codebook()]
-    print(f"init: {path}" + (f"; not taken from it: {', '.join(sorted(left))}" if left else ""))
+    print(f"init: {path}{without}" + (f"; not taken from it: {', '.join(sorted(left))}" if left else ""))
 
 
 # ======== Command line
@@ -1216,8 +1293,9 @@ def parse(argv=None):
     config = resolve({name: x for name, x in given.items() if not resume or name == "out" or name not in CHANGEABLE})
     if not resume:
         return config, None, overwrite
-    state, config = resumed_config(Config, {**given, "out": config.out}, CHANGEABLE, Path(config.out))
-    return config, state, False
+    given["out"] = config.out
+    state, stored = resumed_choices(Config, given, CHANGEABLE, Path(config.out))
+    return resolve(given, stored), state, False
 
 
 def main(argv=None):
@@ -1235,7 +1313,8 @@ def main(argv=None):
     kept, chosen = hold_out(len(train_set))
     prior = None if state else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
     tensors = state["prior"] if state else prior and prior.tensors()
-    trainer = Trainer(config, tensors, device, len(kept))  # step 3: the networks
+    data = identity(train_set, config.data)
+    trainer = Trainer(config, tensors, device, len(kept), data)  # step 3: the networks
     if state:
         restore(trainer, state, out)
     elif config.init:
@@ -1257,7 +1336,7 @@ def main(argv=None):
         adversary = f"adversary × {config.gan_weight} from step {config.gan_start:,}{never}"
         print(f"losses: {config.pixel_loss}, LPIPS × {config.perceptual_weight}, {adversary}", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)
-        fit(trainer, images, lambda: trainer.validate(validation, out / "reconstructions.png"), out, journal)
+        fit(trainer, images, lambda: trainer.validate(validation), out, journal)
     look = f"look at {out / 'reconstructions.png'}; " if config.steps else ""
     print(f"done: {look}measure with: python evaluate.py {out}")
 

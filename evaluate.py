@@ -356,7 +356,7 @@ def contents_of(run, dataset):
     prior = hashlib.sha256()
     for name, value in (run.prior or {}).items():
         value = np.asarray(value)
-        prior.update(np.sort(value, axis=0) if run.config.shuffle in name else value)
+        prior.update((np.sort(value, axis=0) if run.config.shuffle in name else value).tobytes())
     images = identity(dataset, run.config.data)
     return {"prior": prior.hexdigest(), "data": run.data, "images": images, "code": run.code}
 

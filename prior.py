@@ -1078,12 +1078,16 @@ def bounded(kind, least, most=2**62):
 
 
 @contextmanager
-def atomic_write(path):
-    """A path NAME.part that takes the place of `path` when the block ends well; links are followed."""
+def atomic_write(path, folder=True):
+    """A path NAME.part that takes the place of `path` when the block ends well; links are followed.
+
+    folder: whether to make the folder that it lies in.
+    """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         raise UserError(f"'{path}' is a folder or a device; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         yield part

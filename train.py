@@ -1017,7 +1017,7 @@ def save_checkpoint(path, trainer):
         state[name] = part.state_dict()
     archive = io.BytesIO()
     torch.save(state, archive)
-    with atomic_write(path) as part:
+    with atomic_write(path, folder=False) as part:  # of a run, which may have been deleted or moved meanwhile
         part.write_bytes(archive.getbuffer())
 
 

@@ -221,10 +221,10 @@ def caption_alignment(run, indices, dataset, permutations=999):
 
 
 def alignment_of(counts, spoken, rng, permutations):
-    """How often words are said with their codes, over chance, and p → floats, the first None if no code's word is said.
+    """How often words are said with their codes, over chance (None if no code's word is said), and p.
 
-    counts, spoken: sparse (images, K) whole numbers; of the (K, K) pairs of code and word, only those are kept that
-    occur in an image.
+    counts, spoken: sparse (images, K) whole numbers. Of the K² pairs of code and word, only those that
+    occur in an image are kept.
     """
     together, codes = (counts.T @ spoken).tocsr(), np.arange(counts.shape[1])
     of_codes, of_words = counts.sum(0).A1, spoken.sum(0).A1
@@ -349,7 +349,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
 
 
 def contents_of(run, dataset):
-    """Checksums of a run's prior, of the images that train and that evaluate it, and of the code that trained it.
+    """Checksums of a run's prior, of its images to train and to evaluate, and of the code that trained it.
 
     What `--shuffle` permutes is sorted, as each seed permutes it differently.
     """
@@ -370,12 +370,12 @@ def reconstructed(run, dataset, count):
 
 # ======== Tables
 
-SAME_ROW = """seed out data prior labels download device compile workers log_every eval_every eval_images trunk_weights
-    lpips_weights""".split()  # may differ within a row; of files, it is their contents that may not
+SAME_ROW = """seed out data prior labels download device compile workers log_every eval_every eval_images
+    trunk_weights lpips_weights""".split()  # may differ within a row; of data and prior, the contents may not
 
 
 def rows_of(results):
-    """Results → list of (name, results of the same configuration, step and contents, and of different seeds)."""
+    """Results → list of (name, results of one configuration, step and contents, and of different seeds)."""
     groups, known = {}, ("step", "checkpoint", "codes", "contents", "images")
     for result in results:
         choices = {name: value for name, value in result["config"].items() if name not in SAME_ROW}
@@ -513,7 +513,7 @@ def pull(codebook, feature, lr, steps):
 
 
 def draw_usage(evaluations, path):
-    """Fig. 5: the share of all codes that was used; how often each was chosen; and codes used against positions seen."""
+    """Fig. 5: the share of all codes in use, how often each was chosen, and codes used by positions seen."""
     panels = []
     for evaluation in evaluations:
         ranked, growth, run = [], [], evaluation.run
@@ -637,8 +637,8 @@ def report(results, inception, lpips):
 def warn_of_fid(images):
     """Print what FID over few images means."""
     if images <= FID_FEATURES:
-        print(f"FID over {images:,} images is biased upward: the covariance of {FID_FEATURES:,} features has no full rank; "
-              "compare it over the same images only (papers take 5,000 to 50,000)")
+        print(f"FID over {images:,} images is biased upward, as the covariance of {FID_FEATURES:,} features "
+              "has no full rank; compare it over the same images only (papers take 5,000 to 50,000)")
 
 
 def main(argv=None):

@@ -1159,7 +1159,8 @@ def read_tensors(path):
             callback = (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
             with torch.serialization.safe_globals([callback]):
                 state = load_tensors(regular(path))
-            state = next((state[name] for name in ("state_dict", "model") if isinstance(state.get(name), dict)), state)
+            for name in ("state_dict", "model"):
+                state = state[name] if isinstance(state.get(name), dict) else state
             return {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
         data = bytearray(Path(regular(path)).read_bytes())  # the length of a JSON header, the header, raw numbers
         start = 8 + int.from_bytes(data[:8], "little")
@@ -1174,7 +1175,7 @@ def read_tensors(path):
 
 
 def load_tensors(file):
-    """What torch.save wrote, on the CPU. Raises ValueError where it holds objects, which `weights_only` refuses."""
+    """What torch.save wrote, on the CPU. Raises ValueError for objects, which `weights_only` refuses."""
     import torch
 
     try:

@@ -38,9 +38,9 @@ from PIL import Image
 
 from evaluate import as_markdown, fid, load_inception, load_or_reason, warn_of_fid
 from prior import Parser, UserError, atomic_write, save_png, user_error
-from train import (Run, add_up, autocast, average_gradients, check_folder, draw_grid, first_process_first, fit, fitting,
-                   hold_out, identity, launch, load_checkpoint, lock, open_run, psnr, rank, refuse_idle, restore,
-                   resumed_choices, spread_indices, to_bytes, train_batches)
+from train import (Run, add_up, autocast, average_gradients, check_folder, draw_grid, first_process_first,
+                   fit, fitting, hold_out, identity, launch, load_checkpoint, lock, open_run, psnr, rank,
+                   refuse_idle, restore, resumed_choices, spread_indices, to_bytes, train_batches)
 from vqct import Condition, Denoiser, TokenTransformer, option, sample_features, sample_tokens
 
 
@@ -159,53 +159,48 @@ def tokens_of(run, split, views=1, with_features=False):
     They are made by one process at a time, as several commands share them.
     """
     dataset = run.dataset(split)
+    path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
     key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
-    wanted = run, dataset, split, views, with_features, hashlib.sha256(key.encode()).hexdigest()
-    tokens = kept_tokens(*wanted)
-    if tokens is None:
-        with open(run.path / "lock", "w") as file:
-            lock(file, f"waiting: another process encodes images of '{run.path}'")
-            tokens = kept_tokens(*wanted) or make_tokens(*wanted)
-    return tokens
+    key, rows = hashlib.sha256(key.encode()).hexdigest(), len(dataset) * views
+    kept = lambda: kept_tokens(run, rows, key, path, stored if with_features else None)
+    if tokens := kept():
+        return tokens
+    with open(run.path / "lock", "w") as file:
+        lock(file, f"waiting: another process encodes images of '{run.path}'")
+        if tokens := kept():
+            return tokens
+        path.unlink(missing_ok=True)
+        stored.unlink(missing_ok=True)
+        with atomic_write(stored) if with_features else contextlib.nullcontext() as part:
+            tokens = encode_dataset(run, dataset, views, part)
+            if part:
+                with open(part, "ab") as features:
+                    features.write(key.encode())
+        maps = torch.zeros(0, dtype=torch.int16) if tokens.segmentation is None else tokens.segmentation
+        arrays = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
+        arrays.update(indices=tokens.indices.int(), labels=tokens.labels, segmentation=maps)
+        arrays.update(classes=np.array(dataset.classes, str), tokenizer=run.tokenizer, key=key)
+        with atomic_write(path) as part, open(part, "wb") as file_of_tokens:
+            np.savez_compressed(file_of_tokens, **arrays)
+    return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
 
 
-def kept_tokens(run, dataset, split, views, with_features, key):
-    """The Tokens that are kept, or None where they are missing, damaged, or of another key or size."""
-    rows, features = len(dataset) * views, None
+def kept_tokens(run, rows, key, path, stored):
+    """Tokens from their files, or None where these are missing, damaged, or of another key or size."""
     try:
-        arrays = dict(np.load(run.results / f"tokens-{split}.npz"))
+        arrays, features = dict(np.load(path)), stored and np.load(stored, mmap_mode="r")
         indices, labels, maps = (torch.from_numpy(arrays[name]) for name in Tokens._fields[:3])
-        if with_features:
-            path = run.results / f"features-{split}.npy"
-            features = np.load(path, mmap_mode="r")
-            with open(path, "rb") as file:
+        keys, shape = [str(arrays["key"])], (rows, len(run.model.sizes), *run.model.grid)
+        if stored:  # behind the array, where numpy does not read
+            with open(stored, "rb") as file:
                 file.seek(-len(key), os.SEEK_END)
-                if file.read() != key.encode() or features.shape != features_shape(run, rows):
-                    return None
-    except Exception:
-        return None
-    fits = indices.shape == (rows, len(run.model.sizes), *run.model.grid) and len(labels) == rows
-    if arrays["key"] != key or not fits or len(maps) not in (0, rows):
+                keys.append(file.read().decode())
+        fits = indices.shape == shape and len(labels) == rows and len(maps) in (0, rows)
+        if set(keys) != {key} or not fits or stored and features.shape != features_shape(run, rows):
+            return None
+    except Exception:  # of whatever kind a damaged file raises
         return None
     return Tokens(indices.long(), labels, maps if len(maps) else None, features)
-
-
-def make_tokens(run, dataset, split, views, with_features, key):
-    """Encode a split and keep it: the key stands in the token file, and behind the features."""
-    path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
-    path.unlink(missing_ok=True)
-    stored.unlink(missing_ok=True)
-    with atomic_write(stored) if with_features else contextlib.nullcontext() as part:
-        tokens = encode_dataset(run, dataset, views, part)
-        if part:
-            with open(part, "ab") as file:
-                file.write(key.encode())
-    maps = torch.zeros(0, dtype=torch.int16) if tokens.segmentation is None else tokens.segmentation
-    words = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
-    arrays = dict(indices=tokens.indices.int(), labels=tokens.labels, segmentation=maps, **words)
-    with atomic_write(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, **arrays, classes=np.array(dataset.classes, str), tokenizer=run.tokenizer, key=key)
-    return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
 
 
 def features_shape(run, rows):
@@ -251,23 +246,17 @@ def check_condition(config, run):
         raise UserError(f"--condition segmentation: the data set has no label maps ({advice})")
 
 
-def condition_count(config, *splits):
-    """Classes, or labels, of all splits. Raises UserError for none, or more than 4,096."""
+def condition_count(config, *splits, most=4096):
+    """Classes, or labels, of all splits. Raises UserError for none, or more than `most`."""
     if config.condition == "none":
         return 0
     values = [tokens.labels if config.condition == "class" else tokens.segmentation for tokens in splits]
     if any(part is None or part.max() < 0 for part in values):
         raise UserError(f"--condition {config.condition}: this run's data set has none")
     count = max(int(part.max()) for part in values) + 1
-    if count > 4096:
-        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than 4,096")
+    if count > most:
+        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than {most:,}")
     return count
-
-
-def check_labels(config, count, tokens):
-    """Raise UserError for images of more classes or labels than a second stage knows."""
-    if (found := condition_count(config, tokens)) > count:
-        raise UserError(f"--condition {config.condition}: the second stage knows {count} of {found} in these images")
 
 
 def make_network(config, run, count):
@@ -299,7 +288,7 @@ def load_stage(run, folder):
     state = load_checkpoint(folder / "best.pt")
     check_stage(run, state, folder)
     if state["config"]["condition"] == "class" and state["classes"] != run.dataset("val").classes:
-        raise UserError(f"'{folder}' was trained with other classes than those of '{run.config.data}'; see --data")
+        raise UserError(f"'{folder}' was trained with other classes than '{run.config.data}' has; see --data")
     with fitting(folder / "best.pt"):
         config = SynthesisConfig(**state["config"])
         network = make_network(config, run, state["count"])
@@ -340,8 +329,6 @@ class StageTrainer:
     config: SynthesisConfig; run: Run; count: classes or labels; train_set: Tokens; chosen: rows that choose best.pt.
     """
 
-    scheduled = ["learning rate"]  # over the steps of the run
-
     def __init__(self, config, run, count, train_set, chosen):
         torch.manual_seed(config.seed)
         dataset = run.dataset("train")
@@ -366,8 +353,8 @@ class StageTrainer:
 
     def notes(self):
         """What a checkpoint holds beside them."""
-        names = dict(data=self.data, classes=self.classes)
-        return {"count": self.count, "tokenizer": self.run.tokenizer, **names}
+        known = dict(count=self.count, data=self.data, classes=self.classes)
+        return {"tokenizer": self.run.tokenizer, **known}
 
     def usage(self):
         """No codes are learned here."""
@@ -536,7 +523,7 @@ def draw_samples(runs, choices, part=""):
         stage = load_stage(run, stage_folder(run, choices))
         count = stage[2]
         tokens, dataset = tokens_of(run, "val", 1, ldm and bool(part or choices.pin)), run.dataset("val")
-        check_labels(choices, count, tokens)
+        condition_count(choices, tokens, most=count)
         images = torch.tensor(choices.images or spread_indices(len(dataset), choices.count))
         if images.max() >= len(dataset) or images.min() < 0:
             raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
@@ -617,7 +604,7 @@ def evaluate_stage(run, stage, choices, inception):
     """One row of Table 6 → dict, also in evaluation.json."""
     network, config, count, step = stage
     val_set, positions = tokens_of(run, "val", 1, config.model == "ldm"), math.prod(run.model.grid)
-    check_labels(config, count, val_set)
+    condition_count(config, val_set, most=count)
     result = {"run": str(run.path), "model": config.model, "condition": config.condition, "step": step}
     if config.model == "gpt":
         bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", config.views)
@@ -698,7 +685,7 @@ def convert(run, photographs, split, decode, output, words):
         with user_error(f"'{decode}' is no token file of this run: {{}}"):
             arrays, shape = dict(np.load(decode)), (len(run.model.sizes), *run.model.grid)
             if arrays["indices"].dtype.kind not in "iu" or arrays["indices"].shape[1:] != shape:
-                raise ValueError(f"its indices are not whole numbers of the shape (images, {', '.join(map(str, shape))})")
+                raise ValueError(f"its indices are not whole numbers of shape {('images', *shape)}")
             indices, sizes = torch.from_numpy(arrays["indices"]).long(), torch.tensor(run.model.sizes)[:, None, None]
             if arrays["tokenizer"] != run.tokenizer or (indices < 0).any() or (indices >= sizes).any():
                 raise ValueError("it was made by another tokenizer")

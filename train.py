@@ -47,8 +47,9 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior, command, fetch,
-                   load_tensors, read_captions, read_tensors, regular, save_png, shuffled, user_error)
+from prior import (CORES, Parser, Prior, Progress, UserError, WordListSpeech, atomic_write, build_prior,
+                   command, fetch, load_tensors, read_captions, read_tensors, regular, save_png, shuffled,
+                   user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VectorQuantizer, VQModel, adaptive_weight, all_reduce,
                   distributed, hinge_loss, load_taming, needs_prior, option)
 
@@ -81,7 +82,7 @@ class Config(ModelConfig):
     out: str = option("", "run folder (default: runs/, data set, method and what departs from it)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0)
-    steps: int = option(500_000, "generator steps; the authors' 500 epochs on CUB are 375,000", least=0)
+    steps: int = option(500_000, "generator steps (the authors: 500 epochs)", least=0)
     batch_size: int = option(8, "images per process and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are averaged before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
@@ -94,9 +95,9 @@ class Config(ModelConfig):
     trunk_weights: str = option("", "local copy of its torchvision ImageNet weights (else downloaded)")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads (else downloaded)")
     gan_weight: float = option(0.8, "adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
-    gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks); tiny: "
-                            "after five sixths of the steps", least=0)
-    discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)")
+    gan_start: int = option(5_000, "step at which the adversary joins (authors: 10,000 of both networks); "
+                            "tiny: after five sixths of the steps", least=0)
+    discriminator_layers: int = option(3, "inner layers; 3 gives patches of 70 × 70 pixels")
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     compile: bool = option(True, "torch.compile on CUDA, unless --deterministic: a slower start, faster steps")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
@@ -115,7 +116,7 @@ RECIPES = {
     "paper": {},
     "official": dict(transfer_layers=2, transfer_width=256, transfer_dropout=0.5, last_relu=False, pixel_loss="l1",
                      adjective_neighbours=2, beta_on="codebook", weighted_edges=True, vector_scale="none",
-                     code_dim=512, straight_through=False, amp=False),  # 256 channels for each of two codebooks
+                     code_dim=512, straight_through=False, amp=False),  # 256 for each of two codebooks
 }
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
 PIXEL_LOSS_ONLY = dict(gan_weight=0.0, perceptual_weight=0.0)
@@ -171,7 +172,6 @@ def resolve(given, stored=None):
     return refuse_idle(config, given, MATTERS)
 
 
-ANNEALED = ("gumbel", "regvq")  # quantizers with a temperature
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
     "data": lambda config: config.dataset != "demo",
     "prior": lambda config: needs_prior(config),
@@ -187,7 +187,7 @@ MATTERS = {  # flags that matter only where this holds, and are refused elsewher
     "beta beta_on": lambda config: config.quantizer != "gumbel",
     "adjective_neighbours": lambda config: config.codebooks == 2,
     "straight_through": lambda config: config.quantizer == "gumbel",
-    "kl_weight temperature_end": lambda config: config.quantizer in ANNEALED,
+    "kl_weight temperature_end": lambda config: config.quantizer in ("gumbel", "regvq"),
     "usage_decay": lambda config: config.quantizer == "cvq",
     "mask_ratio": lambda config: config.quantizer == "regvq",
     "contrastive_weight": lambda config: config.quantizer in ("cvq", "regvq"),
@@ -211,15 +211,14 @@ class Trainer:
     """The state of a run, and its step.
 
     config: Config; prior: dict of `Prior.tensors`, or None; device: torch.device.
-    training_images: how many train; `usage` counts the codes chosen in the latest epoch. data: their `identity`.
+    training_images: how many train; `usage` counts the codes chosen in the latest epoch.
+    data: the `identity` of their data set.
     Raises UserError for incompatible choices.
     """
 
     def __init__(self, config, prior, device, training_images=1, data=""):
         torch.manual_seed(config.seed)
         self.config, self.prior, self.device, self.data = config, prior, device, data
-        scheduled = {"learning rate": config.schedule == "cosine", "temperature": config.quantizer in ANNEALED}
-        self.scheduled = [name for name, changes in scheduled.items() if changes]  # over the steps of the run
         self.step, self.best = 0, -math.inf
         self.steps_per_epoch = math.ceil(training_images / (config.batch_size * config.accumulate * processes()))
         with user_error("{}", ValueError):
@@ -427,8 +426,8 @@ def fit(trainer, batches, validate, out, journal):
     trainer: Trainer, or StageTrainer of synthesize.py; batches: iterator of micro-batches.
     validate: () → score, the higher the better, a dict of floats, and rows of reconstructions.png, if any.
     out: folder of last.pt and best.pt; journal: its metrics.jsonl, open.
-    Raises UserError if a value is not finite or the folder is gone, before anything is written; SystemExit of 128 +
-    the signal's number.
+    Raises UserError if a value is not finite or the folder is gone, before anything is written, and
+    SystemExit of 128 + the signal's number.
     """
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
@@ -472,7 +471,7 @@ def fit(trainer, batches, validate, out, journal):
 
 
 def check_finite(metrics, trainer, out):
-    """Raise UserError for the first value that is not finite; if loss and gradients are, the weights are too."""
+    """Raise UserError for a value that is not finite. Where loss and gradients are, the weights are too."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             advice = f"'{out / 'last.pt'}' is unchanged; try a smaller --lr"
@@ -480,7 +479,7 @@ def check_finite(metrics, trainer, out):
 
 
 def record(values, trainer, journal):
-    """Write floats by name, and how many codes are in use, as a line of metrics.jsonl → that line in words."""
+    """Write floats by name, and how many codes are in use, as a line of metrics.jsonl → the line in words."""
     check_there(journal)
     usage = trainer.usage()
     line = {"step": trainer.step, **values, "codes_used": [used for used, _ in usage]}
@@ -911,15 +910,15 @@ def worker_init(worker):
 # ======== Runs: their folders, checkpoints, and reading them again
 
 VERSION = 4  # of checkpoints
-CODE = hashlib.sha256(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("vqct.py", "train.py")))
-CODE = CODE.hexdigest()  # of what trains; kept in checkpoints
+SOURCES = (Path(__file__).with_name(name).read_bytes() for name in ("vqct.py", "train.py"))
+CODE = hashlib.sha256(b"".join(SOURCES)).hexdigest()  # of what trains, kept in checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
     tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
     fig7_regions.png curves.png samples.png completions.png photographs.png""".split()
 
 
 def identity(dataset, root):
-    """sha256 of a data set's labels and of its images' sizes and names below `root`, which moving them changes not."""
+    """sha256 of a data set's labels, and its images' names below `root` and sizes: a move keeps it."""
     images = ((record.label, record.path) for record in dataset.records)
     listed = [(label, path and [os.path.relpath(path, root), path.stat().st_size]) for label, path in images]
     return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
@@ -937,7 +936,7 @@ def check_folder(out, overwrite):
 
 
 def lock(file, waiting=""):
-    """Lock an open file until it is closed. While another process holds it: print `waiting` and wait, or UserError."""
+    """Lock a file until it is closed. If another process has it: print `waiting` and wait, or UserError."""
     if fcntl is None:
         return
     try:
@@ -978,7 +977,7 @@ def open_run(out, trainer, overwrite=False, resumed=None):
 
 
 def cut_journal(journal, step):
-    """Cut the lines of metrics.jsonl that are later than a step; one that cannot be read stays, if it has an end."""
+    """Cut the lines of metrics.jsonl that are later than a step; a whole one that cannot be read stays."""
     journal.seek(0)
     lines, steps = journal.readlines(), []
     for line in lines:
@@ -1030,7 +1029,7 @@ def read_checkpoint(path):
     """A checkpoint, and the sha256 of its file, which is read once, as a running training may replace it."""
     with user_error(f"'{path}' is no checkpoint of this program, or damaged: {{}}"):
         data = Path(regular(path)).read_bytes()
-        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch does not read the checksums that it writes
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch writes checksums and reads none
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = load_tensors(io.BytesIO(data))
         if state["version"] != VERSION:
@@ -1057,9 +1056,10 @@ def restore(trainer, state, out):
         torch.set_rng_state(state["random"])
         if "cuda_random" in state and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], trainer.device)
-    old, new, moved = state["config"]["steps"], trainer.config.steps, " and ".join(trainer.scheduled)
-    change = f"; {new:,} steps instead of {old:,} change the {moved} from here on" if moved and new != old else ""
-    print(f"resumed at step {trainer.step:,}{change}")
+    old, new = state["config"]["steps"], trainer.config.steps
+    print(f"resumed at step {trainer.step:,}", end="\n" if new == old else "; ")
+    if new != old:
+        print(f"a cosine's rate and a temperature now follow {new:,} steps instead of {old:,}")
 
 
 def fitting(path):
@@ -1068,10 +1068,10 @@ def fitting(path):
 
 
 def resumed_choices(kind, given, changeable, out):
-    """The checkpoint of a run, and the fields of its configuration, a dataclass `kind`, with the flags of a --resume.
+    """The checkpoint of a run, and the fields of its configuration, a `kind`, with the flags of a --resume.
 
-    Raises UserError for flags or processes that would make it another run, for a checkpoint of another run than
-    config.json's, or if nothing is left to do.
+    Raises UserError for flags or processes that would make it another run, for a checkpoint that config.json
+    does not describe, or if nothing is left to do.
     """
     state, noted = load_checkpoint(out / "last.pt"), {}
     with fitting(out / "last.pt"):
@@ -1084,7 +1084,8 @@ def resumed_choices(kind, given, changeable, out):
         if given.get(name, stored[name]) != stored[name]:
             raise UserError(f"--resume cannot change {flag} from {stored[name]!r}; start another run")
         if name in noted and noted[name] != json.loads(json.dumps(stored[name])):
-            raise UserError(f"'{out}' holds last.pt of another run, with {flag} {stored[name]} instead of {noted[name]}")
+            is_not = f"{flag} {stored[name]} instead of {noted[name]}"
+            raise UserError(f"'{out}' holds last.pt of another run, with {is_not}")
     if state["processes"] != processes():
         raise UserError(f"'{out}' was trained by {state['processes']} processes; resume with as many")
     choices = {**stored, **given}
@@ -1260,9 +1261,9 @@ def load_lpips(trunk, trunk_weights="", lpips_weights=""):
 
 
 def take_published_weights(trainer, path):
-    """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError if they don't fit.
+    """Give a Trainer's networks the weights of a taming-transformers checkpoint.
 
-    A prefix that all names share, such as "module.", is left out.
+    A prefix that all names share, such as "module.", is left out. Raises UserError if they don't fit.
     """
     state = read_tensors(path)
     prefix = re.match(r"(.*\.)?", os.path.commonprefix(list(state)))[0]

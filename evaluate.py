@@ -12,10 +12,10 @@ each averaged over images; FID on images rounded to 8 bits, against the same spl
 """
 
 import functools
+import hashlib
 import json
 import math
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +24,7 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks ru
 
 import numpy as np
 import scipy.linalg
+import scipy.sparse
 import scipy.stats
 import torch
 import torch.nn as nn
@@ -31,13 +32,13 @@ import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
 
-from prior import (Parser, UserError, WordListSpeech, atomic_write, draw_plots, provide,
-                   PublishedFile, read_tensors, save_png, user_error)
-from train import (Run, draw_grid, first_process_first, launch, load_lpips, lpips_files, processes, psnr, rank, spread_indices,
-                   to_bytes)
+from prior import (Parser, PublishedFile, UserError, WordListSpeech, atomic_write, draw_plots, provide, read_tensors,
+                   save_png, user_error)
+from train import (Run, draw_grid, first_process_first, identity, launch, load_lpips, lpips_files, processes, psnr, rank,
+                   read_journal, spread_indices, to_bytes)
 from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, all_gather, nearest_code, option)
 
-FID_IMAGES = 2048  # fewer images than feature dimensions make FID large and incomparable
+FID_FEATURES = 2048  # of so many images or fewer, the covariance of Inception's features has no full rank
 
 
 @dataclass
@@ -209,21 +210,40 @@ def caption_alignment(run, indices, dataset, permutations=999):
     if run.prior is None or not chosen:
         return {}
     words = {part: run.prior[f"{part}_words"] for part in ("adjective", "noun")}
-    speech, sizes = WordListSpeech(*words.values()), [len(listed) for listed in run.words]
+    speech, starts = WordListSpeech(*words.values()), np.cumsum([0, *map(len, run.words)])
+    codes = [start + part[chosen].reshape(len(chosen), -1) for start, part in zip(starts, indices)]
+    tokens = count_matrix(np.concatenate(codes, axis=1), starts[-1])  # adjectives come before nouns
     said = [words_said(dataset, index, speech) for index in chosen]
-    tables = [[np.bincount(row.ravel(), minlength=size) for row in part[chosen]] for part, size in zip(indices, sizes)]
-    tokens = np.concatenate(tables, axis=1).astype(np.float32)  # (images, adjectives then nouns)
-    found, rng = {}, np.random.default_rng(0)
-    for part, counts in zip(words, np.split(tokens, [len(words["adjective"])], axis=1)):
-        spoken = np.array([[(part, word) in pairs for word in words[part]] for pairs in said], np.float32)
-        chance = (counts.sum(0) * spoken.mean(0)).sum()
-        together = counts.T @ (spoken - spoken.mean(0))  # (K, K) of code and word
-        codes = np.arange(len(together))
-        dealt = np.array([together[codes, rng.permutation(codes)].sum() for _ in range(permutations)])
-        p = (1 + (dealt >= np.trace(together)).sum()) / (1 + permutations)
-        ratio = float((counts * spoken).sum() / chance) if chance else None  # no code's word is said
-        found[part] = {"ratio": ratio, "p": float(p), "images": len(chosen)}
+    found, rng, start = {}, np.random.default_rng(0), 0
+    for part, listed in words.items():
+        column = {word: i for i, word in enumerate(listed)}
+        rows = [[column[word] for kind, word in pairs if kind == part and word in column] for pairs in said]
+        counts, spoken = tokens[:, start : start + len(listed)], count_matrix(rows, len(listed))
+        ratio, p = alignment_of(counts, spoken, rng, permutations)
+        found[part], start = {"ratio": ratio, "p": p, "images": len(chosen)}, start + len(listed)
     return found
+
+
+def alignment_of(counts, spoken, rng, permutations):
+    """How often words are said with their codes, over chance (None if no code's word is said), and p.
+
+    counts, spoken: sparse (images, K) whole numbers. Of the K² pairs of code and word, only those that
+    occur in an image are kept.
+    """
+    together, codes = (counts.T @ spoken).tocsr(), np.arange(counts.shape[1])
+    of_codes, of_words = counts.sum(0).A1, spoken.sum(0).A1
+    excess = lambda dealt: counts.shape[0] * together[codes, dealt].sum() - of_codes @ of_words[dealt]
+    least = excess(codes)
+    larger = sum(excess(rng.permutation(codes)) >= least for _ in range(permutations))
+    chance = of_codes @ of_words / counts.shape[0]
+    return float(together.trace() / chance) if chance else None, float((1 + larger) / (1 + permutations))
+
+
+def count_matrix(rows, columns):
+    """Lists of column numbers → a sparse matrix of how often each is in each row, int64."""
+    row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    column = np.concatenate([*map(np.asarray, rows), []]).astype(np.int64)
+    return scipy.sparse.coo_matrix((np.ones(len(row), np.int64), (row, column)), (len(rows), columns)).tocsr()
 
 
 # ======== A run
@@ -317,6 +337,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         "lpips_note": lpips[1] or f"LPIPS v0.1, {choices.perceptual_trunk}",
         **code_statistics(counts, run.names, len(dataset)),
         "alignment": caption_alignment(run, indices, dataset),
+        "contents": contents_of(run, dataset),
         "config": asdict(run.config),
     }
     with atomic_write(run.results / "evaluation.json") as part:
@@ -334,6 +355,19 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
     return evaluation
 
 
+def contents_of(run, dataset):
+    """Checksums of a run's prior, of its images to train and to evaluate, and of the code that trained it.
+
+    What `--shuffle` permutes is sorted, as each seed permutes it differently.
+    """
+    prior = hashlib.sha256()
+    for name, value in (run.prior or {}).items():
+        value = np.asarray(value)
+        prior.update((np.sort(value, axis=0) if run.config.shuffle in name else value).tobytes())
+    images = identity(dataset, run.config.data)
+    return {"prior": prior.hexdigest(), "data": run.data, "images": images, "code": run.code}
+
+
 @torch.no_grad()
 def reconstructed(run, dataset, count):
     """Rows for `draw_grid`: some originals, and their reconstructions."""
@@ -343,16 +377,19 @@ def reconstructed(run, dataset, count):
 
 # ======== Tables
 
-SAME_ROW = """seed out download device compile workers log_every eval_every trunk_weights
-    lpips_weights""".split()  # may differ within a row
+SAME_ROW = """seed out data prior labels download device compile workers log_every eval_every trunk_weights
+    lpips_weights""".split()  # may differ within a row; of data and prior, the contents may not
 
 
 def rows_of(results):
-    """Results → list of (name, results that differ by their seed only)."""
-    groups = {}
+    """Results → list of (name, results of one configuration, step and contents, and of different seeds)."""
+    groups, known = {}, ("step", "checkpoint", "codes", "contents", "images")
     for result in results:
         choices = {name: value for name, value in result["config"].items() if name not in SAME_ROW}
-        groups.setdefault(json.dumps([choices, result["step"], result["checkpoint"]]), []).append(result)
+        alike = json.dumps([choices, *map(result.get, known)])
+        seeds = [other["config"]["seed"] for other in groups.get(alike, ())]
+        copy = result["run"] if result["config"]["seed"] in seeds else ""
+        groups.setdefault(alike + copy, []).append(result)
     named = lambda group: group[0]["run"] + (f" ({len(group)} seeds)" if len(group) > 1 else "")
     return [(named(group), group) for group in groups.values()]
 
@@ -431,7 +468,7 @@ def draw_toy(prior, path, steps=80):
     """Fig. 3: a 2-d codebook in which one code is pulled to one feature, by VQ-VAE and by VQCT.
 
     A toy of a run's prior, not of its weights: the most connected adjective, nouns that it modifies, and adjectives
-    of those. Both systems start from the same codes. No last ReLU, so that codes fill the plane.
+    of those. Both systems start from the same codes. The toy has no last ReLU, so that codes fill the plane.
     """
     edges = prior["edges"].numpy()
     hub = np.bincount(edges[:, 0]).argmax()
@@ -463,7 +500,8 @@ def draw_toy(prior, path, steps=80):
         moved = (np.abs(way[-1] - way[0]).max(axis=1) > 0).sum()
         last = names[nearest_code(feature[None], torch.from_numpy(way[-1])).item()]
         notes = [f"{moved} of {len(names)} codes have moved; dots: after {steps} steps",
-                 f"each step pulls the code nearest at the time: at first {names[followed]}, at last {last}"]
+                 f"each step pulls the code nearest at the time: at first {names[followed]}, at last {last}",
+                 "no ReLU after the last layer, unlike Eq. 3"]
         panels.append(dict(title=title, lines=[*lines, ([feature.numpy()], 2, "feature")], notes=notes))
     draw_plots(panels, path)
 
@@ -482,7 +520,7 @@ def pull(codebook, feature, lr, steps):
 
 
 def draw_usage(evaluations, path):
-    """Fig. 5: how often each code was chosen, most used first; and codes used against positions seen."""
+    """Fig. 5: the share of all codes in use, how often each was chosen, and codes used by positions seen."""
     panels = []
     for evaluation in evaluations:
         ranked, growth, run = [], [], evaluation.run
@@ -493,7 +531,8 @@ def draw_usage(evaluations, path):
             label = f"{used:,} of {len(words):,} {name}s ({used / len(words):.1%})"
             ranked.append((np.stack([1 + np.arange(used), counts[:used]], axis=1), colour, label))
             growth.append((np.stack([1 + first, 1 + np.arange(used)], axis=1), colour, f"{name}s"))
-        title = run.path.name
+        total, chosen = sum(map(len, run.words)), sum(len(ends) for ends, _, _ in ranked)
+        title = f"{run.path.name}: {chosen / total:.1%} of all codes used"
         panels.append(dict(title=title, lines=ranked, x="codes, most used first", y="times chosen, log scale", log="y"))
         panels.append(dict(title=title, lines=growth, x="positions seen, log scale", y="codes used so far", log="x"))
     draw_plots(panels, path)
@@ -515,7 +554,8 @@ def draw_similarity(evaluation, path):
         before, after = ((table[used[:1000]] @ table[used[:1000]].T)[pairs] for table in tables)
         kept = np.corrcoef(before, after)[0, 1] if len(before) > 1 and before.std() * after.std() > 0 else math.nan
         listed = ", ".join(words[code] for code in used[:10])
-        rows.append((f"{name}s at start, at end: correlation {kept:.2f}\n{listed}", list(map(colour, matrices))))
+        label = f"{len(used[:10])} {name}s in use, at start, at end: correlation {kept:.2f}\n{listed}"
+        rows.append((label, list(map(colour, matrices))))
     rows.append(("scale: cosines from -1 to 1", [colour(torch.linspace(-1, 1, 11).expand(11, 11))]))
     draw_grid(rows, path, 300)
 
@@ -550,8 +590,7 @@ def draw_curves(evaluations, path):
     for title, name in {**shown, "codes used, all codebooks": "codes_used"}.items():
         lines = []
         for colour, evaluation in enumerate(evaluations):
-            text = (evaluation.run.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-            logged = map(json.loads, re.findall(r'^\{"step": .*\}$', text, re.M))  # a kill may cut the last line
+            logged = read_journal(evaluation.run.path / "metrics.jsonl")
             points = [(line["step"], np.sum(line[name])) for line in logged if name in line]
             lines += [(points, colour, evaluation.run.path.name)] if points else []
         panels += [dict(title=title, lines=lines, x="steps")] if lines else []
@@ -599,9 +638,15 @@ def report(results, inception, lpips):
     print()
     print(f"FID: – ({inception[1]})" if inception[1] else f"FID: {results[0]['fid_note']}")
     print(f"LPIPS: – ({lpips[1]})" if lpips[1] else f"LPIPS: {results[0]['lpips_note']}")
-    small = min(result["images"] for result in results)
-    if inception[0] is not None and small < FID_IMAGES:
-        print(f"FID over {small:,} images is biased upward; compare it over the same images only (2,048 are usual)")
+    if inception[0] is not None:
+        warn_of_fid(min(result["images"] for result in results))
+
+
+def warn_of_fid(images):
+    """Print what FID over few images means."""
+    if images <= FID_FEATURES:
+        print(f"FID over {images:,} images is biased upward, as the covariance of {FID_FEATURES:,} features "
+              "has no full rank; compare it over the same images only (papers take 5,000 to 50,000)")
 
 
 def main(argv=None):
@@ -628,7 +673,7 @@ def main(argv=None):
         evaluations.append(evaluate(path, choices, inception, lpips, save))
     if not rank():
         results = [evaluation.result for evaluation in evaluations]
-        alike = len({(r["dataset"], r["config"]["data"], r["resolution"], r["images"]) for r in results}) == 1
+        alike = len({(result["contents"]["images"], result["resolution"]) for result in results}) == 1
         if choices.figures and len(results) > 1 and alike:
             compare(evaluations, evaluations[0].run.results.parent / "comparison")
         elif choices.figures and len(results) > 1:

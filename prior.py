@@ -28,6 +28,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -1078,9 +1079,11 @@ def user_error(message, *kinds):
     """A block whose errors, of these kinds or any, become a UserError: the message, with the error's line for `{}`."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except kinds or Exception as error:
+        if isinstance(error, MemoryError) and MemoryError not in kinds:
+            raise  # it is no fault of what the user gave
         raise UserError(message.replace("{}", str(error).partition("\n")[0] or type(error).__name__)) from None
 
 
@@ -1177,12 +1180,16 @@ def bounded(kind, least, most=2**62):
 
 
 @contextmanager
-def atomic_write(path):
-    """A path NAME.part that takes the place of `path` when the block ends well; links are followed."""
+def atomic_write(path, folder=True):
+    """A path NAME.part that takes the place of `path` when the block ends well; links are followed.
+
+    folder: whether to make the folder that it lies in.
+    """
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         raise UserError(f"'{path}' is a folder or a device; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if folder:
+        path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         yield part
@@ -1341,8 +1348,10 @@ def read_tensors(path):
             # Published VQGANs hold the state of this callback, a dict, under its class.
             callback = (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
             with torch.serialization.safe_globals([callback]):
-                state = torch.load(regular(path), map_location="cpu", weights_only=True)
-            return {name: x for name, x in state.get("state_dict", state).items() if isinstance(x, torch.Tensor)}
+                state = load_tensors(regular(path))
+            for name in ("state_dict", "model"):
+                state = state[name] if isinstance(state.get(name), dict) else state
+            return {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
         data = bytearray(Path(regular(path)).read_bytes())  # the length of a JSON header, the header, raw numbers
         start = 8 + int.from_bytes(data[:8], "little")
         kinds = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64")
@@ -1376,6 +1385,16 @@ def list_files(root, suffixes, above=()):
 def is_hidden(name):
     """Whether a relative path has a part that starts with a dot, or macOS's `__MACOSX`."""
     return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+
+
+def load_tensors(file):
+    """What torch.save wrote, on the CPU. Raises ValueError for objects, which `weights_only` refuses."""
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose message is advice, with codes for a terminal
+        raise ValueError("it is damaged, or holds objects other than tensors, numbers and strings") from None
 
 
 class Progress:

@@ -34,11 +34,11 @@ import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 
-from evaluate import as_markdown, fid, load_inception, load_or_reason
+from evaluate import as_markdown, fid, load_inception, load_or_reason, warn_of_fid
 from prior import Parser, UserError, atomic_write, save_png, user_error
-from train import (Run, add_up, autocast, average_gradients, draw_grid, first_process_first, fit, fitting, hold_out,
-                   launch, load_checkpoint, open_run, psnr, read_image, refuse_idle, restore, resumed_config,
-                   spread_indices, to_bytes, train_batches)
+from train import (Run, add_up, autocast, average_gradients, check_folder, draw_grid, first_process_first, fit, fitting,
+                   hold_out, identity, launch, load_checkpoint, lock, open_run, psnr, rank, read_image, refuse_idle,
+                   restore, resumed_choices, spread_indices, to_bytes, train_batches)
 from vqct import Condition, Denoiser, TokenTransformer, option, sample_features, sample_tokens
 
 
@@ -49,7 +49,6 @@ class Stage:
     model: str = option("gpt", "gpt: a transformer of the tokens; ldm: diffusion of the features before them",
                         choices=("gpt", "ldm"))
     condition: str = option("none", "what a sample is drawn for", choices=("none", "class", "segmentation"))
-    joint: bool = option(True, "gpt: a noun is predicted given its adjective; else by independent heads, a control")
 
 
 @dataclass
@@ -71,14 +70,14 @@ class SynthesisConfig(Stage):
     ema: float = option(0.9999, "decay of the averaged weights, which are used for sampling and evaluation", most=1)
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
-    seed: int = option(0, "seed of weights, data order and dropout", least=0, most=2**62)
+    seed: int = option(0, "seed of weights, data order and dropout", least=0)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(1_000, "steps between validations and checkpoints")
 
 
 TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
-    "joint temperature top_k top_p": lambda config: config.model == "gpt",
+    "temperature top_k top_p": lambda config: config.model == "gpt",
     "sampling_steps": lambda config: config.model == "ldm",
     "guidance drop_condition": lambda config: config.condition != "none",
     "label": lambda config: config.condition == "class",
@@ -96,7 +95,7 @@ class Sampling:
     top_p: float = option(1.0, "gpt: the fewest likely tokens of so much probability together", least=1e-6, most=1)
     guidance: float = option(1.0, "scale of classifier-free guidance towards a condition; 1: none")
     sampling_steps: int = option(50, "ldm: steps of DDIM")
-    seed: int = option(0, "seed of the samples", least=0, most=2**62)
+    seed: int = option(0, "seed of the samples", least=0)
 
 
 @dataclass
@@ -129,12 +128,12 @@ SUBSAMPLES = 4  # S, pixels a side of a position at which its label map is kept,
 @torch.no_grad()
 def encode_dataset(run, dataset, views, path=None):
     """Every image of a dataset as Tokens: its centre crop, then `views` − 1 random ones; path: where features go."""
-    model, (height, width), done = run.model, run.model.grid, 0
+    model, height, done = run.model, run.model.grid[0], 0
     every = range(len(dataset))
     keys = [(index, view * len(dataset) + index) if view else index for view in range(views) for index in every]
     dataset.with_segmentation, kept = True, {name: [] for name in ("indices", "labels", "segmentation")}
     stride = max(1, run.config.resolution // height // SUBSAMPLES)
-    shape = (len(keys), model.code_dim * len(model.codebook.sizes), height, width)
+    shape = features_shape(run, len(keys))
     features = path and np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
     if path and hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when the map is written to
         with open(path, "r+b") as file:
@@ -153,29 +152,58 @@ def encode_dataset(run, dataset, views, path=None):
 
 
 def tokens_of(run, split, views=1, with_features=False):
-    """A split of a run's data set as Tokens, kept in the run; made anew if tokenizer, files or views change."""
+    """A split of a run's data set as Tokens, kept in the run; made anew if tokenizer, files or views change.
+
+    They are made by one process at a time, as several commands share them.
+    """
     dataset = run.dataset(split)
     path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
     key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
-    key, tokens = hashlib.sha256(key.encode()).hexdigest(), None
-    try:
-        arrays = dict(np.load(path))
-        if arrays["key"] == key and (stored.is_file() or not with_features):
-            indices, labels, maps = (torch.from_numpy(arrays[name]) for name in Tokens._fields[:3])
-            tokens = Tokens(indices.long(), labels, maps if len(maps) else None)
-            return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
-    except Exception:  # missing, cut or damaged: made anew
-        pass
-    path.unlink(missing_ok=True)
-    stored.unlink(missing_ok=True)
-    with atomic_write(stored) if with_features else contextlib.nullcontext() as part:
-        tokens = encode_dataset(run, dataset, views, part)
-    maps = torch.zeros(0, dtype=torch.int16) if tokens.segmentation is None else tokens.segmentation
-    words = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
-    arrays = dict(indices=tokens.indices.int(), labels=tokens.labels, segmentation=maps, **words)
-    with atomic_write(path) as part, open(part, "wb") as file:
-        np.savez_compressed(file, **arrays, classes=np.array(dataset.classes, str), tokenizer=run.tokenizer, key=key)
+    key, rows = hashlib.sha256(key.encode()).hexdigest(), len(dataset) * views
+    kept = lambda: kept_tokens(run, rows, key, path, stored if with_features else None)
+    if tokens := kept():
+        return tokens
+    with open(run.path / "lock", "w") as file:
+        lock(file, f"waiting: another process encodes images of '{run.path}'")
+        if tokens := kept():
+            return tokens
+        path.unlink(missing_ok=True)
+        stored.unlink(missing_ok=True)
+        with atomic_write(stored) if with_features else contextlib.nullcontext() as part:
+            tokens = encode_dataset(run, dataset, views, part)
+            if part:
+                with open(part, "ab") as features:
+                    features.write(key.encode())
+        maps = torch.zeros(0, dtype=torch.int16) if tokens.segmentation is None else tokens.segmentation
+        arrays = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
+        arrays.update(indices=tokens.indices.int(), labels=tokens.labels, segmentation=maps)
+        arrays.update(classes=np.array(dataset.classes, str), tokenizer=run.tokenizer, key=key)
+        with atomic_write(path) as part, open(part, "wb") as file_of_tokens:
+            np.savez_compressed(file_of_tokens, **arrays)
     return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
+
+
+def kept_tokens(run, rows, key, path, stored):
+    """Tokens from their files, or None where these are missing, damaged, or of another key or size."""
+    try:
+        arrays, features = dict(np.load(path)), stored and np.load(stored, mmap_mode="r")
+        indices, labels, maps = (torch.from_numpy(arrays[name]) for name in Tokens._fields[:3])
+        keys, shape = [str(arrays["key"])], (rows, len(run.model.sizes), *run.model.grid)
+        if stored:  # behind the array, where numpy does not read
+            with open(stored, "rb") as file:
+                file.seek(-len(key), os.SEEK_END)
+                keys.append(file.read().decode())
+        fits = indices.shape == shape and len(labels) == rows and len(maps) in (0, rows)
+        if set(keys) != {key} or not fits or stored and features.shape != features_shape(run, rows):
+            return None
+    except Exception:  # of whatever kind a damaged file raises
+        return None
+    return Tokens(indices.long(), labels, maps if len(maps) else None, features)
+
+
+def features_shape(run, rows):
+    """The shape of features before quantization, (N, C, h, w)."""
+    return rows, run.model.code_dim * len(run.model.codebook.sizes), *run.model.grid
 
 
 @torch.no_grad()
@@ -216,23 +244,17 @@ def check_condition(config, run):
         raise UserError(f"--condition segmentation: the data set has no label maps ({advice})")
 
 
-def condition_count(config, *splits):
-    """Classes, or labels, of all splits. Raises UserError for none, or more than 4,096."""
+def condition_count(config, *splits, most=4096):
+    """Classes, or labels, of all splits. Raises UserError for none, or more than `most`."""
     if config.condition == "none":
         return 0
     values = [tokens.labels if config.condition == "class" else tokens.segmentation for tokens in splits]
     if any(part is None or part.max() < 0 for part in values):
         raise UserError(f"--condition {config.condition}: this run's data set has none")
     count = max(int(part.max()) for part in values) + 1
-    if count > 4096:
-        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than 4,096")
+    if count > most:
+        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than {most:,}")
     return count
-
-
-def check_labels(config, count, tokens):
-    """Raise UserError for images of more classes or labels than a second stage knows."""
-    if (found := condition_count(config, tokens)) > count:
-        raise UserError(f"--condition {config.condition}: the second stage knows {count} of {found} in these images")
 
 
 def make_network(config, run, count):
@@ -242,7 +264,7 @@ def make_network(config, run, count):
     shape = dict(width=config.width, depth=config.depth, heads=config.heads, dropout=config.dropout)
     if config.model == "gpt":
         codes = model.per_token(codes)
-        network = TokenTransformer(model.sizes, model.grid, condition, **shape, joint=config.joint, codes=codes)
+        network = TokenTransformer(model.sizes, model.grid, condition, **shape, codes=codes)
     else:
         network = Denoiser(model.code_dim * len(codes), model.grid, condition, **shape)
     return network.to(run.device)
@@ -250,8 +272,7 @@ def make_network(config, run, count):
 
 def stage_folder(run, config, root=None):
     """Where a second stage lies, in its run or below another root."""
-    name = f"{config.model}-{config.condition}" + ("" if config.joint else "-independent")
-    return (root or run.path) / "synthesis" / name
+    return (root or run.path) / "synthesis" / f"{config.model}-{config.condition}"
 
 
 def load_stage(run, folder):
@@ -263,7 +284,9 @@ def load_stage(run, folder):
         there = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/best.pt"))) or "none"
         raise UserError(f"no second stage '{folder.name}' in '{run.path}' (there: {there}); train makes one")
     state = load_checkpoint(folder / "best.pt")
-    check_stage(run, state, folder, state["config"]["condition"] == "class")
+    check_stage(run, state, folder)
+    if state["config"]["condition"] == "class" and state["classes"] != run.dataset("val").classes:
+        raise UserError(f"'{folder}' was trained with other classes than '{run.config.data}' has; see --data")
     with fitting(folder / "best.pt"):
         config = SynthesisConfig(**state["config"])
         network = make_network(config, run, state["count"])
@@ -271,17 +294,10 @@ def load_stage(run, folder):
     return network.eval(), config, state["count"], state["step"]
 
 
-def check_stage(run, state, folder, same_data):
-    """Raise UserError for a second stage of other tokens than the run's or, where it matters, of another data set."""
+def check_stage(run, state, folder):
+    """Raise UserError for a second stage of other tokens than the run's."""
     if state.get("tokenizer") != run.tokenizer:
         raise UserError(f"'{folder}' was trained on tokens of other weights of '{run.path}'; train it with --overwrite")
-    if same_data and state.get("data", data_name(run)) != data_name(run):
-        raise UserError(f"'{folder}' was trained on images of '{state['data']}', not '{data_name(run)}'; see --data")
-
-
-def data_name(run):
-    """The name of the folder of a run's data set; "" for the demo."""
-    return run.config.data and Path(run.config.data).resolve().name
 
 
 def losses_of(config, run, count, network, tokens, rows, drop=None, generator=None):
@@ -313,6 +329,8 @@ class StageTrainer:
 
     def __init__(self, config, run, count, train_set, chosen):
         torch.manual_seed(config.seed)
+        dataset = run.dataset("train")
+        self.data, self.classes = identity(dataset, run.config.data), dataset.classes
         self.config, self.run, self.device, self.count = config, run, run.device, count
         self.step, self.best, self.train_set, self.chosen = 0, -math.inf, train_set, chosen
         self.network = make_network(config, run, count)
@@ -333,7 +351,8 @@ class StageTrainer:
 
     def notes(self):
         """What a checkpoint holds beside them."""
-        return {"count": self.count, "tokenizer": self.run.tokenizer, "data": data_name(self.run)}
+        known = dict(count=self.count, data=self.data, classes=self.classes)
+        return {"tokenizer": self.run.tokenizer, **known}
 
     def usage(self):
         """No codes are learned here."""
@@ -365,9 +384,9 @@ class StageTrainer:
         return metrics
 
     def validate(self):
-        """The averaged weights' loss over the held-out images → score, {name: float}."""
+        """The averaged weights' loss over the held-out images → score, {name: float}, no picture."""
         values = validation(self.config, self.run, self.count, self.ema, self.train_set, self.chosen)
-        return -values["loss"], values
+        return -values["loss"], values, ()
 
 
 def train_stage(run, given, resume, overwrite):
@@ -378,8 +397,11 @@ def train_stage(run, given, resume, overwrite):
         raise UserError(f"--width {config.width} must be a multiple of twice the {config.heads} heads")
     folder, state, ldm = stage_folder(run, config), None, config.model == "ldm"
     if resume:
-        state, config = resumed_config(SynthesisConfig, given, CHANGEABLE, folder)
-        check_stage(run, state, folder, True)
+        state, choices = resumed_choices(SynthesisConfig, given, CHANGEABLE, folder)
+        config = SynthesisConfig(**choices)
+        check_stage(run, state, folder)
+    elif not rank():
+        check_folder(folder, overwrite)  # before images are encoded
     check_condition(config, run)
     with first_process_first():
         train_set, val_set = tokens_of(run, "train", config.views, ldm), tokens_of(run, "val", 1, ldm)
@@ -500,7 +522,7 @@ def draw_samples(runs, choices, part=""):
         stage = load_stage(run, stage_folder(run, choices))
         count = stage[2]
         tokens, dataset = tokens_of(run, "val", 1, ldm and bool(part or choices.pin)), run.dataset("val")
-        check_labels(choices, count, tokens)
+        condition_count(choices, tokens, most=count)
         images = torch.tensor(choices.images or spread_indices(len(dataset), choices.count))
         if images.max() >= len(dataset) or images.min() < 0:
             raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
@@ -564,12 +586,12 @@ def colours_of_labels(maps, count):
 # ======== Table 6
 
 @torch.no_grad()
-def likelihood(run, stage, tokens, order=None):
-    """Bits of each image's tokens under a transformer → (N, M) float64; `order`: whose condition each image gets."""
+def likelihood(run, stage, tokens):
+    """Bits of each image's tokens under a transformer → (N, M) float64."""
     network, config, count, _ = stage
     bits = []
     for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
-        known = known_of(config, tokens, rows if order is None else order[rows], run.device, count)
+        known = known_of(config, tokens, rows, run.device, count)
         images = tokens.indices[rows].to(run.device)
         logits = [part.float().mT for part in network(images, known)]
         losses = [F.cross_entropy(part, images[:, i].flatten(1), reduction="none") for i, part in enumerate(logits)]
@@ -581,9 +603,8 @@ def evaluate_stage(run, stage, choices, inception):
     """One row of Table 6 → dict, also in evaluation.json."""
     network, config, count, step = stage
     val_set, positions = tokens_of(run, "val", 1, config.model == "ldm"), math.prod(run.model.grid)
-    check_labels(config, count, val_set)
-    model = config.model + ("" if config.joint else ", independent heads")
-    result = {"run": str(run.path), "model": model, "condition": config.condition, "step": step}
+    condition_count(config, val_set, most=count)
+    result = {"run": str(run.path), "model": config.model, "condition": config.condition, "step": step}
     if config.model == "gpt":
         bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", config.views)
         result["bits"] = dict(zip(run.token_names, (bits.mean(0) / positions).tolist()))
@@ -595,9 +616,6 @@ def evaluate_stage(run, stage, choices, inception):
             bits_of_codes = -(counts / counts.sum()).log2()
             result["bits_unigram"] += float(bits_of_codes[val_set.indices[:, i].flatten()].mean()) * positions
         result["bits_per_bit"] = result["bits_image"] / result["bits_uniform"]
-        if config.condition == "segmentation":  # half a split away: neighbours may be near duplicates
-            other = likelihood(run, stage, val_set, torch.arange(len(bits)).roll(len(bits) // 2))
-            result["own_map_wins"] = float((bits.sum(1) < other.sum(1)).double().mean())
     else:
         result["noise"] = validation(config, run, count, network, val_set, range(len(val_set.labels)))["noise"]
     scores, features, done = [], ([], []), 0
@@ -623,7 +641,6 @@ COLUMNS = {  # of Table 6: name in evaluation.json → title, format
     "bits_per_bit": ("over uniform ↓", ".3f"),
     "bits_unigram": ("unigram", ",.0f"),
     "bits_uniform": ("uniform", ",.0f"),
-    "own_map_wins": ("own map likelier", ".1%"),
     "noise": ("noise error ↓", ".4f"),
     "psnr": ("PSNR of its tokens, dB ↑", ".2f"),
 }
@@ -646,9 +663,11 @@ def print_table(runs, choices, path=""):
         parts = " + ".join(f"{value:.3f}" for value in result.get("bits", {}).values()) or "–"
         cells = ["–" if result.get(name) is None else format(result[name], form) for name, (_, form) in COLUMNS.items()]
         rows.append([result["run"], result["model"], result["condition"], parts, *cells])
-    print(as_markdown(rows))
+    print(as_markdown(rows) + "\n")
     if reason:
-        print(f"\nFID: – ({reason})")
+        print(f"FID: – ({reason})")
+    else:
+        warn_of_fid(min(len(run.dataset("val")) for run in runs))
 
 
 # ======== Command line
@@ -663,7 +682,9 @@ def convert(run, photographs, split, decode, output, words):
         print(f"{path}: each image above what its tokens give")
     elif decode:
         with user_error(f"'{decode}' is no token file of this run: {{}}"):
-            arrays = dict(np.load(decode))
+            arrays, shape = dict(np.load(decode)), (len(run.model.sizes), *run.model.grid)
+            if arrays["indices"].dtype.kind not in "iu" or arrays["indices"].shape[1:] != shape:
+                raise ValueError(f"its indices are not whole numbers of shape {('images', *shape)}")
             indices, sizes = torch.from_numpy(arrays["indices"]).long(), torch.tensor(run.model.sizes)[:, None, None]
             if arrays["tokenizer"] != run.tokenizer or (indices < 0).any() or (indices >= sizes).any():
                 raise ValueError("it was made by another tokenizer")

@@ -16,6 +16,7 @@ import contextlib
 import copy
 import datetime
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -49,9 +50,9 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech, atomic_write,
-                   build_prior, checksum, command, describe_codebook, download, is_hidden, language_needs, list_files,
-                   provide, read_captions, read_corpora, read_tensors, regular, save_png, shuffled, text_checksum,
-                   user_error)
+                   build_prior, command, describe_codebook, download, is_hidden, language_needs, list_files,
+                   load_tensors, provide, read_captions, read_corpora, read_tensors, regular, save_png, shuffled,
+                   text_checksum, user_error)
 from vqct import (LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce,
                   distributed, hinge_loss, load_taming, needs_prior, option)
 
@@ -83,8 +84,8 @@ class Config(ModelConfig):
                          choices=("", "tiny", "f16"))
     out: str = option("", "run folder (default: runs/, data set, method and what departs from it)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
-    seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0, most=2**62)
-    steps: int = option(500_000, "generator steps; the authors' 500 epochs on CUB are 375,000", least=0)
+    seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0)
+    steps: int = option(500_000, "generator steps (the authors: 500 epochs)", least=0)
     batch_size: int = option(8, "images per process and micro-step (the authors' code: 8)")
     accumulate: int = option(1, "micro-steps whose gradients are averaged before each optimizer step")
     lr: float = option(0.0, "Adam's step size; 0 takes VQGAN's 4.5e-6 times the images of a step")
@@ -97,9 +98,9 @@ class Config(ModelConfig):
     trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads")
     gan_weight: float = option(0.8, "adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
-    gan_start: int = option(5_000, "step at which the adversary joins (VQGAN's 10,000 count both networks); tiny: "
-                            "after five sixths of the steps", least=0)
-    discriminator_layers: int = option(3, "inner ones; 3: patches of 70² pixels (VQGAN's ImageNet weights: 2)", most=6)
+    gan_start: int = option(5_000, "step at which the adversary joins (authors: 10,000 of both networks); "
+                            "tiny: after five sixths of the steps", least=0)
+    discriminator_layers: int = option(3, "inner layers; 3 gives patches of 70 × 70 pixels")
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     compile: bool = option(True, "torch.compile on CUDA, unless --deterministic: a slower start, faster steps")
     deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
@@ -117,7 +118,8 @@ PRESETS = {
 RECIPES = {
     "paper": {},
     "official": dict(transfer_layers=2, transfer_width=256, transfer_dropout=0.5, last_relu=False, pixel_loss="l1",
-                     adjective_neighbours=2, beta_on="codebook", weighted_edges=True, vector_scale="none"),
+                     adjective_neighbours=2, beta_on="codebook", weighted_edges=True, vector_scale="none",
+                     code_dim=512, straight_through=False, amp=False),  # 256 for each of two codebooks
 }
 LEARNED = dict(codes="uniform", codebooks=1, codebook_size=1024, trained=True, transfer="none", adjective_neighbours=1)
 PIXEL_LOSS_ONLY = dict(gan_weight=0.0, perceptual_weight=0.0)
@@ -144,9 +146,10 @@ METHODS = {
 }
 
 
-def resolve(given):
+def resolve(given, stored=None):
     """Explicit choices → the whole Config: flags come before the method, then the recipe, then the preset.
 
+    stored: the choices of a run that is resumed, which then take the place of these three.
     Raises UserError for a choice that changes nothing in this system.
     """
     dataset, method = given.get("dataset", Config.dataset), given.get("method", Config.method)
@@ -154,9 +157,13 @@ def resolve(given):
     usual = {**PRESETS[preset], **RECIPES[given.get("recipe", Config.recipe)], **METHODS[method]}
     if preset == "tiny" and "steps" in given:
         usual["gan_start"] = usual["gan_start"] * given["steps"] // usual["steps"]
-    config = Config(**{**usual, **given, "preset": preset})
+    if {**usual, **given}.get("codebooks") == 1:
+        usual["code_dim"] = PRESETS[preset].get("code_dim", Config.code_dim)
+    config = Config(**({**stored, **given} if stored else {**usual, **given, "preset": preset}))
     config.lr = config.lr or 4.5e-6 * config.batch_size * config.accumulate * processes()
-    config.data = config.data or ("" if dataset in ("demo", "folder") else f"data/{DATASETS[dataset].folder}")
+    if not config.data and config.dataset in DATASETS:
+        config.data = f"data/{DATASETS[config.dataset].folder}"
+    config.data, config.labels = map(os.path.expanduser, (config.data, config.labels))
     if not config.out:
         usual["preset"], words = "tiny" if dataset == "demo" else "f16", [dataset, method]
         words += [Path(config.prior).stem] if config.prior else []
@@ -212,12 +219,13 @@ class Trainer:
 
     config: Config; prior: dict of `Prior.tensors`, or None; device: torch.device.
     training_images: how many train; `usage` counts the codes chosen in the latest epoch.
+    data: the `identity` of their data set.
     Raises UserError for incompatible choices.
     """
 
-    def __init__(self, config, prior, device, training_images=1):
+    def __init__(self, config, prior, device, training_images=1, data=""):
         torch.manual_seed(config.seed)
-        self.config, self.prior, self.device = config, prior, device
+        self.config, self.prior, self.device, self.data = config, prior, device, data
         self.step, self.best = 0, -math.inf
         self.steps_per_epoch = math.ceil(training_images / (config.batch_size * config.accumulate * processes()))
         with user_error("{}", ValueError):
@@ -264,7 +272,7 @@ class Trainer:
 
     def notes(self):
         """What a checkpoint holds beside them."""
-        return {"prior": self.prior, "last_used": self.last_used, "start": self.start}
+        return {"prior": self.prior, "last_used": self.last_used, "start": self.start, "data": self.data}
 
     def train_step(self, batches):
         """One step of generator (encoder, codebooks, decoder) and discriminator on a list of (B, 3, R, R) images.
@@ -363,8 +371,8 @@ class Trainer:
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # evaluation would compile graphs of its own
-    def validate(self, loader, picture, shown=16):
-        """Mean PSNR over a loader, some of whose images go to a picture → score, {name: float}."""
+    def validate(self, loader, shown=16):
+        """Mean PSNR over a loader, and some of its images → score, {name: float}, rows for `draw_grid`."""
         self.model.eval().codebook.freeze()
         scores, originals, reconstructions, wanted = [], [], [], spread_indices(len(loader.dataset), shown)
         for batch in loader:
@@ -374,9 +382,8 @@ class Trainer:
             originals += x[rows]
             reconstructions += x_hat[rows]
             scores.extend(psnr(x_hat, x))
-        draw_grid([("original", originals), ("reconstruction", reconstructions)], picture)
         score = torch.stack(scores).mean().item()
-        return score, {"psnr": score}
+        return score, {"psnr": score}, [("original", originals), ("reconstruction", reconstructions)]
 
 
 def psnr(x_hat, x):
@@ -421,9 +428,10 @@ def fit(trainer, batches, validate, out, journal):
     """Take a batch, step, log, validate, save. A signal ends it after its step, with a checkpoint.
 
     trainer: Trainer, or StageTrainer of synthesize.py; batches: iterator of micro-batches.
-    validate: () → score, the higher the better, and a dict of floats.
-    out: folder of last.pt and best.pt; journal: its metrics.jsonl, open. Raises: UserError: where a value is not
-    finite, before it is saved. SystemExit: of 128 + the signal's number.
+    validate: () → score, the higher the better, a dict of floats, and rows of reconstructions.png, if any.
+    out: folder of last.pt and best.pt; journal: its metrics.jsonl, open.
+    Raises UserError if a value is not finite or the folder is gone, before anything is written, and
+    SystemExit of 128 + the signal's number.
     """
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)  # speed is that of the latest lines
@@ -439,19 +447,24 @@ def fit(trainer, batches, validate, out, journal):
             stop = max(signals, default=0)
             if distributed():  # all must stop at the same step, one at which they meet anyway
                 stop = int(all_reduce(torch.tensor(stop, device=trainer.device), "max")) if logs else 0
-            if logs:
+            if logs or validates or stop:  # what is written or saved follows from these
                 metrics = {name: all_reduce(value).item() for name, value in metrics.items()}
+                check_finite(metrics, trainer, out)
+            if logs:
                 metrics["images/s"], left = pace(trainer, recent)
-                progress(f"{record(metrics, trainer, out, journal)} left {left}", now=last)
+                progress(f"{record(metrics, trainer, journal)} left {left}", now=last)
             if validates and not rank():
-                score, values = validate()
+                score, values, rows = validate()
                 values = {f"validation_{name}": value for name, value in values.items()}
-                progress(record(values, trainer, out, journal), now=True)
+                progress(record(values, trainer, journal), now=True)
+                if rows:
+                    draw_grid(rows, out / "reconstructions.png")
                 if score > trainer.best:
                     trainer.best = score
                     save_checkpoint(out / "best.pt", trainer)
             if validates or stop:
                 if not rank():
+                    check_there(journal)
                     save_checkpoint(out / "last.pt", trainer)
                 seed_rank(trainer)
             if stop and not last:
@@ -461,15 +474,17 @@ def fit(trainer, batches, validate, out, journal):
         torch.distributed.barrier()  # the first may still be saving
 
 
-def record(values, trainer, out, journal):
-    """Write floats by name, and how many codes are in use, as a line of metrics.jsonl → that line in words.
-
-    Raises UserError for the first that is not finite.
-    """
-    for name, value in values.items():
+def check_finite(metrics, trainer, out):
+    """Raise UserError for a value that is not finite. Where loss and gradients are, the weights are too."""
+    for name, value in metrics.items():
         if not math.isfinite(value):
             advice = f"'{out / 'last.pt'}' is unchanged; try a smaller --lr"
             raise UserError(f"{name} is not finite at step {trainer.step:,}; {advice}")
+
+
+def record(values, trainer, journal):
+    """Write floats by name, and how many codes are in use, as a line of metrics.jsonl → the line in words."""
+    check_there(journal)
     usage = trainer.usage()
     line = {"step": trainer.step, **values, "codes_used": [used for used, _ in usage]}
     with user_error(f"'{journal.name}' cannot be written: {{}}"):
@@ -961,7 +976,7 @@ def folder_records(root, labels="", whole=False):
 
 def make_datasets(config, whole=False):
     """The "train" and "val" splits that a Config names, as ImageDatasets; whole: of `folder_records`."""
-    root, layout = Path(config.data).expanduser(), DATASETS.get(config.dataset)
+    root, layout = Path(config.data), DATASETS.get(config.dataset)
     if config.dataset == "demo":
         return [DemoDataset(split, config.resolution, config.seed) for split in SPLITS]
     if config.dataset == "folder" and not config.data:
@@ -969,7 +984,7 @@ def make_datasets(config, whole=False):
     if layout:
         (train, classes), (val, _) = (layout.records(root, split) for split in SPLITS)
     else:
-        train, val, classes = folder_records(root, os.path.expanduser(config.labels), whole)
+        train, val, classes = folder_records(root, config.labels, whole)
     if not train or not val:
         split = "val" if train else "train"
         raise UserError(f"no images for the {split} split in '{root}' (which needs ten, or train/ and val/)")
@@ -1077,16 +1092,25 @@ def worker_init(worker):
 
 # ======== Runs: their folders, checkpoints, and reading them again
 
-VERSION = 3  # of checkpoints
+VERSION = 4  # of checkpoints
+SOURCES = (Path(__file__).with_name(name).read_bytes() for name in ("vqct.py", "train.py"))
+CODE = hashlib.sha256(b"".join(SOURCES)).hexdigest()  # of what trains, kept in checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
     tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
     fig7_regions.png curves.png samples.png completions.png photographs.png""".split()
 
 
+def identity(dataset, root):
+    """sha256 of a data set's labels, and its images' names below `root` and sizes: a move keeps it."""
+    images = ((record.label, record.path) for record in dataset.records)
+    listed = [(label, path and [os.path.relpath(path, root), path.stat().st_size]) for label, path in images]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+
+
 def check_folder(out, overwrite):
     """Raise UserError for a run that may not be overwritten, or a folder that holds what no run of train.py writes."""
     names = sorted(path.name for path in out.iterdir()) if out.is_dir() else []
-    ours = (*RUN_FILES, "synthesis", "decoded", "other")  # the last three are other scripts' folders, and kept
+    ours = (*RUN_FILES, "lock", "synthesis", "decoded", "other")  # the last four are other scripts', and kept
     foreign = [name for name in names if name.removesuffix(".part") not in ours]
     if "last.pt" in names and not overwrite:
         raise UserError(f"run '{out}' exists; go on with --resume, replace it with --overwrite, or name another --out")
@@ -1094,38 +1118,40 @@ def check_folder(out, overwrite):
         raise UserError(f"'{out}' holds {', '.join(foreign[:3]) or 'no folder'}; move that away, or name another --out")
 
 
+def lock(file, waiting=""):
+    """Lock a file until it is closed. If another process has it: print `waiting` and wait, or UserError."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if not waiting:
+            raise UserError(f"another process works in '{Path(file.name).parent}'") from None
+        print(waiting, flush=True)
+        fcntl.lockf(file, fcntl.LOCK_EX)
+    except OSError:
+        pass  # a file system without locks
+
+
 def open_run(out, trainer, overwrite=False, resumed=None):
     """Lock a run's folder and empty it, for config.json and a first checkpoint; or trim it to the checkpoint `resumed`.
 
     Returns metrics.jsonl, open to append, and locked as long as it is; nothing in other processes of torchrun.
-    Raises UserError where another process works in it, or as check_folder.
+    Raises UserError where another process works in it, or as check_folder, which is to be called before.
     """
     if rank():
         return open(os.devnull, "w")
     out.mkdir(parents=True, exist_ok=True)
-    if resumed is None:
-        check_folder(out, overwrite)
-    journal = open(out / "metrics.jsonl", "a+", encoding="utf-8", errors="replace", newline="\n")
-    try:
-        if fcntl:
-            fcntl.lockf(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process works in '{out}'") from None
-    except OSError:
-        pass  # a file system without locks
+    journal = open(out / "metrics.jsonl", "a+", encoding="utf-8", errors="surrogateescape", newline="\n")
+    lock(journal)
     if resumed is None:
         check_folder(out, overwrite)  # a run may have ended in it meanwhile
+        journal.truncate(0)
         for name in set(RUN_FILES) - {"metrics.jsonl"}:
             (out / name).unlink(missing_ok=True)
             (out / f"{name}.part").unlink(missing_ok=True)
-    journal.seek(0)
-    kept = 0
-    for line in iter(journal.readline, "") if resumed else ():
-        step = re.match(r'\{"step": (\d+),.*\}\n', line)
-        if step is None or int(step[1]) > resumed["step"]:
-            break  # from here on it is repeated, or damaged
-        kept += len(line)
-    journal.truncate(kept)
+    else:
+        cut_journal(journal, resumed["step"])
     with atomic_write(out / "config.json") as part:
         part.write_text(json.dumps({**asdict(trainer.config), "torch": torch.__version__}, indent=1))
     if resumed is None:
@@ -1133,37 +1159,74 @@ def open_run(out, trainer, overwrite=False, resumed=None):
     return journal
 
 
+def cut_journal(journal, step):
+    """Cut the lines of metrics.jsonl that are later than a step; a whole one that cannot be read stays."""
+    journal.seek(0)
+    lines, steps = journal.readlines(), []
+    for line in lines:
+        found = re.search(r'"step": (\d+),', line)
+        steps.append(int(found[1]) if found else 0 if line.endswith("\n") else math.inf)
+    first = next((i for i, found in enumerate(steps) if found > step), len(lines))
+    journal.truncate(len("".join(lines[:first]).encode("utf-8", "surrogateescape")))
+    journal.writelines(line for line, found in zip(lines[first:], steps[first:]) if found <= step)
+    if cut := sum(found > step for found in steps):
+        print(f"{journal.name}: {cut:,} lines later than step {step:,} are cut")
+
+
+def read_journal(path):
+    """The lines of a metrics.jsonl that can be read → list of dicts."""
+    lines = []
+    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # damaged, or cut by a kill
+            lines.append(json.loads(text))
+    return lines
+
+
+def check_there(journal):
+    """Raise UserError if an open file is no longer where it was opened: its folder was deleted or moved."""
+    with user_error(f"'{journal.name}' is no longer there: its folder was deleted or moved; training ends"):
+        if not os.path.samestat(os.stat(journal.name), os.fstat(journal.fileno())):
+            raise FileNotFoundError
+
+
 def save_checkpoint(path, trainer):
     """A trainer's networks, optimizers, notes, step, configuration and random state, as tensors, numbers, strings."""
     state = {"version": VERSION, "config": asdict(trainer.config), "step": trainer.step, "best": trainer.best}
-    state.update(processes=processes(), random=torch.get_rng_state(), **trainer.notes())
+    state.update(code=CODE, processes=processes(), random=torch.get_rng_state(), **trainer.notes())
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
     for name, part in trainer.parts().items():
         state[name] = part.state_dict()
-        for parameter in part.parameters() if isinstance(part, torch.nn.Module) else ():
-            if not parameter.isfinite().all():
-                raise UserError(f"{name} is not finite after step {trainer.step:,}; '{path}' is kept; try another --lr")
     archive = io.BytesIO()
     torch.save(state, archive)
-    with atomic_write(path) as part:
+    with atomic_write(path, folder=False) as part:  # of a run, which may have been deleted or moved meanwhile
         part.write_bytes(archive.getbuffer())
 
 
 def load_checkpoint(path):
     """A dict of `save_checkpoint`. Raises UserError for a file that is missing, damaged or something else."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path):
+    """A checkpoint, and the sha256 of its file, which is read once, as a running training may replace it."""
     with user_error(f"'{path}' is no checkpoint of this program, or damaged: {{}}"):
-        with zipfile.ZipFile(regular(path)) as archive:  # torch writes a checksum of every record and does not read it
-            if damaged := archive.testzip():
-                raise ValueError(f"the checksum of {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        data = Path(regular(path)).read_bytes()
+        if damaged := zipfile.ZipFile(io.BytesIO(data)).testzip():  # torch writes checksums and reads none
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = load_tensors(io.BytesIO(data))
         if state["version"] != VERSION:
             raise ValueError(f"it is of version {state['version']}, this code reads {VERSION}")
-        return state
+        return state, hashlib.sha256(data).hexdigest()
 
 
 def restore(trainer, state, out):
-    """Give a trainer of either stage the state of a checkpoint, random state and all."""
+    """Give a trainer of either stage the state of a checkpoint, random state and all.
+
+    Raises UserError for a checkpoint of other images, or one that does not fit.
+    """
+    if state["data"] != trainer.data:
+        raise UserError(f"'{out}' was trained on other images than these; point --data at a copy of its own")
     with fitting(out / "last.pt"):
         trainer.step, trainer.best = state["step"], state["best"]
         for name, part in trainer.parts().items():
@@ -1176,7 +1239,10 @@ def restore(trainer, state, out):
         torch.set_rng_state(state["random"])
         if "cuda_random" in state and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], trainer.device)
-    print(f"resumed at step {trainer.step:,}")
+    old, new = state["config"]["steps"], trainer.config.steps
+    print(f"resumed at step {trainer.step:,}", end="\n" if new == old else "; ")
+    if new != old:
+        print(f"a cosine's rate and a temperature now follow {new:,} steps instead of {old:,}")
 
 
 def fitting(path):
@@ -1184,24 +1250,31 @@ def fitting(path):
     return user_error(f"'{path}' does not match its configuration: {{}}")
 
 
-def resumed_config(kind, given, changeable, out):
-    """The checkpoint of a run, and its configuration, a dataclass `kind`, with the flags of a --resume.
+def resumed_choices(kind, given, changeable, out):
+    """The checkpoint of a run, and the fields of its configuration, a `kind`, with the flags of a --resume.
 
-    Raises UserError for flags or processes that would make it another run, or if nothing is left to do.
+    Raises UserError for flags or processes that would make it another run, for a checkpoint that config.json
+    does not describe, or if nothing is left to do.
     """
-    state = load_checkpoint(out / "last.pt")
+    state, noted = load_checkpoint(out / "last.pt"), {}
     with fitting(out / "last.pt"):
         stored = asdict(kind(**state["config"]))
-    for name, value in given.items():
-        if name not in changeable and value != stored[name]:
-            flag = name.replace("_", "-")
-            raise UserError(f"--resume cannot change --{flag} from {stored[name]!r}; start another run")
+    if (out / "config.json").exists():
+        with user_error(f"'{out / 'config.json'}' cannot be read: {{}}; last.pt goes on without that file"):
+            noted = json.loads((out / "config.json").read_text())
+    for name in (name for name in stored if name not in changeable):
+        flag = f"--{name.replace('_', '-')}"
+        if given.get(name, stored[name]) != stored[name]:
+            raise UserError(f"--resume cannot change {flag} from {stored[name]!r}; start another run")
+        if name in noted and noted[name] != json.loads(json.dumps(stored[name])):
+            is_not = f"{flag} {stored[name]} instead of {noted[name]}"
+            raise UserError(f"'{out}' holds last.pt of another run, with {is_not}")
     if state["processes"] != processes():
         raise UserError(f"'{out}' was trained by {state['processes']} processes; resume with as many")
-    config = kind(**{**stored, **given})
-    if state["step"] >= config.steps:
+    choices = {**stored, **given}
+    if state["step"] >= choices["steps"]:
         raise UserError(f"'{out}' is at step {state['step']:,} already; give a larger --steps")
-    return state, config
+    return state, choices
 
 
 class Run:
@@ -1214,14 +1287,12 @@ class Run:
 
     def __init__(self, path, device="auto", data="", labels="", checkpoint="last"):
         self.path, self.device, file = Path(path), pick_device(device), Path(path) / f"{checkpoint}.pt"
-        state, self.tokenizer = load_checkpoint(file), checksum(file)
+        state, self.tokenizer = read_checkpoint(file)
         with fitting(file):
             self.config, self.prior, self.step = Config(**state["config"]), state["prior"], state["step"]
-            self.start = state["start"]
+            self.start, self.data, self.code = state["start"], state["data"], state["code"]
             self.model = VQModel(self.config, self.prior)
             self.model.load_state_dict(state["model"])
-            if not all(x.isfinite().all() for x in state["model"].values()):
-                raise ValueError("weights that are not finite")
         self.model.to(self.device).eval().requires_grad_(False).codebook.freeze()
         if data and self.config.dataset == "demo" or labels and self.config.dataset != "folder":
             kind = f"a run of {self.config.dataset} (synthesize.py RUN tokens PHOTO reads any photograph)"
@@ -1380,12 +1451,19 @@ def load_lpips(trunk, trunk_weights="", lpips_weights=""):
 
 
 def take_published_weights(trainer, path):
-    """Give a Trainer's networks the weights of a taming-transformers checkpoint. Raises UserError if they don't fit."""
+    """Give a Trainer's networks the weights of a taming-transformers checkpoint.
+
+    A prefix that all names share, such as "module.", is left out. Raises UserError if they don't fit.
+    """
     state = read_tensors(path)
-    with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} (published: --preset f16)"):
+    prefix = re.match(r"(.*\.)?", os.path.commonprefix(list(state)))[0]
+    state = {name.removeprefix(prefix): value for name, value in state.items()}
+    without = f", names without '{prefix}'" if prefix else ""
+    advice = f"(published: --preset f16{without})"
+    with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} {advice}"):
         left = {name.partition(".")[0] for name in load_taming(trainer.model, trainer.discriminator, state)}
     trainer.start = [codes.detach().clone() for codes in trainer.model.codebook()]
-    print(f"init: {path}" + (f"; not taken from it: {', '.join(sorted(left))}" if left else ""))
+    print(f"init: {path}{without}" + (f"; not taken from it: {', '.join(sorted(left))}" if left else ""))
 
 
 # ======== Command line
@@ -1408,8 +1486,9 @@ def parse(argv=None):
         return config, None, overwrite
     if not (Path(config.out) / "last.pt").is_file():
         raise UserError(f"no run '{config.out}' to resume: it has no last.pt; --out names a run")
-    state, config = resumed_config(Config, {**given, "out": config.out}, CHANGEABLE, Path(config.out))
-    return config, state, False
+    given["out"] = config.out
+    state, stored = resumed_choices(Config, given, CHANGEABLE, Path(config.out))
+    return resolve(given, stored), state, False
 
 
 def main(argv=None):
@@ -1427,7 +1506,8 @@ def main(argv=None):
         prior = None if state else make_prior(config, train_set)  # §3.3 steps 1 and 2: words, vectors, graph
     kept, chosen = hold_out(len(train_set), config.eval_images)
     tensors = state["prior"] if state else prior and prior.tensors()
-    trainer = Trainer(config, tensors, device, len(kept))  # step 3: the networks
+    data = identity(train_set, config.data)
+    trainer = Trainer(config, tensors, device, len(kept), data)  # step 3: the networks
     if state:
         restore(trainer, state, out)
     elif config.init:
@@ -1448,7 +1528,7 @@ def main(argv=None):
         adversary = f"adversary × {config.gan_weight} from step {config.gan_start:,}{never}"
         print(f"losses: {config.pixel_loss}, LPIPS × {config.perceptual_weight}, {adversary}", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)
-        fit(trainer, images, lambda: trainer.validate(validation, out / "reconstructions.png"), out, journal)
+        fit(trainer, images, lambda: trainer.validate(validation), out, journal)
     look = f"look at {out / 'reconstructions.png'}; " if config.steps else ""
     print(f"done: {look}measure with: python evaluate.py {shlex.quote(str(out))}")
 

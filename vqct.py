@@ -1055,7 +1055,6 @@ class TokenTransformer(nn.Module):
 
     sizes: codes of each of the M tokens of a position; grid: (h, w) positions.
     condition: Condition of the same width.
-    joint: whether a token's prediction sees those before it at its position; a control without.
     codes: M tensors (K_i, D), the tokenizer's codes, so that tokens that are alike start alike; or None.
 
     >>> gpt = TokenTransformer((70, 61), (8, 8), Condition("class", 16, (8, 8), 64), width=64, depth=2).eval()
@@ -1064,9 +1063,9 @@ class TokenTransformer(nn.Module):
     torch.Size([2, 2, 8, 8])
     """
 
-    def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, joint=True, codes=None):
+    def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, codes=None):
         super().__init__()
-        self.sizes, self.grid, self.width, self.joint = tuple(sizes), tuple(grid), width, joint
+        self.sizes, self.grid, self.width = tuple(sizes), tuple(grid), width
         self.condition, self.positions = condition, Positions(grid, width)
         pairs = list(zip(sizes, codes or [None] * len(sizes)))
         self.embeddings = nn.ModuleList(CodeEmbedding(size, width, vectors) for size, vectors in pairs)
@@ -1104,8 +1103,7 @@ class TokenTransformer(nn.Module):
 
     def logits(self, hidden, tokens, i):
         """(B, T, K_i) logits of token i; tokens (B, ≥ i, T) are those of the same positions before it."""
-        if self.joint:
-            hidden = hidden + sum(self.embeddings[j](tokens[:, j]) for j in range(i))
+        hidden = hidden + sum(self.embeddings[j](tokens[:, j]) for j in range(i))
         return self.outputs[i].logits(self.heads[i](hidden))
 
     def forward(self, tokens, known=None, drop=None):

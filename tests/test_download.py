@@ -259,7 +259,7 @@ def test_without_download_one_message_lists_all_that_is_missing(published, capsy
         ("CUB-200-2011", "1.1 GB", "--data DIR"),
     ):
         (line,) = [line for line in listed if line.strip().startswith(f"{name}")]
-        assert f", {size}: " in line and f"(a local copy: " in line and local in line, line
+        assert f", {size}: " in line and "(a local copy: " in line and local in line, line
     assert len(listed) == 7 and not published.requests and not list(ROOT.cwd().iterdir())
 
 

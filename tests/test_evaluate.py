@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import re
+import shutil
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -246,8 +248,8 @@ def test_table_of_runs_that_differ_by_seed_or_more():
     seeds = [{**result, "fid": 3.0 + 2 * i, "run": f"seed{i}", "config": seeded(i)} for i in range(2)]
     other = {**result, "run": "other", "config": {**result["config"], "beta": 0.5}}
     seeds[1]["config"]["download"] = True
-    names = [name for name, _ in rows_of([result, other, *seeds, {**result, "step": 4}])]
-    assert names == ["run (3 seeds)", "other", "run"]
+    names = [name for name, _ in rows_of([*seeds, other, result, {**result, "step": 4}])]
+    assert names == ["seed0 (2 seeds)", "other", "run", "run"]  # the first "run" has the seed of seed0
     lines = markdown([*seeds, other]).splitlines()
     assert lines[0].startswith("| run | FID ↓ | PSNR ↑ | ℓ1 ↓ | ℓ2 ↓ |")  # the paper's order
     assert lines[2].startswith("| seed0 (2 seeds) | 4.00 ± 1.41 | 20.00 ± 0.00 |") and len(lines) == 4
@@ -262,8 +264,49 @@ def test_table_of_runs_that_differ_by_seed_or_more():
     assert alignment_table([{**result, "alignment": {}}]) == ""
 
 
+@pytest.mark.parametrize("name, value", [
+    ("step", 3), ("checkpoint", "best"), ("codes", {"code": 7}), ("contents", {"prior": "other words", "data": "birds"}),
+    ("contents", {"prior": "words", "data": "cats"}), ("images", 8), ("config", {"seed": 1, "prior": "a.npz", "beta": 1}),
+    (None, None),
+])
+def test_seeds_are_runs_of_the_same_contents(name, value):
+    result = dict(run="a", step=2, checkpoint="last", codes={"code": 9}, images=9,
+                  contents={"prior": "words", "data": "birds"}, config={"seed": 0, "prior": "a.npz", "beta": 0})
+    seed = {**result, "run": "b", "config": {"seed": 1, "prior": "elsewhere/a.npz", "beta": 0}}
+    rows = rows_of([result, {**seed, name: value} if name else seed])
+    assert [title for title, _ in rows] == (["a", "b"] if name else ["a (2 seeds)"])
+
+
+def test_a_checkpoint_tells_runs_of_other_contents_apart(run, prior, capsys):
+    """Priors under one name, a run and its copy; but the permutations of two seeds are of one prior."""
+    for folder, noun in (("one", "A"), ("two", "Z")):
+        prior.noun_words[0] = noun
+        prior.save(f"{folder}/prior.npz")
+    flags = ["--shuffle=vectors", "--method=vqct"]
+    for seed in (0, 1):
+        trained(Path(f"one-{seed}"), f"--seed={seed}", *flags, "--prior=one/prior.npz")
+    trained(Path("two-2"), "--seed=2", *flags, "--prior=two/prior.npz")
+    shutil.copytree("one-0", "copy")
+    results = [evaluate(path, EvaluationConfig(device="cpu")).result for path in ("one-0", "one-1", "two-2", "copy")]
+    assert [name for name, _ in rows_of(results)] == ["one-0 (2 seeds)", "two-2", "copy"]
+
+
+def test_alignment_of_many_words_takes_little_memory():
+    """The dense table of 20,000 nouns and codes would be 1.6 GB."""
+    letters = str.maketrans("0123456789", "abcdefghij")
+    nouns = [f"w{number:05}".translate(letters) for number in range(20_000)]
+    words, rng = {"adjective_words": ["red"], "noun_words": nouns}, np.random.default_rng(0)
+    said, codes = rng.integers(0, 20_000, (300, 4)), rng.integers(0, 20_000, (300, 1, 2, 2))
+    dataset = ImageDataset([Record(None, captions=[f"a {nouns[i]}" for i in row]) for row in said], [], 16)
+    tracemalloc.start()
+    found = aligned([np.zeros_like(codes), said.reshape(300, 1, 2, 2)], dataset, words, permutations=19)
+    assert found["noun"]["p"] == 0.05 and found["noun"]["ratio"] > 100
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
 def test_other_systems_are_evaluated_drawn_and_compared(run, capsys):
-    trained(Path("vqgan"), "--method=vqgan"), trained(Path("official"), "--recipe=official")
+    trained(Path("vqgan"), "--method=vqgan"), trained(Path("official"), "--recipe=official", "--code-dim=16")
     main(["run", "vqgan", "official", "--figures", "--save=saved", "--device=cpu"])
     result = json.loads(Path("official/evaluation.json").read_text())
     adjectives, nouns = map(math.log2, result["codes"].values())
@@ -293,9 +336,13 @@ def test_usage_counts_codes_and_when_they_turned_up(seen):
     run = SimpleNamespace(names=("code",), words=[list("abcdef")], path=Path("somewhere/run"))
     codes = np.array([[[[2, 0]], [[2, 2]]], [[[4, 2]], [[0, 2]]]])  # two images of two positions, two codes at each
     draw_usage([Evaluation(run, {}, [codes])], "usage.png")
+    assert {panel["title"] for panel in seen[0]} == {"run: 50.0% of all codes used"}
     ((ranked, _, label),), ((growth, _, _),) = (panel["lines"] for panel in seen[0])
     assert ranked.tolist() == [[1, 5], [2, 2], [3, 1]] and label == "3 of 6 codes (50.0%)"
     assert growth.tolist() == [[1, 1], [2, 2], [3, 3]]
+    pair = SimpleNamespace(names=("adjective", "noun"), words=[list("abcdef"), list("gh")], path=Path("pair"))
+    draw_usage([Evaluation(pair, {}, [codes, codes // 4])], "usage.png")  # three of six and two of two
+    assert seen[1][0]["title"] == "pair: 62.5% of all codes used"
 
 
 def test_regions_are_those_of_their_words(run, seen):
@@ -325,7 +372,7 @@ def test_rate_and_distortion_have_bars_of_the_seeds(seen):
 def test_curves_are_those_of_the_journal(seen):
     lines = [{"step": 2, "loss": 3.0, "codes_used": [5, 7]}, {"step": 2, "validation_psnr": 14.0, "codes_used": [5, 7]}]
     Path("a").mkdir()
-    Path("a/metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"step": 4, "lo']))  # the last by a kill
+    Path("a/metrics.jsonl").write_text("\ufeff" + "\r\n".join([*map(json.dumps, lines), '{"step": 3, "loss\0 x}', '{"step": 4, "lo']))
     draw_curves([SimpleNamespace(run=SimpleNamespace(path=Path("a")))], "curves.png")
     drawn = {panel["title"]: panel["lines"] for panel in seen[0]}
     assert drawn["loss"] == [([(2, 3.0)], 0, "a")] and drawn["PSNR of held-out images, dB"] == [([(2, 14.0)], 0, "a")]
@@ -335,6 +382,7 @@ def test_curves_are_those_of_the_journal(seen):
 def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, seen):
     draw_toy(prior.tensors(), "toy.png")
     learned, generated = ([line for line in panel["lines"] if line[2] != "feature"] for panel in seen[0])
+    assert all("no ReLU after the last layer" in panel["notes"][-1] for panel in seen[0])
     moved = lambda lines: [int((points[-1] != points[0]).any()) for points, _, _ in lines]
     assert sum(moved(learned)) == 1 and np.mean(moved(generated)) > 0.9
     once = [sum(line[1] == other[1] for other in learned) == 1 for line in learned]

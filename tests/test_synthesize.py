@@ -1,5 +1,6 @@
 """Tokens of a run, their file and the way back; the second stage and what it draws."""
 
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from test_evaluate import FEW, QUARTERS, own_folder, trained
 from train import DemoDataset, Run, psnr, to_bytes, to_images
 
 SMALL = "--device=cpu --steps=3 --width=16 --depth=1 --heads=2 --batch-size=8 --eval-every=2 --log-every=1".split()
-RUNS = {"vqct": "--method=vqct", "vqgan": "--method=vqgan", "official": "--recipe=official"}
+RUNS = {"vqct": "--method=vqct", "vqgan": "--method=vqgan", "official": "--recipe=official --code-dim=16"}
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DemoDataset, "SIZES", FEW)
         for name, flag in RUNS.items():
-            trained(folder / name, flag)
+            trained(folder / name, *flag.split())
         main([str(folder / "official"), "train", "--condition=segmentation", *SMALL])
     return folder
 
@@ -84,7 +85,9 @@ def test_foreign_token_files_are_named(run):
     arrays = dict(np.load("mine.npz"))
     np.savez("other.npz", **{**arrays, "tokenizer": "0" * 64})
     np.savez("large.npz", **{**arrays, "indices": arrays["indices"] + 5000})
-    for name in ("other.npz", "large.npz", "absent.npz", "run/config.json"):
+    np.savez("halves.npz", **{**arrays, "indices": arrays["indices"] / 2})
+    np.savez("narrow.npz", **{**arrays, "indices": arrays["indices"][..., :4]})
+    for name in ("other.npz", "large.npz", "halves.npz", "narrow.npz", "absent.npz", "run/config.json"):
         with pytest.raises(UserError, match=f"'{name}' is no token file of this run: "):
             go("tokens", f"--decode={name}", "--output=images")
 
@@ -112,16 +115,62 @@ def test_features_are_encoded_once_and_belong_to_their_tokens(run):
     assert len(tokens_of(here, "val", 3, True).features) == 33  # not those of one view that were there
 
 
-@pytest.mark.parametrize("what", ["tokens-val.npz", "features-val.npy", "data"])
+def rewritten(run, change):
+    """Replace the features that a run keeps by what `change` makes of them, without the key behind them or with it."""
+    path = run / "features-val.npy"
+    features, key = np.load(path), path.read_bytes()[-64:]
+    np.save(path, change(features))
+    return path, key
+
+
+def of_another_run(run):
+    """Replace a run's features by those of another run, as they are."""
+    trained(Path("another"), *RUNS["official"].split(), "--seed=1")
+    tokens_of(Run("another", "cpu"), "val", 1, True)
+    shutil.copy("another/features-val.npy", run / "features-val.npy")
+
+
+def one_row_less(run):
+    """Take the last row from a run's features, whose key is still behind them."""
+    path, key = rewritten(run, lambda features: features[:-1])
+    with open(path, "ab") as file:
+        file.write(key)
+
+
+SPOILED = {
+    "cut tokens": lambda run: (run / "tokens-val.npz").write_bytes((run / "tokens-val.npz").read_bytes()[:500]),
+    "cut features": lambda run: (run / "features-val.npy").write_bytes((run / "features-val.npy").read_bytes()[:500]),
+    "zeros": lambda run: rewritten(run, np.zeros_like),
+    "another run's": of_another_run,
+    "one row less": one_row_less,
+    "other data": lambda run: None,
+}
+
+
+@pytest.mark.parametrize("what", SPOILED)
 def test_a_cache_that_is_damaged_or_of_other_data_is_made_anew(run, what, monkeypatch):
     here, path = Run(run, "cpu"), run / "tokens-val.npz"
-    indices, made = tokens_of(here, "val", 1, True).indices, path.stat().st_mtime_ns
-    if what == "data":
+    before, made = tokens_of(here, "val", 1, True), path.stat().st_mtime_ns
+    features = np.array(before.features)
+    if what == "other data":
         monkeypatch.setattr(DemoDataset, "fingerprint", lambda self: ["other files"])
-    else:
-        (run / what).write_bytes((run / what).read_bytes()[:500])
+    SPOILED[what](run)
     tokens = tokens_of(here, "val", 1, True)
-    assert path.stat().st_mtime_ns > made and torch.equal(tokens.indices, indices) and len(tokens.features) == 11
+    assert path.stat().st_mtime_ns > made and torch.equal(tokens.indices, before.indices)
+    assert np.array_equal(tokens.features, features)
+
+
+def test_a_tokenizer_is_the_checkpoint_that_was_read(run, monkeypatch):
+    digest = hashlib.sha256((run / "last.pt").read_bytes()).hexdigest()
+    loaded = torch.load
+
+    def replaced_meanwhile(*arguments, **options):
+        """As a training that goes on replaces it."""
+        (run / "last.pt").write_bytes(b"the next checkpoint")
+        return loaded(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", replaced_meanwhile)
+    assert Run(run, "cpu").tokenizer == digest
 
 
 def test_label_shares_are_those_of_each_positions_pixels():
@@ -178,7 +227,7 @@ def test_averaged_weights_follow_without_a_graph(run):
     assert not any(average.requires_grad for average in trainer.ema.parameters())
 
 
-def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
+def test_likelihood_adds_up_and_has_its_baselines(run, capsys, monkeypatch):
     here, trained, tokens, choices = stage(run, condition="segmentation")
     bits, (network, config, count, _), (images, x) = likelihood(here, trained, tokens), trained, images_of(here)
     known = known_of(config, tokens, torch.tensor([2]), here.device, count)
@@ -194,8 +243,6 @@ def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
     image, uniform = bits.sum(1).mean().item(), 64 * sum(map(math.log2, here.model.sizes))
     found = [result[f"bits_{name}"] for name in ("image", "uniform", "per_bit", "unigram")]
     assert found == pytest.approx([image, uniform, image / uniform, unigram])
-    others = likelihood(here, trained, tokens, torch.arange(11).roll(5)).sum(1)
-    assert result["own_map_wins"] == pytest.approx((bits.sum(1) < others).double().mean().item())
     assert result["psnr"] == pytest.approx(psnr(here.model(x).x_hat, x).mean().item(), rel=1e-5)
     drawn = draw_images(here, trained, tokens, torch.arange(11), choices, 0)
     drawn = to_bytes(here.model.decode(drawn).detach())
@@ -203,6 +250,9 @@ def test_likelihood_adds_up_and_has_its_baselines(run, capsys):
     assert json.loads(Path("run/synthesis/gpt-segmentation/evaluation.json").read_text()) == result
     go("evaluate")
     assert re.search(r"\n\| run \| gpt \| segmentation \|.*\n\nFID: – .missing: FID", capsys.readouterr().out)
+    monkeypatch.setattr("synthesize.load_or_reason", lambda *_: (QUARTERS, ""))
+    go("evaluate")
+    assert "FID over 11 images is biased upward, as the covariance of 2,048 features has no" in capsys.readouterr().out
 
 
 @every_run
@@ -291,7 +341,6 @@ train --condition class --heads 5 → must be a multiple of twice the 5 heads
 train --condition segmentation → exists; go on with --resume
 train --condition segmentation --resume --lr 1 → --resume cannot change --lr from
 train --condition segmentation --resume --steps 2 → is at step 3 already
-train --model ldm --no-joint → --joint changes nothing
 train --dropout 1.5 → 2 error: argument --dropout
 sample --label robin → --label changes nothing
 sample --guidance 2 → --guidance changes nothing

@@ -3,7 +3,7 @@
 import copy
 import json
 import pickle
-import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 import train as train_module
-from conftest import ROOT, idle, run_training
+from conftest import ROOT, Foreign, idle, run_training
 from prior import UserError, command, count_captions
 from test_vqct import Published
 from train import (DEMO_SPEECH, LAYERS, METHODS, RUN_FILES, SEGMENTS, SPECIES, Config, DemoDataset, Run, Trainer,
-                   describe_scene, load_checkpoint, make_loader, parse, precision, psnr, render_scene, resolve,
-                   sample_scene, save_checkpoint, to_images)
+                   describe_scene, load_checkpoint, make_loader, parse, precision, psnr, read_journal, render_scene,
+                   resolve, sample_scene, save_checkpoint, to_images)
 from vqct import LPIPS, adaptive_weight, hinge_loss, needs_prior
 
 CPU = torch.device("cpu")
@@ -120,10 +120,13 @@ def test_flags_win_over_method_over_recipe_over_preset():
     config = resolve({"dataset": "cub", "batch_size": 4, "accumulate": 2})
     assert (config.preset, config.resolution, config.channels, config.data) == ("f16", 256, 128, "data/CUB_200_2011")
     assert config.lr == pytest.approx(4.5e-6 * 8) and config.out == "runs/cub-vqct"
-    official = dict(transfer_layers=2, transfer_width=256, last_relu=False, beta_on="codebook", adjective_neighbours=2, transfer_dropout=0.1)
+    official = dict(code_dim=512, straight_through=False, amp=False, transfer_layers=2, transfer_width=256, last_relu=False, beta_on="codebook", adjective_neighbours=2, transfer_dropout=0.1)
     assert vars(resolve({"recipe": "official", "transfer_dropout": 0.1})).items() >= official.items()
     assert resolve({}).transfer_layers == 3 and resolve({"method": "simvq", "recipe": "official"}).transfer == "linear"
     assert resolve({"method": "vqgan", "recipe": "official"}).adjective_neighbours == 1
+    dims = {name: resolve({"dataset": "cub", "method": name, "recipe": "official"}).code_dim for name in METHODS}
+    assert dims["vqct"] == dims["matched"] == 512 and dims["vqgan"] == dims["gumbel"] == dims["single-gcn"] == 256
+    assert not resolve({"method": "gumbel", "recipe": "official"}).straight_through and resolve({}).straight_through
 
 
 @pytest.mark.parametrize("name, given", [
@@ -300,18 +303,17 @@ def test_codes_used_counts_the_latest_epoch(prior):
     assert trainer.usage() == [[6, 7], [0, 9]]
 
 
-def test_validation_is_the_mean_of_its_images_some_of_which_are_drawn(prior, monkeypatch):
-    trainer, dataset, drawn = Trainer(tiny(), prior.tensors(), CPU), DemoDataset("val", 32), []
-    monkeypatch.setattr(train_module, "draw_grid", lambda rows, path: drawn.extend([*rows, path]))
+def test_validation_is_the_mean_of_its_images_some_of_which_are_drawn(prior):
+    trainer, dataset = Trainer(tiny(), prior.tensors(), CPU), DemoDataset("val", 32)
     trainer.model.train()
-    score, values = trainer.validate(make_loader(dataset, CPU, batch_size=3), "x.png", 3)
+    score, values, rows = trainer.validate(make_loader(dataset, CPU, batch_size=3), 3)
     assert not trainer.model.training
     x = torch.stack([to_images(dataset[i]["image"], CPU) for i in range(8)])
     with torch.no_grad():
         x_hat = trainer.model(x).x_hat
     assert score == values["psnr"] == pytest.approx(psnr(x_hat, x).mean().item(), rel=1e-5)
-    (_, originals), (_, reconstructions), path = drawn
-    assert path == "x.png" and torch.equal(torch.stack(originals), x[[0, 3, 7]])
+    (_, originals), (_, reconstructions) = rows
+    assert torch.equal(torch.stack(originals), x[[0, 3, 7]])
     torch.testing.assert_close(torch.stack(reconstructions), x_hat[[0, 3, 7]])
     x_hat = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 5.0)])  # the second is clamped to 1
     assert psnr(x_hat, torch.zeros(2, 3, 4, 4)).tolist() == pytest.approx([10 * np.log10(4 / 0.04), 10 * np.log10(4)])
@@ -436,10 +438,48 @@ def test_resuming_refuses_to_become_another_run():
         ("--channels 16 --steps 2", "cannot change --channels from 8"),
         ("--method vqgan --steps 2", "cannot change --method from 'vqct'"),
         ("", "is at step 1 already; give a larger --steps"),
+        ("--labels maps --steps 2", "--labels changes nothing beside the other flags"),
     ):
         with pytest.raises(UserError, match=message):
             train_module.main(["--out", "run", "--resume", *flags.split()])
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("choices", [dict(method="gumbel", schedule="cosine"), {}])
+def test_resuming_with_flags_means_what_it_means_at_the_start(choices, capsys):
+    out = run_tiny("run", steps=2, **choices)
+    train_module.main(["--out", "run", "--resume", "--steps", "3", "--lr", "0"])
+    state = load_checkpoint(out / "last.pt")
+    assert state["config"]["lr"] == resolve({"batch_size": 4, "lr": 0.0}).lr == pytest.approx(4 * 4.5e-6)
+    rate = state["generator_optimizer"]["param_groups"][0]["lr"] / state["config"]["lr"]
+    assert rate == pytest.approx(0.25 if "schedule" in choices else 1)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed")]
+    assert line == "resumed at step 2; a cosine's rate and a temperature now follow 3 steps instead of 2"
+
+
+def test_a_checkpoint_of_another_run_is_refused():
+    for name, choices in (("one", {}), ("other", dict(seed=1)), ("wider", dict(channels=16))):
+        run_tiny(name, steps=1, **choices)
+    for name, message in (("other", "--seed 1 instead of 0"), ("wider", "--channels 16 instead of 8")):
+        shutil.copy(f"{name}/last.pt", "one/last.pt")
+        with pytest.raises(UserError, match=f"'one' holds last.pt of another run, with {message}"):
+            train_module.main(["--out", "one", "--resume", "--steps", "2"])
+        Path(f"{name}/config.json").unlink()  # a checkpoint alone is what there is to go on from
+        train_module.main(["--out", name, "--resume", "--steps", "2"])
+
+
+def test_only_lines_later_than_the_checkpoint_are_cut(capsys):
+    out = run_tiny("run", steps=4)
+    lines = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)  # of steps 1, 2, 3, 4, and a validation
+    lines[0] = b"\xef\xbb\xbf" + lines[0].replace(b"\n", b"\r\n")
+    lines[1] = lines[1][:9] + b"\xff\0" + lines[1][9:]
+    later = [lines[3].replace(b'"step": 4', b'"step": %d' % step) for step in (5, 6)]
+    (out / "metrics.jsonl").write_bytes(b"".join([*lines, later[0], b"\x80 damaged\n", later[1], b'{"step": 7, "lo']))
+    train_module.main(["--out", "run", "--resume", "--steps", "5"])
+    assert "metrics.jsonl: 3 lines later than step 4 are cut\n" in capsys.readouterr().out
+    kept = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert kept[: len(lines) + 1] == [*lines, b"\x80 damaged\n"] and len(kept) == len(lines) + 3
+    assert [line["step"] for line in read_journal(out / "metrics.jsonl")] == [1, 3, 4, 4, 5, 5]
 
 
 def test_a_folder_trains_with_a_prior_lpips_and_the_cosine(prior, monkeypatch):
@@ -478,6 +518,28 @@ def test_training_starts_from_published_weights(capsys):
     with pytest.raises(UserError, match=r"encoder.conv_in.weight is .*this network wants .*--preset f16"):
         run_tiny("other", init="vqgan.ckpt")
     assert not Path("other").exists()
+
+
+@pytest.mark.parametrize("inside, prefix", [
+    ("", "module."), ("model", ""), ("model", "_orig_mod.module."), ("state_dict", "tokenizer.vqgan."),
+])
+def test_published_weights_may_be_wrapped(inside, prefix, capsys):
+    theirs = Published().state
+    named = {f"{prefix}{name}": value for name, value in theirs.items()}
+    torch.save({"epoch": 3, inside: named} if inside else named, "vqgan.ckpt")
+    sizes = dict(channels=128, z_channels=16, init="vqgan.ckpt", method="vqgan", codebook_size=12, code_dim=8)
+    run = Run(run_tiny("run", steps=0, **sizes, gan_weight=0.0), "cpu")
+    assert torch.equal(run.model.state_dict()["decoder.to_image.bias"], theirs["decoder.conv_out.bias"])
+    assert (f"init: vqgan.ckpt, names without '{prefix}'\n" if prefix else "init: vqgan.ckpt\n") in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"--preset f16{f', names without .{prefix}.' if prefix else ''}\)"):
+        run_tiny("other", init="vqgan.ckpt")
+
+
+def test_weights_with_objects_are_refused_in_plain_words():
+    torch.save({"weights": Foreign()}, "objects.ckpt")
+    with pytest.raises(UserError, match=r"^weights 'objects.ckpt' cannot be read: it is damaged, or holds objects other "
+                                        r"than tensors, numbers and strings$"):
+        run_tiny("run", init="objects.ckpt")
 
 
 @pytest.mark.parametrize("foreign", ["thesis.tex", ".DS_Store", "last.pt.bak", "a folder"])

@@ -702,8 +702,8 @@ def read_label_map(segmentation, size, side, box):
 
 
 CUB_TABLES = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
-CUB_PARTS = {"size": "the bird", "shape": "the bird", "primary": "the bird", "upperparts": "its back",
-             "underparts": "its belly"}
+CUB_PARTS = {"size": "the bird is", "shape": "the bird is", "primary": "the bird is", "upperparts": "its back is",
+             "underparts": "its belly is", "wing": "its wings are", "leg": "its legs are", "eye": "its eyes are"}
 CUB_WORDS = {  # values that are no adjective as they stand; an empty one makes no sentence
     "hooked_seabird": "hooked", "long-legged-like": "long-legged", "longer_than_head": "long",
     "shorter_than_head": "short",
@@ -732,7 +732,7 @@ def cub_records(root, split):
 
 
 def cub_sentences(root):
-    """dict image → its attributes as sentences: `has_wing_color::blue` is "its wing is blue".
+    """dict image → its attributes as sentences: `has_wing_color::blue` is "its wings are blue".
 
     Attributes without an adjective, such as `has_bill_shape::dagger`, are left out.
     """
@@ -745,7 +745,7 @@ def cub_sentences(root):
         part = re.sub(r"^(upper|under)_|_(color|shape|pattern|length)$", "", group)
         plain = re.sub(r"_?\(.*|[_-](tail|wings|pattern)$|.*-(like|marsh)$", "", value).replace("_", " ")
         if word := CUB_WORDS.get(value, plain):
-            sentences[number] = f"{CUB_PARTS.get(part, f'its {part}')} is {word}"
+            sentences[number] = f"{CUB_PARTS.get(part, f'its {part} is')} {word}"
     for line in labels.read_text().splitlines():
         key, number, present = line.split()[:3]
         if present == "1" and number in sentences:

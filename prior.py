@@ -1028,8 +1028,8 @@ SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in 
 
 
 def command(main):
-    """Run a script's `main`. A user's error is one line and status 2, as is a lack of memory, files or workers;
-    a signal ends it with 128 + its number."""
+    """Run a script's `main`. A user's error is one line and status 2, as is a lack of memory, files or
+    workers; a signal ends it with 128 + its number."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: _end(128 + number))
     for stream in (sys.stdout, sys.stderr):
@@ -1041,8 +1041,8 @@ def command(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
-        line = lines[-1 if lines[0].startswith("Caught ") else 0] if lines else "out of memory"  # of a worker, the last
+        lines = str(error).strip().splitlines() or ["out of memory"]
+        line = lines[-1 if lines[0].startswith("Caught ") else 0]  # a worker sends its traceback along
         line = line.rsplit("UserError: ", 1)[-1]
         short = isinstance(error, MemoryError) or re.search(SHORTAGE, line, re.IGNORECASE)
         if isinstance(error, RuntimeError) and not short:

@@ -267,7 +267,7 @@ def test_a_prior_is_made_of_the_captions_or_of_another_corpus(cub, speech, prior
         assert make_prior(config("cub", cub, prior=name), dataset).noun_words.tolist() == nouns
     shuffled = make_prior(config("cub", cub, prior="words.npz", shuffle="vectors", seed=3), dataset)
     assert sorted(shuffled.noun_vectors[:, 0]) == sorted(prior.noun_vectors[:, 0]) != list(shuffled.noun_vectors[:, 0])
-    with pytest.raises(UserError, match="corpus 'absent.txt' is no text"):
+    with pytest.raises(UserError, match="corpus 'absent.txt' cannot be read"):
         make_prior(config("cub", cub, prior="absent.txt"), dataset)
 
 

@@ -1091,8 +1091,8 @@ SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in 
 
 
 def command(main):
-    """Run a script's `main`. A user's error is one line and status 2, as is a lack of memory, files or workers;
-    a signal ends it with 128 + its number."""
+    """Run a script's `main`. A user's error is one line and status 2, as is a lack of memory, files or
+    workers; a signal ends it with 128 + its number."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: _end(128 + number))
     for stream in (sys.stdout, sys.stderr):
@@ -1110,16 +1110,17 @@ def command(main):
     except (OSError, MemoryError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or ["out of memory"]
         line = lines[-1 if lines[0].startswith("Caught ") else 0]
-        if not isinstance(error, MemoryError) and not re.search(SHORTAGE, line, re.IGNORECASE):
-            if isinstance(error, RuntimeError):
-                raise
-            print(f"error: {line}", file=sys.stderr)
-            sys.exit(2)
-        frames = reversed(traceback.extract_tb(error.__traceback__))
-        ours = (frame.name for frame in frames if os.path.dirname(frame.filename) == os.path.dirname(__file__))
-        doing = next(name for name in ours if "<" not in name)
-        print(f"error: {line} (in {doing})", file=sys.stderr, flush=True)
-        _end(2)  # to take loaders and tensors apart may fail again
+        short = isinstance(error, MemoryError) or re.search(SHORTAGE, line, re.IGNORECASE)
+        if isinstance(error, RuntimeError) and not short:
+            raise
+        if short:
+            calls = traceback.extract_tb(error.__traceback__)
+            call = [call for call in calls if Path(call.filename).parent == Path(__file__).parent][-1]
+            line += f" in {call.name} ({Path(call.filename).name}, line {call.lineno}: {call.line})"
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        if short and not isinstance(error, MemoryError):
+            _end(2)  # to take loaders and tensors apart may fail again
+        sys.exit(2)
 
 
 def _end(status):

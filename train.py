@@ -506,8 +506,10 @@ def pace(trainer, recent):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list to which SIGINT and SIGTERM add their number, instead of ending the process; a second one ends it.
-    Outside the main thread, as in a notebook's server, signals are left alone."""
+    """A list to which SIGINT and SIGTERM add their number instead of ending the process; a second one ends it.
+
+    Outside the main thread, as in a notebook's server, signals are left alone.
+    """
     noted, usual = [], {}
     numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
 
@@ -650,8 +652,8 @@ def check_images(datasets, device, workers=-1):
 
 
 def read_image(path, side=0):
-    """An RGB image as it is meant to be seen: turned as its EXIF says, 16 bits scaled to 8, transparency on white,
-    of an animation the first picture.
+    """An RGB image as it is meant to be seen: turned as its EXIF says, 16 bits scaled to 8, transparency on
+    white, of an animation the first picture.
 
     side: a JPEG may be decoded at a fraction of its size that keeps twice so many pixels a side; 0: whole.
     Raises UserError if it is missing, damaged or truncated.
@@ -676,8 +678,10 @@ def read_image(path, side=0):
 
 
 def end_jpeg(data):
-    """The image of a JPEG that lacks its end mark. Raises ValueError if pixels are missing too: only then does it
-    matter what stands between the data and the mark."""
+    """The image of a JPEG that lacks its end mark. Raises ValueError if pixels are missing too.
+
+    Only then does it matter what stands between the data and the mark.
+    """
     fillers = b"", bytes(range(1, 255)) * 20
     plain, other = (Image.open(io.BytesIO(data + filler + b"\xff\xd9")) for filler in fillers)
     if plain.tobytes() != other.tobytes():
@@ -686,8 +690,10 @@ def end_jpeg(data):
 
 
 def resized_crop(image, side, box, resampling):
-    """A PIL image's part in a box (left, top, right, bottom, as shares of its sides) as a square of `side` pixels:
-    what resizing the whole and cropping gives, at the cost of the crop alone."""
+    """A PIL image's part in a box (left, top, right, bottom, as shares of its sides), `side` pixels square.
+
+    Up to rounding it is what resizing the whole and cropping gives, at the cost of the crop alone.
+    """
     box = [share * length for share, length in zip(box, 2 * image.size)]
     return image.resize((side, side), resampling, box)
 
@@ -719,8 +725,10 @@ def read_label_map(segmentation, size, side, box):
 
 
 CUB_TABLES = ("images.txt", "train_test_split.txt", "image_class_labels.txt", "classes.txt")
-CUB_PARTS = {"size": "the bird is", "shape": "the bird is", "primary": "the bird is", "upperparts": "its back is",
-             "underparts": "its belly is", "wing": "its wings are"}
+CUB_PARTS = {
+    "size": "the bird is", "shape": "the bird is", "primary": "the bird is", "upperparts": "its back is",
+    "underparts": "its belly is", "wing": "its wings are", "leg": "its legs are", "eye": "its eyes are",
+}
 CUB_WORDS = {  # values that are no adjective as they stand; an empty one makes no sentence
     "hooked_seabird": "hooked", "long-legged-like": "long-legged", "longer_than_head": "long",
     "shorter_than_head": "short",
@@ -1041,8 +1049,8 @@ def default_prior(config, dataset):
 
 
 def hold_out(length, count):
-    """Indices of training images: those that train, and those that choose best.pt instead, which are `count`, but
-    at most a twentieth, evenly spread."""
+    """Indices of training images: those that train; and those that choose best.pt, evenly spread: `count`, but at
+    most a twentieth."""
     chosen = spread_indices(length, min(count, math.ceil(length / 20)))
     return sorted(set(range(length)).difference(chosen)) or [0], chosen
 
@@ -1083,8 +1091,8 @@ def make_loader(dataset, device, workers=-1, **options):
 
 
 def worker_init(worker):
-    """Leave the group that Ctrl-C reaches, as the main process needs its workers to finish its step. Errors are sent
-    to it, so nothing is printed here."""
+    """Leave the group that Ctrl-C reaches, as the main process needs its workers to finish its step. Nothing is
+    printed here, as errors are sent to that process."""
     sys.stderr = open(os.devnull, "w")
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -198,7 +198,8 @@ def test_cub_layout_split_and_captions(cub):
 @pytest.mark.parametrize("place", [".", "..", "attributes"])
 def test_cubs_attributes_stand_in_for_captions(cub, place):
     add_attributes(cub, place)
-    first = ["its bill is curved", "its tail is forked", "its tail is white", "the bird is small", "its wings are rounded"]
+    first = ["its bill is curved", "its tail is forked", "its tail is white", "the bird is small",
+             "its wings are rounded"]
     second = ["its wings are blue", "its tail is forked", "the bird is red", "the bird is small", "its head is unique"]
     expected = [[*facts, "the bird is long-legged"] for facts in (first, second)]  # 1 3 4 6 7 9; 2 3 5 6 8 9
     assert captions_in(split_of("cub", cub, "train"))[:2] == expected

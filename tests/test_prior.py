@@ -731,12 +731,11 @@ class Hungry(WordListSpeech):
 def test_lack_of_memory_is_one_line_that_blames_no_file(monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("nltk.data.find", lambda path: bytes(1 << 60))
-    monkeypatch.setattr(prior_module, "_end", sys.exit)
     deeds = {
-        "error: out of memory (in lacks)\n": WordNetSpeech,
+        "error: out of memory in lacks (prior.py, line ": WordNetSpeech,
         "error: a process that tagged captions was killed or lacked memory; give fewer": (
             lambda: count_corpus(["a bird"] * 3, Hungry([], ["bird"]), workers=2)),
-        "error: out of memory (in count_captions)\n": (
+        "error: out of memory in count_captions (prior.py, line ": (
             lambda: count_corpus(["a bird"], Hungry([], ["bird"]), workers=1)),
     }
     for message, deed in deeds.items():

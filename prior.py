@@ -172,7 +172,8 @@ ASCII = dict.fromkeys(INVISIBLE, "") | str.maketrans("‘’‛′‐", "''''-")
 def plain(text):
     """A caption's text without markup, emoji and typography, which hide where words and sentences end."""
     text = unicodedata.normalize("NFKC", html.unescape(text)).translate(ASCII)
-    text = re.sub(r"<[^<>]*>|[^\w\s!#-~]|(?<!\w)'|'(?!\w)", " ", text)  # tags, emoji, U+FFFD, quotation marks
+    text = text.lower() if text.isupper() else text  # capitals are tagged as names
+    text = re.sub(r"<[^<>]*>|[^\w\s!#-~]|(?<!\w)'(?!s\b|re\b)|'(?!\w)", " ", text)  # tags, emoji, U+FFFD, quotation marks
     text = re.sub(r"(?<=[^\W\d_])/(?=[^\W\d_])", " and ", text)  # "red/white"
     return re.sub(r"(?<=[a-z]{2})([.!?])(?:[.!?]+|(?=[^\W\d_]))", r"\1 ", text)  # "a bird.It is red..."
 

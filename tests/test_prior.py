@@ -150,6 +150,7 @@ READ = [  # by hand
     ("a wooden picnic table under an old oak tree", "wooden table, old tree"),
     ("a zebra has striped legs", "striped leg"),
     ("a bird with webbed feet and a spotted breast", "webbed foot, spotted breast"),
+    ("the tall man 's dog wears a red hat", "tall man, red hat"),
     ("a man in a blue striped shirt", "blue shirt, striped shirt"),
     ("a medium sized bird with a hooked bill", "medium bird, sized bird, hooked bill"),
     ("a short, pointed, black beak", "short beak, pointed beak, black beak"),
@@ -210,11 +211,12 @@ def test_every_rule_reads_its_example_and_some_caption(speech, monkeypatch, tabl
 
 @pytest.mark.parametrize("form", [
     "{} 🐦", "❤️ {}", "“{}”", "‘{}’", "«{}»", "{}…", "Photo — {}", "{}.It flies", "{} | 2019", "<p>{}<br/></p>", "• {}",
-    "&quot;{}&quot;", "{}‼",
+    "&quot;{}&quot;", "{}‼", "CAPITALS",
 ])
 def test_typography_around_a_caption_costs_no_pair(speech, form):
     for caption, expected in READ:
-        assert set(pairs(expected)) <= pairs_of(speech, form.format(caption))
+        caption = caption.upper() if form == "CAPITALS" else form.format(caption)
+        assert set(pairs(expected)) <= pairs_of(speech, caption)
 
 
 @pytest.mark.parametrize("plain, spelt", [

@@ -404,14 +404,13 @@ class VQModel(nn.Module):
 # ======== §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups as in VQGAN; widths below 128 keep at least four channels to a group.
+    """32 groups as in VQGAN, or the most below that which divide the channels.
 
     Autocast would run it in float32 and keep the copies; the kernel's statistics are in float32 anyway.
     """
 
     def __init__(self, channels):
-        at_most = channels if channels >= 128 else max(1, channels // 4)
-        super().__init__(math.gcd(32, channels, at_most), channels, eps=1e-6)
+        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
 
     def forward(self, x):
         """(B, C, …) → the same, in the type of x."""

@@ -315,8 +315,8 @@ def test_regvq_contrast_pulls_a_far_draw_less():
     assert 0.3 < pulls[1] / pulls[0] < 0.5  # e^-1, where the pull is weak
 
 
-def test_group_norms_have_vqgans_groups_where_they_are_wide_enough():
-    assert [GroupNorm(width).num_groups for width in (24, 96, 128, 160, 192, 512)] == [2, 8, 32, 32, 32, 32]
+def test_group_norms_have_vqgans_groups_or_as_many_as_divide_the_channels():
+    assert [GroupNorm(width).num_groups for width in (24, 96, 128, 160, 192, 512)] == [8, 32, 32, 32, 32, 32]
 
 
 # ======== Eq. 3

@@ -300,10 +300,11 @@ def test_codes_used_counts_the_latest_epoch(prior):
 
 def test_validation_is_the_mean_of_its_images_some_of_which_are_drawn(prior, monkeypatch):
     trainer, dataset, drawn = Trainer(tiny(), prior.tensors(), CPU), DemoDataset("val", 32), []
+    calls = []
     monkeypatch.setattr(train_module, "draw_grid", lambda rows, path: drawn.extend([*rows, path]))
-    trainer.model.train()
+    trainer.model.train().codebook.transfer.register_forward_hook(lambda *call: calls.append(call))
     score, values = trainer.validate(make_loader(dataset, CPU, batch_size=3), "x.png", 3)
-    assert not trainer.model.training
+    assert not trainer.model.training and len(calls) == 1  # codes are made once, not for each batch
     x = torch.stack([to_images(dataset[i]["image"], CPU) for i in range(8)])
     with torch.no_grad():
         x_hat = trainer.model(x).x_hat

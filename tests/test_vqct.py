@@ -252,6 +252,23 @@ def test_cvq_draws_nearer_features_more_often():
         assert ((anchors - value).abs() < 1e-3).float().mean().item() == pytest.approx(share.item(), abs=0.03)
 
 
+def test_cvq_draws_its_anchors_in_chunks(monkeypatch):
+    cdist, sizes = torch.cdist, []
+    monkeypatch.setattr(torch, "cdist", lambda a, b: sizes.append(len(a) * len(b)) or cdist(a, b))
+    features, codebook = torch.randn(9000, 2), torch.randn(3000, 2)
+    ClusteredQuantizer(3000).re_anchor(features, torch.zeros(9000, dtype=torch.int64), codebook)
+    assert max(sizes) <= 2**22 and sum(sizes) == 9000 * 3000
+    assert torch.cdist(codebook[1:], features).amin(1).max() < 0.01  # all unused codes have moved to features
+
+
+def test_regvq_contrasts_positions_of_all_images():
+    features, codebook = torch.randn(5000, 4, requires_grad=True), torch.randn(50, 4)
+    nearest = nearest_code(features, codebook)
+    RegularizedQuantizer.contrast(features, codebook, nearest, nearest).backward()
+    rows = features.grad.any(1).nonzero().flatten()
+    assert len(rows) == 1024 and rows[0] == 0 and rows[-1] == 4999 and rows.diff().max() == 5
+
+
 def test_regvq_tends_to_uniform_under_its_prior_term_alone():
     z, codebook = nn.Parameter(torch.randn(64, 2) * 0.1 + 1), nn.Parameter(torch.randn(6, 2) * 2)
     optimizer, divergences = torch.optim.Adam([z, codebook], lr=0.05), []

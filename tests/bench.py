@@ -75,7 +75,7 @@ def growth(function, arguments):
 
 
 def extra_memory(function, *arguments):
-    """Bytes that a call holds at its peak beside its arguments: on a CPU, the resident size of a fresh process."""
+    """Bytes that a call holds at its peak beside its arguments; on a CPU, in a fresh process."""
     if DEVICE.type != "cuda":
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
             return fresh.apply(growth, (function, arguments))

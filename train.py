@@ -174,7 +174,7 @@ def resolve(given, stored=None):
                 words.append(given[name] if told else f"{name}-{given[name]}")
         words = [re.sub(r"[^\w.]+", "-", word) for word in [*words, *(["init"] if config.init else [])]]
         config.out = "runs/" + "-".join(words)
-    if config.data and dataset == "demo":
+    if config.data and config.dataset == "demo":
         raise UserError(f"--data {config.data} needs --dataset too: folder for any photographs, or a published data set")
     if config.prior and not config.prior.endswith(".npz"):
         raise UserError(f"--prior takes a .npz; make one with: python prior.py {shlex.quote(config.prior)} --out NAME.npz")
@@ -281,8 +281,8 @@ class Trainer:
 
             L = ‖x − x̂‖² + w_p LPIPS(x, x̂) + Σ_c (‖sg[ẑ_c] − z_c‖² + β ‖sg[z_c] − ẑ_c‖²) + λ w_g (−D(x̂))
 
-        where w_p is `perceptual_weight`, w_g `gan_weight`, and λ `adaptive_weight`, a constant. With `pixel_loss`
-        "l1", the first term is |x − x̂|. Quantizers other than VectorQuantizer have their own terms in the sum.
+        where w_p is `perceptual_weight`, w_g `gan_weight`, and λ `adaptive_weight`, a constant. With
+        `pixel_loss` "l1", the first term is |x − x̂|. Gumbel-VQ and Reg-VQ have their own terms in the sum.
 
         1. x̂ = G(quantize(E(x))), one forward pass.
         2. The pixel loss and LPIPS are differentiated down to x̂, no further; and from `gan_start` on −D(x̂)

@@ -96,7 +96,8 @@ def test_a_step_stays_on_the_device(small, more):
 @pytest.mark.parametrize("stage", "gpt-none gpt-class gpt-segmentation ldm-none ldm-class ldm-segmentation".split())
 def test_the_second_stage_stays_on_the_device(small, stage):
     run = train.Trainer(train.resolve({**small, "multipliers": (1, 1, 2), "gan_weight": 0.0, "compile": False}), PRIOR, CUDA)  # as a Run
-    vars(run).update(model=run.model.requires_grad_(False), names=["a", "n"], token_names=["a", "n"])
+    vars(run).update(model=run.model.requires_grad_(False), names=["a", "n"], token_names=["a", "n"],
+                     dataset=lambda split: train.ImageDataset([], [], 32))
     indices, labels, maps = (torch.zeros(*shape, dtype=torch.int16) for shape in ((4, 2, 4, 4), (4,), (4, 16, 16)))
     tokens = synthesize.Tokens(indices.long(), labels.long(), maps, np.zeros((4, 8, 4, 4), np.float16))
     config = synthesize.SynthesisConfig(*stage.split("-"), width=16, depth=1, heads=2, batch_size=4, steps=4)

@@ -391,7 +391,7 @@ class StageTrainer:
 
 def train_stage(run, given, resume, overwrite):
     """The sub-command train: a run's images become tokens (or features), whose model is trained."""
-    config = SynthesisConfig(**{**(TINY if run.config.preset == "tiny" else {}), **given})
+    config = SynthesisConfig(**{**(TINY if run.config.preset != "f16" else {}), **given})
     refuse_idle(config, given, MATTERS)
     if config.width % (2 * config.heads):
         raise UserError(f"--width {config.width} must be a multiple of twice the {config.heads} heads")

@@ -31,7 +31,7 @@ import textwrap
 import threading
 import time
 import zipfile
-from collections import defaultdict, deque, namedtuple
+from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,6 @@ os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks ru
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, CUDA's products do not repeat themselves
 
 import numpy as np
-import scipy.ndimage
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -80,8 +79,8 @@ class Config(ModelConfig):
                          choices=lambda: RECIPES)
     shuffle: str = option("none", "control: word vectors permuted, or edges rewired, each word keeping its number",
                           choices=("none", "vectors", "edges"))
-    preset: str = option("", "tiny: 64², f8, CPU minutes (the demo's default); f16: the paper's network (the others')",
-                         choices=("", "tiny", "f16"))
+    preset: str = option("", "f16: the paper's network (default); demo, tiny: 64 px, minutes on a CPU",
+                         choices=("", *NETWORKS))
     out: str = option("", "run folder (default: runs/, data set, method and what departs from it)")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
     seed: int = option(0, "seed of weights, random codes, shuffles and data order", least=0)
@@ -99,7 +98,7 @@ class Config(ModelConfig):
     lpips_weights: str = option("", "local copy of LPIPS v0.1's linear heads")
     gan_weight: float = option(0.8, "adversarial loss, times the adaptive weight (VQGAN); 0: no discriminator")
     gan_start: int = option(5_000, "step at which the adversary joins (authors: 10,000 of both networks); "
-                            "tiny: after five sixths of the steps", least=0)
+                            "demo, tiny: after five sixths of the steps", least=0)
     discriminator_layers: int = option(3, "inner layers; 3 gives patches of 70 × 70 pixels")
     amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
     compile: bool = option(True, "torch.compile on CUDA, unless --deterministic: a slower start, faster steps")
@@ -112,8 +111,8 @@ class Config(ModelConfig):
 
 PRESETS = {
     "f16": NETWORKS["f16"],
-    "tiny": dict(**NETWORKS["tiny"], batch_size=4, steps=1800, lr=3e-4, schedule="cosine", perceptual_weight=0.0,
-                 gan_weight=0.2, gan_start=1500, eval_every=300, eval_images=64),
+    **{name: dict(**NETWORKS[name], batch_size=4, steps=1800, lr=3e-4, schedule="cosine", perceptual_weight=0.0,
+                  gan_weight=0.2, gan_start=1500, eval_every=300, eval_images=64) for name in ("demo", "tiny")},
 }
 RECIPES = {
     "paper": {},
@@ -153,9 +152,10 @@ def resolve(given, stored=None):
     Raises UserError for a choice that changes nothing in this system.
     """
     dataset, method = given.get("dataset", Config.dataset), given.get("method", Config.method)
-    preset = given.get("preset") or ("tiny" if dataset == "demo" else "f16")
+    default = "demo" if dataset == "demo" else "f16"
+    preset = given.get("preset") or default
     usual = {**PRESETS[preset], **RECIPES[given.get("recipe", Config.recipe)], **METHODS[method]}
-    if preset == "tiny" and "steps" in given:
+    if preset != "f16" and "steps" in given:
         usual["gan_start"] = usual["gan_start"] * given["steps"] // usual["steps"]
     if {**usual, **given}.get("codebooks") == 1:
         usual["code_dim"] = PRESETS[preset].get("code_dim", Config.code_dim)
@@ -165,7 +165,7 @@ def resolve(given, stored=None):
         config.data = f"data/{DATASETS[config.dataset].folder}"
     config.data, config.labels = map(os.path.expanduser, (config.data, config.labels))
     if not config.out:
-        usual["preset"], words = "tiny" if dataset == "demo" else "f16", [dataset, method]
+        usual["preset"], words = default, [dataset, method]
         words += [Path(config.prior).stem] if config.prior else []
         losses = ("pixel_loss", "gan_weight", "perceptual_weight")
         for name in ("preset", "recipe", "shuffle", "seed", *losses, *ModelConfig.__annotations__):
@@ -1541,228 +1541,151 @@ def main(argv=None):
     print(f"done: {look}measure with: python evaluate.py {shlex.quote(str(out))}")
 
 
-# ======== Appendix, the demo: birds in scenes, after the paper's own examples, drawn and described by code
+# ======== Appendix, the demo: birds in scenes, drawn and described by code, in flat colours
 
-COLOURS = {  # RGB in [0, 1]
-    "red": (.80, .13, .11), "crimson": (.62, .07, .15), "orange": (.93, .48, .11), "golden": (.89, .67, .18),
-    "yellow": (.95, .84, .20), "green": (.25, .55, .22), "olive": (.45, .47, .20), "teal": (.08, .50, .53),
-    "blue": (.17, .38, .75), "pink": (.91, .55, .57), "chestnut": (.50, .26, .14), "brown": (.43, .31, .20),
-    "beige": (.78, .70, .57), "white": (.95, .95, .93), "pale": (.86, .84, .77), "gray": (.55, .57, .60),
-    "dark": (.21, .21, .25), "black": (.09, .09, .11)}
-# Plumage, the size as a share of the picture's width, and the build in units of that size
-Species = namedtuple("Species", "name crown throat back breast belly wing bar tail beak leg "
-                     "size plump beak_length tail_length leg_length neck crest", defaults=(0.0, 0.0))
-SPECIES = tuple(Species(name, *plumage.split(), *build) for name, plumage, *build in (
-    ("robin", "dark orange brown orange white brown brown brown yellow brown", .40, 1.1, .18, .40, .22),
-    ("cardinal", "red black crimson red red crimson crimson crimson orange brown", .42, 1.0, .13, .62, .20, 0, .24),
-    ("jay", "blue white blue pale white blue white blue black dark", .44, 1.0, .20, .55, .22, 0, .20),
-    ("goldfinch", "black yellow yellow yellow white black white black orange pink", .34, 1.15, .14, .34, .22),
-    ("kingfisher", "teal white teal orange orange teal teal blue black red", .38, 1.1, .44, .20, .12),
-    ("heron", "dark white gray pale white gray dark gray yellow olive", .38, .75, .40, .20, .55, .5, .14),
-    ("sparrow", "chestnut gray brown beige pale chestnut white brown dark pink", .33, 1.15, .12, .36, .20),
-    ("crow", "black black black black dark black black black black black", .48, .92, .26, .46, .22),
-    ("bullfinch", "black pink gray pink pink dark white black black brown", .36, 1.25, .10, .36, .18),
-    ("magpie", "black black black black white blue white teal black black", .42, .90, .20, .85, .26),
-    ("gull", "white white gray white white gray gray white yellow pink", .46, .92, .24, .34, .28, .06),
-    ("parrot", "red golden green green olive green yellow blue beige gray", .44, 1.0, .10, .70, .14),
-    ("duck", "green green brown chestnut pale gray white beige yellow orange", .46, 1.1, .24, .18, .16, .14)))
-Light = namedtuple("Light", "words tint above horizon haze")  # the sky's colours above and at the horizon
-LIGHTS = {
-    "morning": Light("warm golden", (1.08, 1.0, .88), (.50, .65, .86), (.94, .84, .72), 0),
-    "day": Light("bright sunny", (1.06, 1.05, 1.0), (.26, .50, .86), (.70, .84, .95), 0),
-    "afternoon": Light("cloudy dim", (.88, .92, .97), (.66, .70, .75), (.86, .87, .88), .06),
-    "evening": Light("rosy soft", (1.04, .90, .84), (.38, .40, .64), (.94, .66, .54), 0),
-    "dawn": Light("misty cold", (.96, .98, 1.0), (.76, .80, .83), (.88, .90, .91), .20)}
-# What is behind (shape: its height over the horizon, that of its bumps and their number), the ground (shape: bumps of
-# its grain across and down, and its contrast) and the perch (shape: ends of a stroke, from the feet, and its radius)
-Layer = namedtuple("Layer", "noun words colour shape")
-PLACES = {place: tuple(Layer(*layer) for layer in layers) for place, layers in {
-    "forest": (("tree", "leafy tall", "green", (.25, .35, 12)), ("moss", "soft damp", "olive", (9, 14, .8)),
-               ("twig", "thin bare", "brown", ((-1, -.05), (1, .08), .025))),
-    "meadow": (("hill", "low distant", "olive", (.02, .2, 4)), ("grass", "tall fresh", "green", (60, 6, .9)),
-               ("post", "wooden old", "brown", ((0, 0), (0, 1), .055))),
-    "cliff": (("mountain", "steep blue", "blue", (0, .4, 4)), ("gravel", "gray coarse", "gray", (30, 40, .9)),
-              ("rock", "rough big", "gray", ((-.12, .03), (.16, 0), .20))),
-    "lake": (("shore", "quiet distant", "green", (.03, .14, 6)), ("water", "calm clear", "teal", (5, 40, .7)),
-             ("log", "wet brown", "brown", ((-.3, 0), (.35, .02), .06))),
-    "beach": (("sea", "open blue", "blue", (.10, 0, 1)), ("sand", "smooth pale", "beige", (24, 24, .3)),
-              ("stone", "wet dark", "dark", ((-.10, 0), (.14, .02), .15))),
-    "field": (("ridge", "distant gray", "gray", (0, .2, 4)), ("snow", "white deep", "white", (5, 7, .2)),
-              ("stump", "old round", "brown", ((0, 0), (0, 1), .11)))}.items()}
-SEGMENTS = tuple("sky behind ground perch back breast belly head wing tail beak eye leg".split())
-LAYERS = [layer for layers in PLACES.values() for layer in layers]
+COLOURS = {  # RGB
+    "red": "#cc2420", "crimson": "#96142a", "orange": "#ee7c1c", "golden": "#e0ac30", "yellow": "#f4d832",
+    "green": "#3f8c3a", "olive": "#737834", "teal": "#148088", "blue": "#2c62c0", "pink": "#ea8e96",
+    "chestnut": "#804024", "brown": "#6e5034", "beige": "#c8b690", "white": "#f4f4ee", "pale": "#dcd8c4",
+    "gray": "#8c9298", "dark": "#36363e", "black": "#141418"}
+PLUMAGE = "crown throat back breast belly wing bar tail beak leg".split()
+SPECIES = {  # colours of the plumage; then size, plumpness, and lengths of beak, tail, legs and crest
+    "robin": ("dark orange brown orange white brown dark brown yellow brown", .60, 1.1, .18, .35, .22, 0),
+    "cardinal": ("red black crimson red red crimson red crimson orange brown", .62, 1.0, .15, .60, .20, .22),
+    "jay": ("blue white blue pale white blue white blue black dark", .64, 1.0, .20, .50, .22, .18),
+    "goldfinch": ("black yellow yellow yellow beige black white black orange pink", .52, 1.15, .14, .30, .22, 0),
+    "kingfisher": ("teal white teal orange orange teal blue blue black red", .58, 1.1, .46, .18, .12, .12),
+    "heron": ("dark white gray pale white gray dark gray yellow olive", .60, .75, .44, .20, .52, .16),
+    "sparrow": ("chestnut gray brown beige pale chestnut white brown dark pink", .50, 1.15, .12, .34, .20, 0),
+    "crow": ("black black black black dark black dark black black black", .70, .92, .28, .44, .22, 0),
+    "bullfinch": ("black pink gray pink pink dark white black black brown", .54, 1.3, .10, .34, .18, 0),
+    "magpie": ("black black black black white blue white teal black black", .60, .90, .20, .80, .26, 0),
+    "gull": ("white white gray white white gray dark gray yellow pink", .68, .92, .26, .32, .28, 0),
+    "parrot": ("red golden green green olive green yellow blue beige gray", .64, 1.0, .12, .70, .14, 0),
+    "duck": ("green green brown chestnut pale gray white beige yellow orange", .68, 1.1, .26, .18, .14, 0)}
+LIGHTS = {  # what the sky may be called, and its colour
+    "morning": ("warm golden", "#f6dcae"), "day": ("bright sunny", "#8ec4f2"), "afternoon": ("cloudy dim", "#b4bcc4"),
+    "evening": ("rosy soft", "#dc96a4"), "dawn": ("misty cold", "#d2dee4")}
+PLACES = {  # what is behind, with its bumps and their height; the ground; the perch, with its half width and height
+    "forest": (("tree leafy tall", "green", 5, .40), ("moss soft damp", "olive"), ("twig thin bare", "brown", .9, .05)),
+    "meadow": (("hill low distant", "olive", 2, .20), ("grass tall fresh", "green"),
+               ("post wooden old", "brown", .06, .5)),
+    "cliff": (("mountain steep blue", "blue", 3, .45), ("gravel gray coarse", "gray"), ("rock rough big", "dark", .3, .2)),
+    "lake": (("shore quiet distant", "green", 1, .10), ("water calm clear", "teal"), ("log wet brown", "brown", .5, .1)),
+    "beach": (("sea open blue", "blue", 0, .16), ("sand smooth pale", "beige"), ("stone wet dark", "dark", .2, .15)),
+    "field": (("ridge distant gray", "gray", 4, .20), ("snow white deep", "white"), ("stump old round", "brown", .15, .4))}
+SEGMENTS = "sky behind ground perch back breast belly head wing tail beak eye leg".split()
+NAMED = [row[0].split() for layers in PLACES.values() for row in layers]  # a noun and its adjectives
 DEMO_SPEECH = WordListSpeech(
-    {*COLOURS, *" ".join(row.words for row in (*LIGHTS.values(), *LAYERS)).split()}
-    | set("tiny small large big long short".split()),
-    {*LIGHTS, *PLACES, *(row.name for row in SPECIES), *(row.noun for row in LAYERS)}
-    | set("bird breast belly back wing bar tail crown crest throat beak bill leg foot eye scene light".split()),
-    plurals={"feet": "foot"},
-)
+    {*COLOURS, *"tiny small large big long short".split(), *" ".join(words for words, _ in LIGHTS.values()).split(),
+     *(word for _, *adjectives in NAMED for word in adjectives)},
+    {*SPECIES, *LIGHTS, *PLACES, *(noun for noun, *_ in NAMED),
+     *"bird breast belly back wing bar tail crown crest throat beak bill leg foot eye scene light".split()},
+    plurals={"feet": "foot"})
 CAPTIONS = (
     "a {size} {back} bird with a {breast} breast, a {bill} {beak} beak and a small dark eye",
     "this {size} {name} has a {breast} breast, a {belly} belly and {leg} legs",
     "a {size} bird whose back is {back} and whose belly is {belly}",
-    "its wings are {wing}{bars} and its tail is {long} and {tail}",
+    "its wings are {wing} with {bar} bars and its tail is {long} and {tail}",
     "a bird with {wing} wings, a {long} {tail} tail and {leg} feet",
     "the {top} of the {name} is {crown}, its throat is {throat} and its {bill} bill is {beak}",
     "a {size} {name} perched on a {perch} in {lit} light",
     "a {behind} behind a {name} on a {lit} {light}",
-    "a {lit} scene of a {place} with {ground} and a {back} {name} on a {perch}",
-)
-
-# What does not depend on the resolution: a species' index, names of a place and a light, its share of the species'
-# size, where its feet are, which way it faces (1: right, −1: left), its tilt in radians, and a seed for the rest
-Scene = namedtuple("Scene", "species place light scale x y facing tilt seed")
+    "a {lit} scene of a {place} with {ground} and a {back} {name} on a {perch}")
 
 
-def sample_scene(split, index):
-    """The Scene that ("train" or "val", index) determines."""
-    seed = (("train", "val").index(split), index)
-    rng = np.random.default_rng(seed)
-    species, facing = int(rng.integers(len(SPECIES))), int(rng.choice((-1, 1)))
-    place, light = str(rng.choice(list(PLACES))), str(rng.choice(list(LIGHTS)))
-    scale, x, y, tilt = rng.uniform((0.88, 0.44, 0.70, -0.05), (1.18, 0.56, 0.80, 0.35))
-    return Scene(species, place, light, scale, x, y, facing, tilt, seed)
+class Scene:
+    """One bird in one place, which ("train" or "val", index) determines."""
 
+    def __init__(self, split, index):
+        self.rng = np.random.default_rng((("train", "val").index(split), index))
+        self.label, self.facing = int(self.rng.integers(len(SPECIES))), int(self.rng.choice((-1, 1)))
+        self.name, self.place, self.light = list(SPECIES)[self.label], *map(self.pick, (PLACES, LIGHTS))
+        plumage, size, *self.build = SPECIES[self.name]
+        self.colours, self.size = dict(zip(PLUMAGE, plumage.split())), size * self.rng.uniform(0.85, 1.12)
+        self.x, self.y, self.shift = self.rng.uniform((0.44, 0.80, -0.1), (0.56, 0.88, 0.1))
+        self.captions = self.describe()
 
-def describe_scene(scene):
-    """Four captions of a Scene in varied English; the words are those of DEMO_SPEECH."""
-    rng = np.random.default_rng((*scene.seed, 1))
-    kind, size = SPECIES[scene.species], SPECIES[scene.species].size * scene.scale
-    words = {**kind._asdict(), **scene._asdict(), "lit": rng.choice(LIGHTS[scene.light].words.split())}
-    for part, layer in zip(("behind", "ground", "perch"), PLACES[scene.place]):
-        words[part] = f"{rng.choice(layer.words.split())} {layer.noun}"
-    words["bars"] = f" with {kind.bar} bars" if kind.bar != kind.wing else ""
-    words["size"] = "tiny" if size < 0.36 else "small" if size < 0.43 else "large" if size < 0.50 else "big"
-    words["bill"] = "long" if kind.beak_length > 0.19 else "short"
-    words["long"] = "long" if kind.tail_length > 0.5 else "short"
-    words["top"] = "crest" if kind.crest else "crown"
-    chosen = rng.choice(CAPTIONS, 4, replace=False)
-    return [re.sub(r"\ba (?=[aeiou])", "an ", caption.format(**words)) for caption in chosen]
+    def pick(self, names):
+        return str(self.rng.choice(list(names)))
 
+    def describe(self):
+        """Four captions in varied English, whose words are those of DEMO_SPEECH."""
+        _, beak_length, tail_length, _, crest = self.build
+        words = {**self.colours, "name": self.name, "place": self.place, "light": self.light,
+                 "lit": self.pick(LIGHTS[self.light][0].split()),
+                 "size": ("tiny", "small", "large", "big")[int(np.digitize(self.size, (0.50, 0.58, 0.66)))],
+                 "bill": "long" if beak_length > 0.19 else "short", "long": "long" if tail_length > 0.45 else "short",
+                 "top": "crest" if crest else "crown"}
+        for part, (names, *_) in zip(("behind", "ground", "perch"), PLACES[self.place]):
+            noun, *adjectives = names.split()
+            words[part] = f"{self.pick(adjectives)} {noun}"
+        chosen = self.rng.choice(CAPTIONS, 4, replace=False)
+        return [re.sub(r"\ba (?=[aeiou])", "an ", caption.format(**words)) for caption in chosen]
 
-class Canvas:
-    """A square picture painted back to front; shapes are signed distances, so edges are smooth at any resolution."""
+    def draw(self, resolution):
+        """→ image (3, R, R) and label map (1, R, R), both uint8; drawn at four times the size."""
+        side = 4 * resolution
+        canvases = [Image.new(mode, (side, side)) for mode in ("RGB", "L")]
+        brushes = [ImageDraw.Draw(canvas) for canvas in canvases]
 
-    def __init__(self, resolution, rng):
-        self.rng, self.pixel = rng, 1 / resolution
-        self.rows, self.columns = (np.indices((resolution, resolution), np.float32) + 0.5) / resolution
-        self.image = np.zeros((resolution, resolution, 3), np.float32)
-        self.segmentation = np.zeros((resolution, resolution), np.uint8)
-        self.move(0, 0, 1, 1)
-        self.grain = 0.85 + 0.3 * self.noise(32, 32)  # of feathers and bark
+        def paint(segment, colour, shape, points, **angles):
+            inks = COLOURS.get(colour, colour), SEGMENTS.index(segment)
+            for brush, ink in zip(brushes, inks):
+                getattr(brush, shape)([(side * x, side * y) for x, y in points], fill=ink, **angles)
 
-    def move(self, x, y, unit, facing, tilt=0.0):
-        """Put the origin at (x, y) of the picture, with lengths in `unit` of its width and +x where a bird faces."""
-        dx, dy, self.unit = (self.columns - x) * facing / unit, (self.rows - y) / unit, unit
-        self.x, self.y = dx * np.cos(tilt) - dy * np.sin(tilt), dx * np.sin(tilt) + dy * np.cos(tilt)
+        self.paint_place(paint)
+        self.paint_bird(paint)
+        image, labels = canvases[0].reduce(4), canvases[1].resize((resolution, resolution), Image.Resampling.NEAREST)
+        return TF.pil_to_tensor(image), TF.pil_to_tensor(labels)
 
-    def noise(self, across, down):
-        """Smooth noise (R, R) in [0, 1]: bumps, so many across and down the picture, with finer ones on them."""
-        total = 0.0
-        for finer in (1, 2):
-            lattice = self.rng.random((down * finer + 1, across * finer + 1), dtype=np.float32)
-            where = self.rows * down * finer, self.columns * across * finer
-            total = total + scipy.ndimage.map_coordinates(lattice, where, order=1) / finer
-        return total / 1.5
+    def paint_place(self, paint):
+        """The sky, what is behind, the ground and the perch."""
+        (_, behind, bumps, height), (_, ground), (_, perch, half, thick) = PLACES[self.place]
+        level = 0.66
+        paint("sky", LIGHTS[self.light][1], "rectangle", ((0, 0), (1, 1)))
+        paint("behind", behind, "rectangle", ((0, level - 0.3 * height), (1, level)))
+        for bump in range(bumps):
+            x, wide = self.shift + (bump + 0.5) / bumps, 0.7 / bumps
+            if behind in ("green", "olive"):
+                paint("behind", behind, "ellipse", ((x - wide, level - height), (x + wide, level + height)))
+            else:
+                paint("behind", behind, "polygon", ((x - wide, level), (x, level - height), (x + wide, level)))
+        paint("ground", ground, "rectangle", ((0, level), (1, 1)))
+        paint("perch", perch, "rectangle", ((self.x - half, self.y), (self.x + half, self.y + thick)))
 
-    def inside(self, distance, softness=0.0):
-        """Cover (R, R) in [0, 1] of where a signed distance is negative; the edge is a pixel wide or `softness`."""
-        return np.clip(0.5 - distance / max(softness, self.pixel / self.unit), 0, 1)
+    def paint_bird(self, paint):
+        """The bird, in units of its size from the middle of its body; it faces right, or is mirrored."""
+        plump, beak, tail, leg, crest = self.build
+        deep, hx, hy = 0.23 * plump, 0.36, -0.26 - 0.3 * (leg > 0.5)  # half its depth; its head
+        x0, y0 = self.x, self.y - self.size * (deep + 0.5 * leg)
 
-    def stroke(self, points, radii):
-        """Signed distance (R, R) to a chain of tapering capsules that flow into one another."""
-        total, blend = 1e3, max(radii) / 2
-        for (ax, ay), (bx, by), start, end in zip(points, points[1:], radii, radii[1:]):
-            x, y, dx, dy = self.x - ax, self.y - ay, bx - ax, by - ay
-            along = np.clip((x * dx + y * dy) / (dx * dx + dy * dy), 0, 1)
-            distance = np.hypot(x - along * dx, y - along * dy) - (start + along * (end - start))
-            mix = np.clip(0.5 + 0.5 * (distance - total) / blend, 0, 1)  # for a smooth minimum
-            total = distance + mix * (total - distance) - blend * mix * (1 - mix)
-        return total
+        def part(segment, name, shape, *points, **angles):
+            points = [(x0 + self.facing * self.size * x, y0 + self.size * y) for x, y in points]
+            if shape != "polygon" and self.facing < 0:  # an ellipse needs its left corner first
+                (right, top), (left, bottom) = points
+                points = [(left, top), (right, bottom)]
+            paint(segment, self.colours.get(name, name), shape, points, **angles)
 
-    def paint(self, segment, colour, cover):
-        """Blend in a colour, (3,) or (R, R, 3), where `cover` (R, R) in [0, 1] says."""
-        self.image += cover[..., None] * (np.asarray(colour, np.float32) - self.image)
-        self.segmentation[cover > 0.5] = SEGMENTS.index(segment)
+        def around(x, y, wide, high):
+            return (x - wide, y - high), (x + wide, y + high)
 
-    def part(self, segment, colour, points, radii):
-        """Paint a stroke as a round thing lit from above; returns its cover and light, each (R, R), for `mark`."""
-        distance = self.stroke(points, radii)
-        slope_y, slope_x = np.gradient(distance, self.pixel / self.unit)
-        steep = np.clip(1 + distance / max(radii), 0, 1)  # 0: the surface faces us, 1: its edge
-        facing_light = 0.67 * np.sqrt(1 - steep**2) - steep * (0.31 * slope_x + 0.67 * slope_y)
-        cover, light = self.inside(distance), self.grain * (0.48 + 0.66 * np.clip(facing_light, 0, 1))
-        self.paint(segment, light[..., None] * COLOURS[colour], cover)
-        return cover, light
-
-    def mark(self, part, segment, colour, points, radii, softness, shade=1.0):
-        """Paint a stroke on the surface of what `part` painted."""
-        cover, light = part
-        marked = cover * self.inside(self.stroke(points, radii), softness)
-        self.paint(segment, shade * light[..., None] * COLOURS[colour], marked)
-
-
-def paint_place(canvas, scene):
-    """Sky, what lies behind, the ground and the perch."""
-    behind, ground, perch = PLACES[scene.place]
-    light, level = LIGHTS[scene.light], 0.64
-    down = np.clip(canvas.y / level, 0, 1)[..., None]
-    canvas.paint("sky", light.above + down * np.subtract(light.horizon, light.above), np.ones_like(canvas.x))
-    canvas.paint("sky", (0.97, 0.96, 0.95), np.clip(1.6 * canvas.noise(3, 8) - 0.7, 0, 0.6))  # clouds
-    height, bumps, number = behind.shape
-    ridge = level - height - bumps * canvas.noise(number, 1)[0]
-    far = (0.4 + 0.6 * canvas.noise(9, 9)[..., None]) * COLOURS[behind.colour]
-    far += 0.3 * np.array(light.horizon)  # air lies between
-    canvas.paint("behind", far, canvas.inside(ridge - canvas.y, 0.02))
-    across, rows, contrast = ground.shape
-    grain = 0.9 + contrast * (canvas.noise(across, rows) - 0.5) + 0.3 * (canvas.y - level)
-    canvas.paint("ground", grain[..., None] * COLOURS[ground.colour], canvas.inside(level - canvas.y, 0.01))
-    *ends, radius = perch.shape
-    canvas.move(scene.x, scene.y + radius, 1, 1)
-    canvas.part("perch", perch.colour, ends, (radius, radius))
-
-
-def paint_bird(canvas, scene):
-    """The bird, in units of its body from the middle of that."""
-    kind = SPECIES[scene.species]
-    unit, depth = 1.1 * kind.size * scene.scale, 0.24 * kind.plump
-    feet = depth + 0.7 * kind.leg_length
-    pose = scene.x, scene.y - feet * unit, unit, scene.facing
-    canvas.move(*pose)  # legs stay upright
-    for x in (0.0, 0.1):
-        joints = ((x, 0.6 * depth), (x - 0.02, 0.4 * depth + 0.6 * feet), (x + 0.02, feet), (x + 0.1, feet))
-        canvas.part("leg", kind.leg, joints, (0.026, 0.016, 0.015, 0.012))
-    canvas.move(*pose, scene.tilt)
-    canvas.part("tail", kind.tail, ((-0.26, 0.0), (-0.40 - kind.tail_length, 0.08)), (0.10, 0.06))
-    head = 0.40 + 0.17 * kind.neck, -0.23 - 0.9 * kind.neck
-    spine = (-0.38, 0.02), (-0.06, 0.0), (0.15, -0.02), (0.28 + 0.02 * kind.neck, -0.14 - 0.45 * kind.neck), head
-    body = canvas.part("back", kind.back, spine, (0.06, depth, 0.9 * depth, 0.6 * depth, 0.11))
-    canvas.mark(body, "belly", kind.belly, ((-0.5, 0.2), (-0.1, 0.28), (0.3, 0.2)), (0.16, 0.22, 0.1), 0.08)
-    canvas.mark(body, "breast", kind.breast, ((0.12, 0.16), (0.32, 0.0), head), (0.12, 0.16, 0.06), 0.08)
-    wing = canvas.part("wing", kind.wing, ((0.13, -0.07), (-0.10, -0.02), (-0.46, 0.08)), (0.10, 0.14, 0.02))
-    for y in (-0.07, 0.0, 0.07):  # shadows between feathers
-        canvas.mark(wing, "wing", kind.wing, ((-0.08, y), (-0.44, 0.08 + 0.3 * y)), (0.006, 0.008), 0.02, 0.55)
-    for x in (-0.14, -0.24):
-        canvas.mark(wing, "wing", kind.bar, ((x - 0.02, -0.2), (x + 0.04, 0.2)), (0.018, 0.018), 0.02)
-    canvas.x, canvas.y = canvas.x - head[0], canvas.y - head[1]  # from the middle of the head
-    crest, size = kind.crest, 0.165 - 0.06 * kind.neck
-    tuft = (0.0, -0.06), (-0.06 - 0.3 * crest, -0.06 - 0.7 * crest), (-0.08 - 0.9 * crest, -0.06 - 0.9 * crest)
-    canvas.part("head", kind.crown, tuft, (0.08, 0.05, 0.01))
-    canvas.part("beak", kind.beak, ((0.10, 0.03), (0.16 + kind.beak_length, 0.08)), (0.065, 0.01))
-    skull = canvas.part("head", kind.throat, ((-0.02, 0), (0.02, 0)), (size, size))
-    canvas.mark(skull, "head", kind.crown, ((-0.14, -0.04), (0.2, -0.16)), (0.14, 0.14), 0.03)
-    for colour, radius in (("pale", 0.042), ("black", 0.032)):
-        canvas.paint("eye", COLOURS[colour], canvas.inside(np.hypot(canvas.x - 0.07, canvas.y + 0.02) - radius))
-
-
-def render_scene(scene, resolution):
-    """Scene → image (R, R, 3) uint8 and segmentation (R, R) uint8, labels as in SEGMENTS."""
-    canvas, light = Canvas(resolution, np.random.default_rng((*scene.seed, 2))), LIGHTS[scene.light]
-    paint_place(canvas, scene)
-    paint_bird(canvas, scene)
-    image = canvas.image * light.tint * (1 - light.haze) + 0.87 * light.haze
-    return np.uint8(np.clip(image, 0, 1) * 255 + 0.5), canvas.segmentation
+        for x in (0.0, 0.1):
+            part("leg", "leg", "polygon", (x, 0), (x + 0.04, 0), (x + 0.04, deep + 0.5 * leg), (x, deep + 0.5 * leg))
+        end = -0.42 - 0.7 * tail
+        part("tail", "tail", "polygon", (-0.28, -0.08), (end, 0.02), (end, 0.14), (-0.28, 0.10))
+        part("back", "back", "ellipse", *around(0, 0, 0.42, deep))
+        part("back", "back", "polygon", (0.05, -0.15), (hx - 0.10, hy), (hx + 0.10, hy), (0.40, 0.05))
+        part("belly", "belly", "chord", *around(0, 0, 0.42, deep), start=0, end=180)
+        part("breast", "breast", "ellipse", *around(0.25, 0.02, 0.17, 0.85 * deep))
+        part("wing", "wing", "polygon", (0.16, -0.10), (0.02, 0.10), (-0.50, 0.10), (-0.22, -0.14))
+        part("wing", "bar", "polygon", (-0.10, -0.06), (-0.04, -0.06), (-0.14, 0.10), (-0.20, 0.10))
+        part("head", "crown", "polygon", (hx + 0.08, hy - 0.1), (hx - 0.12 - crest, hy - 0.1 - crest), (hx - 0.14, hy))
+        part("beak", "beak", "polygon", (hx + 0.1, hy - 0.05), (hx + 0.2 + beak, hy + 0.05), (hx + 0.1, hy + 0.09))
+        part("head", "throat", "ellipse", *around(hx, hy, 0.16, 0.16))
+        part("head", "crown", "chord", *around(hx, hy, 0.16, 0.16), start=180, end=360)
+        part("eye", "white", "ellipse", *around(hx + 0.06, hy - 0.02, 0.05, 0.05))
+        part("eye", "black", "ellipse", *around(hx + 0.07, hy - 0.02, 0.032, 0.032))
 
 
 class DemoDataset(ImageDataset):
@@ -1772,16 +1695,15 @@ class DemoDataset(ImageDataset):
     labels = dict(enumerate(SEGMENTS))
 
     def __init__(self, split, resolution, seed=0):
-        self.scenes, self.drawn = [sample_scene(split, index) for index in range(self.SIZES[split])], {}
-        records = [Record(None, scene.species, describe_scene(scene), ()) for scene in self.scenes]
-        super().__init__(records, [species.name for species in SPECIES], resolution, seed)
+        self.scenes, self.drawn = [Scene(split, index) for index in range(self.SIZES[split])], {}
+        records = [Record(None, scene.label, scene.captions, ()) for scene in self.scenes]
+        super().__init__(records, list(SPECIES), resolution, seed)
 
     def read(self, index, rng=None):
         if index not in self.drawn:
-            image, segmentation = render_scene(self.scenes[index], self.resolution)
-            self.drawn[index] = torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(segmentation)
-        image, segmentation = self.drawn[index]
-        return image, segmentation.long() if self.with_segmentation else None
+            self.drawn[index] = self.scenes[index].draw(self.resolution)
+        image, labels = self.drawn[index]
+        return image, labels[0].long() if self.with_segmentation else None
 
 
 if __name__ == "__main__":

@@ -868,10 +868,11 @@ class ModelConfig:
     contrastive_weight: float = option(0.0, "regvq: weight of its contrastive loss (the method's: 0.01)")
 
 
+SMALL = dict(resolution=64, channels=24, blocks=1, z_channels=64, code_dim=16, transfer_width=128)
 NETWORKS = {  # what the presets change of ModelConfig
     "f16": {},
-    "tiny": dict(resolution=64, channels=24, multipliers=(1, 1, 2, 4), blocks=1, z_channels=64, code_dim=16,
-                 transfer_width=128),
+    "tiny": dict(multipliers=(1, 1, 2, 4), **SMALL),  # f8, for photographs on a CPU
+    "demo": dict(multipliers=(1, 1, 2), **SMALL),  # f4, for the built-in birds
 }
 
 

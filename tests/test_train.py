@@ -19,9 +19,9 @@ import train as train_module
 from conftest import ROOT, Foreign, idle, run_training
 from prior import UserError, command, count_captions
 from test_vqct import Published
-from train import (DEMO_SPEECH, LAYERS, METHODS, RUN_FILES, SEGMENTS, SPECIES, Config, DemoDataset, Run, Trainer,
-                   describe_scene, load_checkpoint, make_loader, parse, precision, psnr, read_journal, render_scene,
-                   resolve, sample_scene, save_checkpoint, to_images)
+from train import (Config, DEMO_SPEECH, DemoDataset, METHODS, NAMED, RUN_FILES, Run, SEGMENTS, SPECIES, Scene,
+                   Trainer, load_checkpoint, make_loader, parse, precision, psnr, read_journal, resolve,
+                   save_checkpoint, to_images)
 from vqct import LPIPS, adaptive_weight, hinge_loss, needs_prior
 
 CPU = torch.device("cpu")
@@ -36,52 +36,50 @@ def few_birds_and_a_folder_of_its_own(monkeypatch, tmp_path):
 # ======== The demo
 
 def test_demo_pictures_depend_on_split_and_index_alone():
-    dataset = DemoDataset("val", 48)
+    dataset, scene = DemoDataset("val", 48), Scene("val", 7)
     dataset.with_segmentation = True
-    item, (image, segmentation) = dataset[7], render_scene(sample_scene("val", 7), 48)
-    assert item["image"].dtype == torch.uint8 and np.array_equal(item["image"].permute(1, 2, 0), image)
-    assert item["segmentation"].dtype == torch.int64 and np.array_equal(item["segmentation"], segmentation)
-    assert dataset.classes[item["label"]] == SPECIES[sample_scene("val", 7).species].name
+    item, (image, labels) = dataset[7], scene.draw(48)
+    assert item["image"].dtype == torch.uint8 and torch.equal(item["image"], image)
+    assert item["segmentation"].dtype == torch.int64 and torch.equal(item["segmentation"], labels[0].long())
+    assert dataset.classes[item["label"]] == scene.name and dataset.captions_of(7) == scene.captions
     assert list(dataset.drawn) == [7] and torch.equal(dataset[7]["image"], item["image"])  # kept, not drawn again
     assert torch.equal(DemoDataset("val", 48, seed=1)[7]["image"], item["image"])
-    for other in (sample_scene("train", 7), sample_scene("val", 6)):
-        assert not np.array_equal(render_scene(other, 48)[0], image)
+    for other in (Scene("train", 7), Scene("val", 6)):
+        assert not torch.equal(other.draw(48)[0], image)
 
 
 @pytest.mark.parametrize("index", range(4))
 def test_demo_pictures_are_the_same_scene_at_any_resolution(index):
-    small, small_map = render_scene(sample_scene("train", index), 64)
-    large, large_map = render_scene(sample_scene("train", index), 256)
-    shrunk = large.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
-    assert np.abs(shrunk - small).mean() < 6  # of 255: edges and fine texture differ, nothing else
-    assert (large_map[2::4, 2::4] == small_map).mean() > 0.9
+    (small, small_labels), (large, large_labels) = (Scene("train", index).draw(side) for side in (64, 256))
+    shrunk = torch.nn.functional.avg_pool2d(large.float(), 4)
+    assert (shrunk - small).abs().mean() < 2  # of 255
+    assert (large_labels[:, 2::4, 2::4] == small_labels).float().mean() > 0.97
 
 
-def test_demo_is_varied_and_smooth():
-    scenes = [sample_scene("train", index) for index in range(48)]
-    images, maps = zip(*(render_scene(scene, 64) for scene in scenes))
-    for image, segmentation in zip(images, maps):
-        assert (segmentation >= SEGMENTS.index("back")).mean() > 0.03  # a bird is in the picture
-        assert len(np.unique(image.reshape(-1, 3), axis=0)) > 500  # shading, not flat colour
-    assert len(np.unique(maps)) >= 8 and len({scene.species for scene in scenes}) >= 12
-    assert np.stack(images).std(axis=0).mean() > 30
+def test_demo_is_varied_and_shows_a_whole_bird():
+    scenes = [Scene("train", index) for index in range(60)]
+    images, labels = (torch.stack(parts) for parts in zip(*(scene.draw(64) for scene in scenes)))
+    bird = labels >= SEGMENTS.index("back")
+    assert bird.float().mean(dim=(1, 2, 3)).min() > 0.06
+    assert not bird[:, :, 0].any() and (labels == SEGMENTS.index("eye")).flatten(1).any(1).all()
+    assert len(labels.unique()) >= 8 and len({scene.name for scene in scenes}) >= 12
+    assert images.float().std(dim=0).mean() > 30
 
 
 def test_demo_captions_use_the_word_list_and_tell_what_is_drawn():
     function = set("a an and in is are has its it the this of on with whose behind perched".split())
     seen, everything = set(), []
-    for scene in (sample_scene("train", index) for index in range(300)):
-        captions = describe_scene(scene)
-        words = {word for caption in captions for word in caption.replace(",", " ").split()}
-        assert len(set(captions)) == len(captions) >= 3
-        assert {species.name for species in SPECIES} & words <= {SPECIES[scene.species].name}
-        seen, everything = seen | words, everything + captions
+    for scene in (Scene("train", index) for index in range(300)):
+        words = {word for caption in scene.captions for word in caption.replace(",", " ").split()}
+        assert len(set(scene.captions)) == len(scene.captions) >= 3
+        assert SPECIES.keys() & words <= {scene.name}
+        seen, everything = seen | words, everything + scene.captions
     assert {word for word in seen if not DEMO_SPEECH.is_adjective(word) and DEMO_SPEECH.noun(word) is None} <= function
     counts = count_captions(everything, DEMO_SPEECH)
     words = {part: {word for word, kind in counts.words if kind == part} for part in ("adjective", "noun")}
     assert len(words["adjective"]) >= 40 and len(words["noun"]) >= 40
     assert words["adjective"] <= DEMO_SPEECH.adjectives and words["noun"] <= DEMO_SPEECH.nouns
-    assert {layer.noun for layer in LAYERS} | {species.name for species in SPECIES} <= words["noun"]
+    assert {noun for noun, *_ in NAMED} | SPECIES.keys() <= words["noun"]
     assert all(counts.pairs[pair] > 5 for pair in (("orange", "breast"), ("white", "belly"), ("calm", "water")))
     assert counts.pairs["orange", "water"] == 0
 
@@ -115,7 +113,7 @@ def contents(folder):
 
 def test_flags_win_over_method_over_recipe_over_preset():
     config, *others = parse("--method vqgan --codebook-size 77 --multipliers 1,2 --no-amp".split())
-    assert (config.preset, config.codes, config.codebook_size, config.multipliers) == ("tiny", "uniform", 77, (1, 2))
+    assert (config.preset, config.codes, config.codebook_size, config.multipliers) == ("demo", "uniform", 77, (1, 2))
     assert not config.amp and config.trained and others == [None, False]  # neither resumed nor overwritten
     config = resolve({"dataset": "cub", "batch_size": 4, "accumulate": 2})
     assert (config.preset, config.resolution, config.channels, config.data) == ("f16", 256, 128, "data/CUB_200_2011")

@@ -5,13 +5,14 @@
     python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
 Prints Markdown tables; writes evaluation.json and reconstructions.png into each run (of another data set, into
-RUN/other/NAME) and, with --figures, curves.png, Fig. 3 and 5 to 7, and what compares several runs into comparison/
+RUN/other/NAME) and, with --figures, curves.png, Fig. 1, 3 and 5 to 7, and what compares several runs into comparison/
 beside the first. Runs that differ only by their seed share a row, mean ± standard deviation, with Welch's p against the
 first. ℓ1 and ℓ2 are on [-1, 1] images as the decoder leaves them; PSNR, SSIM and LPIPS on images clamped to that range,
 each averaged over images; FID on images rounded to 8 bits, against the same split.
 """
 
 import functools
+import itertools
 import hashlib
 import json
 import math
@@ -31,8 +32,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
+from PIL import Image, ImageDraw, ImageFont
 
-from prior import (Parser, PublishedFile, UserError, WordListSpeech, atomic_write, draw_plots, provide, read_tensors,
+from prior import (PARTS, Parser, PublishedFile, UserError, WordListSpeech, atomic_write, examples,
+                   nearest_words, provide, read_tensors,
                    save_png, user_error)
 from train import (Run, draw_grid, first_process_first, identity, launch, load_lpips, lpips_files, processes, psnr, rank,
                    read_journal, spread_indices, to_bytes)
@@ -56,7 +59,7 @@ class EvaluationConfig:
                                    choices=("squeeze", "vgg"))
     trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
-    figures: bool = option(False, "draw curves, Fig. 3 and 5 to 7 into each run, Fig. 4 of several into comparison/")
+    figures: bool = option(False, "draw curves, Fig. 1, 3 and 5 to 7 into each run, Fig. 4 of several into comparison/")
     save: str = option("", "folder for originals/*.png and reconstructions/*.png (for several runs, a sub-folder each)")
 
 
@@ -349,6 +352,8 @@ def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None
         draw_similarity(evaluation, run.results / "fig6_similarity.png")
         draw_regions(evaluation, dataset, run.results / "fig7_regions.png")
         draw_curves([evaluation], run.results / "curves.png")
+        if run.prior is not None:
+            draw_codebook_space(run.prior, run.results / "fig1_space.png")
         if run.prior is not None and len(run.prior["edges"]):
             draw_toy(run.prior, run.results / "fig3_toy.png")
     print(f"{run.results}: evaluation.json, reconstructions.png{', figures' if choices.figures else ''}")
@@ -463,6 +468,30 @@ def as_markdown(table):
 
 
 # ======== Figures
+
+def draw_codebook_space(prior, path, neighbours=4):
+    """Fig. 1: the paper's words, or the most frequent ones, and their nearest neighbours among the prior's vectors.
+
+    Positions are the first two principal components of the words shown. Lines join a chosen word to its nearest
+    neighbours in the full space, whose cosines stand below.
+    """
+    panels = []
+    for part in PARTS:
+        words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"].numpy()
+        near = {word: nearest_words(words, vectors, word, neighbours) for word in examples(words, part)}
+        shown = sorted({*near, *(name for names in near.values() for name, _ in names)})
+        points = vectors[[words.index(word) for word in shown]].astype(np.float64)
+        points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
+        points = points - points.mean(axis=0)
+        place = dict(zip(shown, points @ np.linalg.svd(points, full_matrices=False)[2][:2].T))
+        lines = [([place[word], place[name]], -1, "") for word, names in near.items() for name, _ in names]
+        lines += [([place[word]], 1 if word in near else 0, word) for word in shown]
+        notes = [f"{word}: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near[word]) for word in near]
+        notes = ["lines lead from chosen words to their nearest, by cosine:", *notes]
+        panels.append(dict(title=f"{part} codebook space ({len(words):,} words)", lines=lines, notes=notes,
+                           x="first principal component", y="second principal component", ticked=False))
+    draw_plots(panels, path)
+
 
 def draw_toy(prior, path, steps=80):
     """Fig. 3: a 2-d codebook in which one code is pulled to one feature, by VQ-VAE and by VQCT.
@@ -623,6 +652,98 @@ def compare(evaluations, folder):
     with atomic_write(folder / "table.md") as part:
         part.write_text(f"{markdown(results)}\n\n{alignment_table(results)}\n", encoding="utf-8")
     print(f"{folder}: table.md, curves.png, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
+
+
+# ======== Line plots
+
+INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569", "#b8cbe6")
+GRID = "#eef2f7"
+SMALL, FONT = (ImageFont.load_default(size) for size in (13, 15))
+
+
+def draw_plots(panels, path, columns=2, size=(520, 400)):
+    """Plots in a grid → PNG.
+
+    panels: list of dicts: title; lines, a list of (points, colour, label), whose last point has a dot where there is a
+        label, and whose colour is a number, −1 for pale; and maybe x, y: names of the axes; log: which of them, "x",
+        "y" or "xy"; notes: text below; ticked: whether the axes have numbers.
+    """
+    notes = 20 * max(len(panel.get("notes", ())) for panel in panels)
+    width, height = size[0], size[1] + notes
+    image = Image.new("RGB", (width * min(columns, len(panels)), height * math.ceil(len(panels) / columns)), "white")
+    for number, panel in enumerate(panels):
+        corner = (number % columns * width, number // columns * height)
+        draw_panel(ImageDraw.Draw(image), (corner[0] + 70, corner[1] + 40, width - 110, size[1] - 100), **panel)
+    save_png(image, path)
+
+
+def draw_panel(draw, box, title, lines, x="", y="", log="", notes=(), ticked=True):
+    """One plot in a box of (left, top, width, height) pixels."""
+    left, top, width, height = box
+    scaled = [np.array(points, dtype=np.float64).reshape(-1, 2) for points, _, _ in lines]
+    for points in scaled:
+        for axis in (axis for axis, name in enumerate("xy") if name in log):
+            points[:, axis] = np.log10(points[:, axis].clip(min=1e-12))
+    low, high = np.concatenate(scaled).min(axis=0), np.concatenate(scaled).max(axis=0)
+    margin = np.maximum(0.04 * (high - low), 1e-9)
+    low, span = low - margin, high - low + 2 * margin
+
+    def at(point):
+        x, y = (point - low) / span
+        return left + x * width, top + (1 - y) * height
+
+    def ink(number):
+        return INK[number if number < 0 else number % (len(INK) - 1)]
+
+    draw.text((left, top - 36), title, "black", FONT)
+    draw.text((left + width / 2, top + height + 32), x, "black", SMALL, anchor="mm")
+    draw.text((left, top - 8), y, "black", SMALL, anchor="lm")
+    for axis, name in enumerate("xy"):
+        for place, value in ticks(low[axis], low[axis] + span[axis], name in log) if ticked else ():
+            px, py = at(np.full(2, place))
+            ends, text = ((px, top, px, top + height), (px, top + height + 12)), "mm"
+            if name == "y":
+                ends, text = ((left, py, left + width, py), (left - 6, py)), "rm"
+            draw.line(ends[0], GRID)
+            draw.text(ends[1], f"{value:,.6g}", "black", SMALL, anchor=text)
+    draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
+    scaled = [list(map(at, points)) for points in scaled]  # pixels from here on
+    for points, (_, number, _) in zip(scaled, lines):
+        draw.line(points, ink(number), 2)
+    taken = [(px, py, px, py) for points in scaled for px, py in points]
+    labelled = [(points[-1], ink(number), label) for points, (_, number, label) in zip(scaled, lines) if label]
+    for (px, py), colour, _ in labelled:
+        taken.append((px - 4, py - 4, px + 4, py + 4))
+        draw.ellipse(taken[-1], colour)
+    for point, colour, label in labelled:  # above all lines
+        taken.append(free_box(point, draw.textlength(label, SMALL), np.array(taken), left + width + 36))
+        draw.text(taken[-1][:2], label, colour, SMALL, stroke_width=2, stroke_fill="white")
+    for row, note in enumerate(notes):
+        draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
+
+
+def ticks(low, high, log):
+    """Round numbers of an axis, whose ends are logarithms where `log`: list of (place on it, number)."""
+    if log:
+        factors = (1, 2, 5) if high - low < 2 else (1,)
+        numbers = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high)) for factor in factors]
+        return [(math.log10(number), number) for number in numbers if low <= math.log10(number) <= high]
+    least = (high - low) / 7
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    return [(step * i, step * i) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def free_box(point, length, taken, right):
+    """The box (left, top, right, bottom) of a text that is nearest to a point and free of the `taken` ones, (n, 4)."""
+    ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]
+    for reach, (across, down) in itertools.product(range(0, 306, 6), ways):
+        x = point[0] + across * (7 + reach) + (across - 1) * length / 2
+        y = point[1] - 8 + down * (13 + reach)
+        beside = (x > taken[:, 2]) | (x + length < taken[:, 0])
+        clear = (beside | (y > taken[:, 3]) | (y + 15 < taken[:, 1])).all()
+        if clear and x + length <= right or reach == 300:
+            return x, y, x + length, y + 15
 
 
 # ======== Command line

@@ -6,7 +6,7 @@ vector, and A_ij = 1 where adjective i modifies noun j.
 
     python prior.py captions.txt --download --out prior.npz            CLIP's token vectors, the paper's choice
     python prior.py annotations/captions_train2017.json CUB_200_2011/text --embeddings glove --weights glove.6B.zip
-    python prior.py show prior.npz --caption "a bright orange breast" --figure figure1.png
+    python prior.py show prior.npz --caption "a bright orange breast"
 
 A corpus is text with a caption per line, a caption file of a public data set, or a folder of .txt files.
 The result is one .npz that numpy reads without pickle.
@@ -51,7 +51,6 @@ from typing import NamedTuple
 import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
-from PIL import Image, ImageDraw, ImageFont
 
 PARTS = ("adjective", "noun")  # the two parts of speech, in the order of the codebooks everywhere
 WINDOW = 5  # adjectives and nouns on each side that count as context of `corpus` vectors (Levy & Goldberg 2014)
@@ -822,6 +821,12 @@ EXAMPLES = {"adjective": ("orange", "yellow", "blue"), "noun": ("breast", "belly
 CAPTION = "this small brown bird has a bright orange breast and a short black beak."
 
 
+def examples(words, part):
+    """The words of the paper's Fig. 1 in a list of one part of speech; its first three if it lacks them."""
+    found = [word for word in EXAMPLES[part] if word in words]
+    return found if len(found) > 1 else words[:3]
+
+
 def nearest_words(words, vectors, word, count):
     """The `count` words of largest cosine similarity to `word`: list of (word, cosine)."""
     unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -831,8 +836,8 @@ def nearest_words(words, vectors, word, count):
 
 
 def show_prior(prior, args):
-    """Print a prior's sizes, most frequent pairs and neighbourhoods, draw them if asked, and take one caption apart."""
-    adjectives, nouns, chosen = prior.adjective_words, prior.noun_words, {}
+    """Print a prior's sizes, most frequent pairs and neighbourhoods, and take one caption apart."""
+    adjectives, nouns = prior.adjective_words, prior.noun_words
     if unknown := set(args.words) - set(adjectives.tolist()) - set(nouns.tolist()):
         raise UserError(f"not a word of this prior: {', '.join(sorted(unknown))}")
     share = len(prior.edges) / (len(adjectives) * len(nouns))
@@ -844,21 +849,17 @@ def show_prior(prior, args):
         print(f"  {prior.edge_counts[i]:8,}  {adjectives[prior.edges[i, 0]]} {nouns[prior.edges[i, 1]]}")
     for column, part in enumerate(PARTS):
         words, vectors, others = prior[f"{part}_words"], prior[f"{part}_vectors"], (nouns, adjectives)[column]
-        found = [word for word in args.words or EXAMPLES[part] if word in words]
-        chosen[part] = found if args.words or len(found) > 1 else words[:3].tolist()  # the most frequent
-        cosines = {word: dict(nearest_words(words, vectors, word, len(words))) for word in chosen[part]}
-        pairs = itertools.combinations(chosen[part], 2)
+        chosen = [word for word in args.words if word in words] if args.words else examples(words.tolist(), part)
+        cosines = {word: dict(nearest_words(words, vectors, word, len(words))) for word in chosen}
+        pairs = itertools.combinations(chosen, 2)
         print(f"\n{part}s, cosines: " + ", ".join(f"{a}–{b} {cosines[a][b]:.2f}" for a, b in pairs))
-        for word in chosen[part]:
+        for word in chosen:
             mine = np.flatnonzero(prior.edges[:, column] == words.tolist().index(word))
             mine = mine[np.argsort(-prior.edge_counts[mine], kind="stable")]
             linked = ", ".join(f"{others[prior.edges[i, 1 - column]]} {prior.edge_counts[i]:,}" for i in mine[:6])
             near = ", ".join(f"{name} {cosine:.2f}" for name, cosine in list(cosines[word].items())[:6])
             print(f"  {word}: near {near}")
             print(f"  {'':{len(word)}}  {('modifies', 'is')[column]} {linked or 'nothing'} ({len(mine):,} edges)")
-    if args.figure:
-        draw_codebook_space(prior, chosen, args.figure)
-        print(f"\nFig. 1: {args.figure}")
     try:
         show_caption(prior, args.caption or CAPTION)
     except UserError as error:
@@ -882,123 +883,6 @@ def show_caption(prior, caption):
             print(f"  {adjective} → {noun}" + ("" if kept else "   (not both are nodes)"))
 
 
-def draw_codebook_space(prior, chosen, path, neighbours=4):
-    """The paper's Fig. 1: chosen words and their nearest neighbours, each codebook in its own panel.
-
-    Positions are the first two principal components of the words shown; lines join a chosen word to its nearest
-    neighbours in the full space, whose cosines stand below.
-
-    chosen: dict part → words of the prior; path: PNG file to write.
-    """
-    panels = []
-    for part in (part for part in PARTS if chosen[part]):
-        words, vectors = prior[f"{part}_words"].tolist(), prior[f"{part}_vectors"]
-        near = {word: nearest_words(words, vectors, word, neighbours) for word in chosen[part]}
-        shown = sorted({*near, *(name for names in near.values() for name, _ in names)})
-        points = vectors[[words.index(word) for word in shown]].astype(np.float64)
-        points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-        points = points - points.mean(axis=0)
-        place = dict(zip(shown, points @ np.linalg.svd(points, full_matrices=False)[2][:2].T))
-        lines = [([place[word], place[name]], -1, "") for word, names in near.items() for name, _ in names]
-        lines += [([place[word]], 1 if word in near else 0, word) for word in shown]
-        notes = [f"{word}: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near[word]) for word in near]
-        notes = ["lines lead from chosen words to their nearest, by cosine:", *notes]
-        panels.append(dict(title=f"{part} codebook space ({len(words):,} words)", lines=lines, notes=notes))
-    draw_plots(panels, path)
-
-
-# ======== Line plots, which evaluate.py draws too
-
-INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569", "#b8cbe6")
-GRID = "#eef2f7"
-SMALL, FONT = (ImageFont.load_default(size) for size in (13, 15))
-
-
-def draw_plots(panels, path, columns=2, size=(520, 400)):
-    """Plots in a grid → PNG.
-
-    panels: list of dicts: title; lines, a list of (points, colour, label), whose last point has a dot where there is a
-        label, and whose colour is a number, −1 for pale; and maybe x, y: names of the axes; log: which of them, "x",
-        "y" or "xy"; notes: text below.
-    """
-    notes = 20 * max(len(panel.get("notes", ())) for panel in panels)
-    width, height = size[0], size[1] + notes
-    image = Image.new("RGB", (width * min(columns, len(panels)), height * math.ceil(len(panels) / columns)), "white")
-    for number, panel in enumerate(panels):
-        corner = (number % columns * width, number // columns * height)
-        draw_panel(ImageDraw.Draw(image), (corner[0] + 70, corner[1] + 40, width - 110, size[1] - 100), **panel)
-    save_png(image, path)
-
-
-def draw_panel(draw, box, title, lines, x="", y="", log="", notes=()):
-    """One plot in a box of (left, top, width, height) pixels."""
-    left, top, width, height = box
-    scaled = [np.array(points, dtype=np.float64).reshape(-1, 2) for points, _, _ in lines]
-    for points in scaled:
-        for axis in (axis for axis, name in enumerate("xy") if name in log):
-            points[:, axis] = np.log10(points[:, axis].clip(min=1e-12))
-    low, high = np.concatenate(scaled).min(axis=0), np.concatenate(scaled).max(axis=0)
-    margin = np.maximum(0.04 * (high - low), 1e-9)
-    low, span = low - margin, high - low + 2 * margin
-
-    def at(point):
-        x, y = (point - low) / span
-        return left + x * width, top + (1 - y) * height
-
-    def ink(number):
-        return INK[number if number < 0 else number % (len(INK) - 1)]
-
-    draw.text((left, top - 36), title, "black", FONT)
-    draw.text((left + width / 2, top + height + 32), x, "black", SMALL, anchor="mm")
-    draw.text((left, top - 8), y, "black", SMALL, anchor="lm")
-    for axis, name in enumerate("xy"):
-        for place, value in ticks(low[axis], low[axis] + span[axis], name in log):
-            px, py = at(np.full(2, place))
-            ends, text = ((px, top, px, top + height), (px, top + height + 12)), "mm"
-            if name == "y":
-                ends, text = ((left, py, left + width, py), (left - 6, py)), "rm"
-            draw.line(ends[0], GRID)
-            draw.text(ends[1], f"{value:,.6g}", "black", SMALL, anchor=text)
-    draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
-    scaled = [list(map(at, points)) for points in scaled]  # pixels from here on
-    for points, (_, number, _) in zip(scaled, lines):
-        draw.line(points, ink(number), 2)
-    taken = [(px, py, px, py) for points in scaled for px, py in points]
-    labelled = [(points[-1], ink(number), label) for points, (_, number, label) in zip(scaled, lines) if label]
-    for (px, py), colour, _ in labelled:
-        taken.append((px - 4, py - 4, px + 4, py + 4))
-        draw.ellipse(taken[-1], colour)
-    for point, colour, label in labelled:  # above all lines
-        taken.append(free_box(point, draw.textlength(label, SMALL), np.array(taken), left + width + 36))
-        draw.text(taken[-1][:2], label, colour, SMALL, stroke_width=2, stroke_fill="white")
-    for row, note in enumerate(notes):
-        draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
-
-
-def ticks(low, high, log):
-    """Round numbers of an axis, whose ends are logarithms where `log`: list of (place on it, number)."""
-    if log:
-        factors = (1, 2, 5) if high - low < 2 else (1,)
-        numbers = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high)) for factor in factors]
-        return [(math.log10(number), number) for number in numbers if low <= math.log10(number) <= high]
-    least = (high - low) / 7
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
-    return [(step * i, step * i) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def free_box(point, length, taken, right):
-    """The box (left, top, right, bottom) of a text that is nearest to a point and free of the `taken` ones, (n, 4)."""
-    ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]
-    for reach, (across, down) in itertools.product(range(0, 306, 6), ways):
-        x = point[0] + across * (7 + reach) + (across - 1) * length / 2
-        y = point[1] - 8 + down * (13 + reach)
-        beside = (x > taken[:, 2]) | (x + length < taken[:, 0])
-        clear = (beside | (y > taken[:, 3]) | (y + 15 < taken[:, 1])).all()
-        if clear and x + length <= right or reach == 300:
-            return x, y, x + length, y + 15
-
-
 # ======== Command line
 
 def parse(argv):
@@ -1010,7 +894,6 @@ def parse(argv):
         add("prior", metavar="PRIOR", help="a .npz of prior.py")
         add("--caption", help="caption to take apart")
         add("--pairs", type=int, default=20, help="most frequent pairs to print")
-        add("--figure", help="PNG of nearest neighbours in codebook space, Fig. 1")
         add("--words", nargs="+", default=(), help="words to look at, instead of the paper's or the most frequent")
         return parser.parse_args(argv)
     add("corpora", nargs="*", metavar="CORPUS", help="text, COCO JSON or Flickr file (.gz or not), or folder of .txt")

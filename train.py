@@ -1104,7 +1104,7 @@ VERSION = 4  # of checkpoints
 SOURCES = (Path(__file__).with_name(name).read_bytes() for name in ("vqct.py", "train.py"))
 CODE = hashlib.sha256(b"".join(SOURCES)).hexdigest()  # of what trains, kept in checkpoints
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz reconstructions.png evaluation.json
-    tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig3_toy.png fig5_usage.png fig6_similarity.png
+    tokens-train.npz tokens-val.npz features-train.npy features-val.npy fig1_space.png fig3_toy.png fig5_usage.png fig6_similarity.png
     fig7_regions.png curves.png samples.png completions.png photographs.png""".split()
 
 

@@ -1,6 +1,7 @@
 """Metrics against closed forms, and evaluation of a run."""
 
 import copy
+import itertools
 import json
 import math
 import re
@@ -17,12 +18,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2 as TF
-from PIL import Image
+from PIL import Image, ImageColor
 
 import train
 from evaluate import Evaluation, EvaluationConfig, alignment_table, caption_alignment, code_statistics, draw_curves
 from evaluate import draw_rate_distortion, draw_regions, draw_toy, draw_usage, evaluate, fid, frechet_distance, load_inception, load_or_reason
-from evaluate import InceptionFeatures, main, markdown, mean_image, rows_of, ssim
+from evaluate import INK, InceptionFeatures, draw_codebook_space, draw_plots, free_box, main, markdown, mean_image
+from evaluate import rows_of, ssim, ticks
 from prior import UserError
 from test_parity import random_inception
 from train import DemoDataset, ImageDataset, Record, Run, load_lpips, to_bytes, to_images
@@ -203,7 +205,7 @@ def test_evaluation_of_a_run(run, capsys):
     assert "FID: – (missing: FID's Inc" in printed and "LPIPS: – (missing: LPIPS" in printed and "| run | noun |" in printed
     assert f"11 evaluation images; the mean image of its train split gives {result['baseline_psnr']:.2f} dB" in printed
     drawn = {path.stem: Image.open(path).getcolors(2**24) for path in run.glob("*.png")}
-    names = "curves fig3_toy fig5_usage fig6_similarity fig7_regions reconstructions".split()
+    names = "curves fig1_space fig3_toy fig5_usage fig6_similarity fig7_regions reconstructions".split()
     assert sorted(drawn) == names and all(len(colours) > 20 for colours in drawn.values())
     with pytest.raises(UserError, match="'hub' is not a run of train.py: it has no last.pt"):
         main(["run", "hub"])
@@ -312,7 +314,7 @@ def test_other_systems_are_evaluated_drawn_and_compared(run, capsys):
     adjectives, nouns = map(math.log2, result["codes"].values())
     assert result["bits"] == pytest.approx(64 * (2 * adjectives + nouns))  # the two nearest adjectives
     vqgan, official, both = ({p.stem for p in Path(name).glob("*.png")} for name in ("vqgan", "official", "comparison"))
-    assert official - vqgan == {"fig3_toy"} and len(vqgan) == 5  # its codes have no words
+    assert official - vqgan == {"fig1_space", "fig3_toy"} and len(vqgan) == 5  # its codes have no words
     assert both == {"curves", "fig4_reconstructions", "fig5_usage", "rate_distortion"}
     assert Image.open("comparison/fig4_reconstructions.png").size == (150 + 8 * 132, 4 * 132)  # originals, three runs
     table, printed = Path("comparison/table.md").read_text(), capsys.readouterr().out
@@ -390,3 +392,40 @@ def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, seen):
     assert all(np.allclose(a[0][0], b[0][0]) for a, b in zip(learned, generated))  # both from the same codes
     draw_toy({**prior.tensors(), "edges": torch.tensor([[0, 0]])}, "alike.png")  # Â makes both codes equal
     assert np.isfinite([line[0][-1] for panel in seen[1] for line in panel["lines"]]).all()
+
+
+# ======== Plots
+
+def test_codebook_space_shows_words_and_their_neighbours(tmp_path, prior):
+    draw_codebook_space(prior.tensors(), tmp_path / "f.png")
+    with Image.open(tmp_path / "f.png") as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
+        assert image.width == 1040 and set(map(ImageColor.getrgb, INK[:2])) <= colours
+
+
+@pytest.mark.parametrize("log", ["", "x", "y", "xy"])
+def test_a_line_runs_straight_on_its_own_axes(tmp_path, log):
+    steps = np.linspace(0, 1, 9)
+    points = np.stack([10 ** (3 * steps) if name in log else steps for name in "xy"], 1)
+    draw_plots([dict(title="t", lines=[(points, 0, "")], x="x", y="y", log=log)] * 3, tmp_path / "f.png")
+    with Image.open(tmp_path / "f.png") as image:
+        assert image.size == (1040, 800)
+        for (left, top), share in itertools.product(((0, 0), (520, 0), (0, 400)), (0.25, 0.5, 0.75)):
+            place = (left + 70 + round(410 * share), top + 40 + round(300 * (1 - share)))
+            near = itertools.product((-1, 0, 1), repeat=2)
+            assert ImageColor.getrgb(INK[0]) in [image.getpixel((place[0] + i, place[1] + j)) for i, j in near]
+
+
+def test_ticks_are_round_and_labels_lie_apart():
+    assert [value for _, value in ticks(17.5, 22.7, False)] == [18, 19, 20, 21, 22]
+    assert [value for _, value in ticks(60, 1334, False)] == [200, 400, 600, 800, 1000, 1200]
+    assert [value for _, value in ticks(-0.1, 3.2, True)] == [1, 10, 100, 1000]
+    assert [value for _, value in ticks(0.9, 2.1, True)] == [10, 20, 50, 100]
+    assert all(place == pytest.approx(math.log10(value)) for place, value in ticks(0.9, 2.1, True))
+    taken = [(100, 100, 100, 100)]
+    for _ in range(30):  # labels of one point
+        left, top, right, bottom = free_box((100, 100), 40, np.array(taken), 160)
+        assert all(left > box[2] or right < box[0] or top > box[3] or bottom < box[1] for box in taken)
+        assert right - left == 40 and right <= 160
+        taken.append((left, top, right, bottom))
+    assert taken[1][:2] == (107, 92)  # beside the point, where there is room

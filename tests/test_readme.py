@@ -174,9 +174,9 @@ def test_the_quick_commands_run(demo, capsys):
             SCRIPTS[words[0].removesuffix(".py")].main(list(words[1:]))
         assert len(capsys.readouterr().out) > 100, words
     run = demo / "runs/demo-vqct"
-    drawn = ["fig3_toy", "fig5_usage", "fig6_similarity", "fig7_regions", "curves", "reconstructions"]
+    drawn = ["fig1_space", "fig3_toy", "fig5_usage", "fig6_similarity", "fig7_regions", "curves", "reconstructions"]
     drawn += ["synthesis/gpt-segmentation/samples", "synthesis/gpt-segmentation/completions"]
-    for picture in (demo / "figure1.png", *(run / f"{name}.png" for name in drawn)):
+    for picture in (run / f"{name}.png" for name in drawn):
         assert picture.stat().st_size > 1000, picture
 
 
@@ -186,7 +186,7 @@ def test_a_run_reads_a_photograph(demo, capsys):
     assert len(block.splitlines()) <= 6
     exec(block, {})
     lines = [line for line in capsys.readouterr().out.splitlines() if "  " in line and not line.startswith("step")]
-    assert len(lines) == 8 and (demo / "reconstruction.png").stat().st_size > 1000
+    assert len(lines) == 16 and (demo / "reconstruction.png").stat().st_size > 1000
 
 
 def test_what_is_named_is_there():

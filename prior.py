@@ -1,19 +1,18 @@
 """Adjective and noun codebooks of a language model, and the graph of which modifies which.
 
-Paper §3.3, step 1 (codebook construction) and the first half of step 2 (the modifying graph). Captions are tagged.
-Words are kept or dropped by their part of speech. Each kept word gets its vector of the language model, and
-A_ij = 1 where adjective i modifies noun j.
+Paper §3.3, step 1 and the first half of step 2. Captions are tagged, and words are kept by their part
+of speech. Each gets its vector of the language model, and A_ij = 1 where adjective i modifies noun j.
 
-    python prior.py captions.txt --download --out prior.npz            CLIP's token vectors, the paper's choice
-    python prior.py annotations/captions_train2017.json CUB_200_2011/text --embeddings glove --weights glove.6B.zip
+    python prior.py captions.txt --download --out prior.npz
+    python prior.py captions_train2017.json CUB_200_2011/text --embeddings glove --weights glove.6B.zip
     python prior.py show prior.npz --caption "a bright orange breast"
 
-The first two make a prior. `show` prints what a prior holds; its flags: python prior.py show --help.
-A corpus is a text file with a caption per line, a caption file of a public data set, or a folder of .txt files.
-A prior is one .npz file that numpy reads without pickle.
+The first two make a prior, of CLIP's vectors by default. `show` prints what a prior holds; its flags:
+python prior.py show --help. A corpus is a text file with a caption per line, a caption file of a public
+data set, or a folder of .txt files. A prior is one .npz file.
 
-Contents: corpora, parts of speech, modifying pairs, counting, language models, the prior, `show`, the command line,
-and helpers for all scripts (errors, whole files, downloads, progress).
+Contents: corpora, parts of speech, modifying pairs, counting, language models, the prior, `show`,
+the command line, helpers of all scripts.
 """
 
 import argparse
@@ -34,7 +33,6 @@ import re
 import shlex
 import signal
 import sys
-import textwrap
 import threading
 import time
 import traceback
@@ -53,16 +51,14 @@ import numpy as np
 
 PARTS = ("adjective", "noun")  # the order of the codebooks everywhere
 WINDOW = 5  # words on each side that count as context of `corpus` vectors (Levy & Goldberg 2014)
-LONGEST = 2000  # characters of a caption; a longer line is cut at white space
 CHUNK = 2000  # captions that a worker takes at a time, about a second's work
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # ======== Corpora
 
 FORMS = (
-    "text, a caption per line; Flickr's `name#k caption`; JSON or JSON lines: COCO's, Karpathy's, "
-    "strings, or objects with a `caption`; a table with captions in its last column; any of them "
-    "compressed by gzip; or a folder of .txt files"
+    "text with a caption per line; Flickr's `name#k caption`; JSON or JSON lines (COCO's, Karpathy's, "
+    "strings, or objects with a `caption`); a table, captions last; or a folder of .txt files; .gz or not"
 )
 
 
@@ -78,10 +74,9 @@ def read_corpora(paths):
 
 
 def read_captions(path):
-    """Yield the captions of a file in one of FORMS, or of the .txt and .txt.gz files of a folder.
+    """Yield the captions of a file in one of FORMS, told by its content, or of a folder's .txt and .txt.gz.
 
-    The form is told by the file's content. Raises UserError if the file is missing, damaged, or
-    neither UTF-8 nor UTF-16 with a byte-order mark.
+    Raises UserError if a file is missing, damaged, or neither UTF-8 nor UTF-16.
     """
     path = Path(path).expanduser()
     for file in list_files(path, (".txt", ".txt.gz")) if path.is_dir() else [path]:
@@ -92,10 +87,7 @@ def read_captions(path):
             utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
             captions = captions_of(data.decode("utf-16" if utf_16 else "utf-8-sig"))
         for caption in captions:
-            caption = " ".join(caption.split())
-            if len(caption) > LONGEST:
-                yield from textwrap.wrap(caption, LONGEST, break_on_hyphens=False)
-            elif caption:
+            if caption := " ".join(caption.split()):
                 yield caption
 
 
@@ -139,18 +131,18 @@ def is_text(value):
 
 # ======== Parts of speech
 #
-# A tagger errs in captions. It takes the colour of "an orange breast" for a noun, and the verb of "a
-# dog walks" for a plural. RULES correct such errors. Each word of a sentence is written as one letter,
-# so that a rule is a regular expression over the letters of the sentence:
+# The tagger errs in captions: it takes the colour of "an orange breast" for a noun, and the verb of "a
+# dog walks" for a plural. RULES correct it. Each word of a sentence becomes one letter, so that a rule
+# is a regular expression over the letters of the sentence:
 #
-#   A  adjective           N  noun, also a word that WordNet does not list under its tag
-#   B  noun that may be an adjective: "orange"         S  plural that is more often a verb: "walks"
-#   E  participle that may be an adjective: "striped"  G  -ing form that may be one: "flying"
-#   and the words around them, which help to decide: see LETTERS; "-" is any other word.
+#   A  adjective                                      N  noun, or a word that WordNet lacks under its tag
+#   B  noun that may be an adjective: "orange"        S  plural that is more often a verb: "walks"
+#   E  participle that may be an adjective: "striped" G  -ing form that may be an adjective: "flying"
+#   K, W, a, C, P, R, D and the comma: see LETTERS    -  any other word
 #
-# "A bright orange breast" is aABN. A rule replaces every B, E, G and S in its match by its letter: the
-# fifth below makes aAAN. The rules apply one after the other. Each of them changes at least 5 in 1,000
-# pairs of 2,500 captions of Flickr30k or of CUB.
+# "A bright orange breast" is aABN. A rule turns each B, E, G and S in its match into its letter, so the
+# fifth rule makes it aAAN. The rules apply in this order. Each changes at least 5 in 1,000 pairs of 2,500
+# captions of Flickr30k or of CUB.
 
 LETTERS = {  # letter → words, or Penn Treebank tags
     "K": "is are was were",
@@ -242,10 +234,7 @@ def kind_of(word, tag, speech):
 
 
 class WordNetSpeech:
-    """NLTK's tokenizer and tagger for words in context, WordNet for what a word may be.
-
-    Raises UserError if NLTK's data are missing, with the command that downloads them.
-    """
+    """NLTK's tokenizer and tagger for words in context, WordNet for what a word may be."""
 
     name = "NLTK tagger and WordNet"
 
@@ -312,8 +301,7 @@ class WordNetSpeech:
 class WordListSpeech:
     """Parts of speech by two lists of words, for text whose words are known in advance.
 
-    adjectives, nouns: words; a noun's plural in -s or -es is recognised, others through `plurals`.
-    plurals: irregular plural → singular.
+    plurals: irregular plural → singular; plurals in -s or -es are recognised.
 
     >>> speech = WordListSpeech(["small", "orange", "white"], ["bird", "breast", "belly"])
     >>> (sentence,) = speech("a small bird with an orange breast whose belly is white")
@@ -322,11 +310,10 @@ class WordListSpeech:
     """
 
     name = "word list"
-    TAGS = {
-        "a": "DT", "an": "DT", "the": "DT", "this": "DT", "its": "PRP$",
-        "and": "CC", "or": "CC", "but": "CC", ",": ",", ".": ".", "very": "RB",
-        "of": "IN", "in": "IN", "on": "IN", "with": "IN", "is": "VBZ", "are": "VBP",
-    }  # fmt: skip
+    TAGS = {",": ",", ".": ".", "very": "RB", "is": "VBZ", "are": "VBP"}
+    TAGS |= dict.fromkeys(("a", "an", "the", "this"), "DT") | {"its": "PRP$"}
+    TAGS |= dict.fromkeys(("of", "in", "on", "with"), "IN")
+    TAGS |= dict.fromkeys(("and", "or", "but"), "CC")
 
     def __init__(self, adjectives, nouns, plurals=None):
         self.adjectives, self.nouns = frozenset(adjectives), frozenset(nouns)
@@ -412,10 +399,13 @@ def count_corpus(captions, speech, contexts=False, workers=CORES):
     if workers == 1:
         total = add_counts(count_captions(chunk, speech, contexts) for chunk in chunks)
     else:
-        ended = "a process that tagged captions was killed or lacked memory; give fewer --workers"
         pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(speech, contexts))
-        with user_error(ended, BrokenProcessPool, MemoryError), pool:
-            total = add_counts(pool.map(_count_chunk, chunks))
+        try:
+            with pool:
+                total = add_counts(pool.map(_count_chunk, chunks))
+        except (BrokenProcessPool, MemoryError):
+            ended = "a process that tagged captions was killed or lacked memory"
+            raise UserError(f"{ended}; give fewer --workers") from None
     if not total.words:
         raise UserError(f"no adjective or noun in {total.captions:,} captions; is it English text?")
     return total
@@ -454,7 +444,7 @@ def _count_chunk(captions):
 # (d,) float32. Words may be missing from the result.
 
 def glove_vectors(words, weights, dim, counts):
-    """Vectors of GloVe's text, `word v1 … vd` a line, or of the file of `dim` (0: 100) dimensions in a .zip.
+    """Vectors of GloVe's text, `word v1 … vd` a line; of a .zip, those of `dim` (0: 100) dimensions.
 
     Raises UserError if the file is missing, a row has another length, or a number is not finite.
     """
@@ -462,8 +452,6 @@ def glove_vectors(words, weights, dim, counts):
     with user_error(f"vectors '{weights}' cannot be read: {{}}"):
         for number, line in enumerate(glove_lines(weights, dim), 1):
             line = line.rstrip()
-            if not line or number == 1 and re.fullmatch(r"\d+ \d+", line):  # word2vec's header
-                continue
             width = width or line.count(" ")
             word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
             if len(values) != width or not width:
@@ -480,15 +468,14 @@ def glove_vectors(words, weights, dim, counts):
 
 
 def glove_lines(weights, dim):
-    """Yield the lines of a text file, or of the one in a zip whose name ends in `dim` (0: 100) and d.txt."""
+    """Yield the lines of GloVe's text, or of the text of `dim` (0: 100) dimensions in its .zip."""
     if not weights.endswith(".zip"):
         with open(weights, encoding="utf-8", newline="\n") as stream:
             yield from stream
         return
     with zipfile.ZipFile(weights) as archive:
-        members = [name for name in archive.namelist() if name.endswith(".txt") and not is_hidden(name)]
-        if len(members) > 1:
-            members = [name for name in members if name.endswith(f".{dim or 100}d.txt")]
+        members = [name for name in archive.namelist() if name.endswith(f".{dim or 100}d.txt")]
+        members = [name for name in members if not is_hidden(name)]
         if len(members) != 1:
             raise ValueError(f"{len(members)} files of {dim or 100} dimensions inside; choose one by --dim")
         with archive.open(members[0]) as stream:
@@ -540,9 +527,9 @@ def random_vectors(words, weights, dim, counts):
 
 
 def bert_vectors(words, weights, dim, counts):
-    """The rows of the token table of BERT, or of a model like it, for words that are one token.
+    """The rows of BERT's token table for words that are one token.
 
-    weights: a Hugging Face folder with vocab.txt and model.safetensors or pytorch_model.bin.
+    weights: a Hugging Face folder with vocab.txt and the weights.
     """
     with user_error(f"'{weights}' is no folder with vocab.txt and {TENSOR_FILES}: {{}}"):
         tokens = (Path(weights) / "vocab.txt").read_text(encoding="utf-8").split("\n")
@@ -553,8 +540,7 @@ def bert_vectors(words, weights, dim, counts):
 def clip_vectors(words, weights, dim, counts):
     """The rows of the token table of CLIP ViT-B/32, the paper's choice, for words that are one token.
 
-    weights: a Hugging Face folder with vocab.json and model.safetensors or pytorch_model.bin; by
-    default the files that --download fetched.
+    weights: a Hugging Face folder with vocab.json and the weights; by default what --download fetched.
     """
     return token_vectors(words, *clip_files(weights))
 
@@ -564,7 +550,8 @@ def clip_files(weights):
     vocabulary, model = Path(weights) / "vocab.json", weights
     if not weights:
         vocabulary, model = (file.get() for file in clip_needs())
-    with user_error(f"'{weights or vocabulary}' is no folder with CLIP's vocab.json and {TENSOR_FILES}: {{}}"):
+    needed = f"CLIP's vocab.json and {TENSOR_FILES}"
+    with user_error(f"'{weights or vocabulary}' is no folder with {needed}: {{}}"):
         rows = json.loads(vocabulary.read_text(encoding="utf-8"))
         whole = {token.removesuffix("</w>"): row for token, row in rows.items() if token.endswith("</w>")}
         return whole, read_tensors(model)
@@ -582,9 +569,7 @@ def token_vectors(words, rows, tensors):
 def clip_text_vectors(words, weights, dim, counts):
     """CLIP's features of "a photo of ADJECTIVE object" or "a photo of NOUN", for words that are one token.
 
-    The authors' code takes these features, also for words that are several tokens.
-
-    weights: as for clip_vectors.
+    The authors' code takes them, also for words of several tokens. weights: as for clip_vectors.
     """
     import torch
 
@@ -594,14 +579,13 @@ def clip_text_vectors(words, weights, dim, counts):
     with user_error(f"'{weights or 'the cache'}' is not CLIP: its vocabulary lacks {{}}"):
         before = [start, *(rows[word] for word in ("a", "photo", "of"))]
         after = {"adjective": [rows["object"], end], "noun": [end]}
-    vectors, progress = {part: {} for part in PARTS}, Progress()
+    vectors = {part: {} for part in PARTS}
     for part, listed in words.items():
         single = [word for word in listed if word in rows]
         for first in range(0, len(single), 256):
             batch = single[first : first + 256]
             prompts = torch.tensor([[*before, rows[word], *after[part]] for word in batch])
             vectors[part].update(zip(batch, clip_text_features(prompts, tensors).numpy()))
-            progress(f"encoding prompts: {len(vectors[part]):,} of {len(single):,} {part}s")
     return vectors
 
 
@@ -628,8 +612,10 @@ def clip_text_features(prompts, tensors):
     depth = sum(name.startswith(layers) and name.endswith("mlp.fc1.weight") for name in tensors)
     for block in (f"{layers}{i}" for i in range(depth)):
         normed = norm(f"{block}.layer_norm1", x)
-        projected = (linear(f"{block}.self_attn.{name}_proj", normed) for name in "qkv")
-        query, key, value = (y.unflatten(-1, (-1, 64)).transpose(1, 2) for y in projected)  # (N, heads, T, 64)
+        query, key, value = (
+            linear(f"{block}.self_attn.{name}_proj", normed).unflatten(-1, (-1, 64)).transpose(1, 2)
+            for name in "qkv"
+        )  # (N, heads, T, 64) each
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + linear(f"{block}.self_attn.out_proj", attended.transpose(1, 2).flatten(2))
         hidden = linear(f"{block}.mlp.fc1", norm(f"{block}.layer_norm2", x))  # (N, T, 4 W)
@@ -701,58 +687,49 @@ class Prior:
         advice = "make one with: python prior.py CORPUS --out prior.npz"
         with user_error(f"'{path}' is no prior: {{}}; {advice}"):
             with np.load(regular(path), allow_pickle=False) as file:
-                names = {item.name for item in fields(cls)}
-                if missing := names - set(file):
-                    raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-                arrays = {name: file[name] for name in names}
+                arrays = {item.name: file[item.name] for item in fields(cls)}
             arrays["provenance"] = json.loads(str(arrays["provenance"]))
             prior = cls(**arrays)
-            if fault := prior.fault():
-                raise ValueError(fault)
+            prior.check()
             return prior
 
-    def fault(self):
-        """Why these arrays are no prior, or None if they are one."""
+    def check(self):
+        """Raise ValueError that says what is wrong with the arrays, if anything is."""
         for part in PARTS:
             words, vectors = self[f"{part}_words"], self[f"{part}_vectors"]
-            if words.ndim != 1 or words.dtype.kind != "U" or not len(words):
-                return f"its {part}s are not words"
-            if len(np.unique(words)) < len(words):
-                return f"one of its {part}s is there twice"
-            if vectors.ndim != 2 or vectors.dtype.kind != "f" or len(vectors) != len(words):
-                return f"its {part}s do not have a vector each"
+            if words.dtype.kind != "U" or words.ndim != 1 or not 0 < len(words) == len(np.unique(words)):
+                raise ValueError(f"its {part}s are not words, each once")
+            if vectors.dtype.kind != "f" or vectors.shape != (len(words), self.noun_vectors.shape[-1]):
+                raise ValueError(f"its {part}s do not have a vector each, of one length")
             if not (vectors.any(axis=1) & (np.abs(vectors) < 1e6).all(axis=1)).all():
-                return f"a vector of its {part}s is zero, huge or not finite"
-        if self.adjective_vectors.shape[1] != self.noun_vectors.shape[1]:
-            return "its adjectives and nouns differ in dimensions"
+                raise ValueError(f"a vector of its {part}s is zero, huge or not finite")
         edges, counts = self.edges, self.edge_counts
         sizes = len(self.adjective_words), len(self.noun_words)
-        pairs = edges.dtype.kind == "i" and edges.shape[1:] == (2,)
-        if not pairs or (edges < 0).any() or (edges >= sizes).any():
-            return "its edges are not pairs of an adjective's and a noun's index"
-        if len(np.unique(edges, axis=0)) < len(edges):
-            return "one of its edges is there twice"
+        pairs = edges.dtype.kind == "i" and edges.shape[1:] == (2,) and (0 <= edges).all()
+        if not pairs or (edges >= sizes).any() or len(np.unique(edges, axis=0)) < len(edges):
+            raise ValueError("its edges are not pairs of an adjective's and a noun's index, each once")
         if counts.dtype.kind != "i" or counts.shape != edges.shape[:1] or (counts < 1).any():
-            return "its edges do not have a count of one or more each"
-        return None
+            raise ValueError("its edges do not have a count of one or more each")
 
     def tensors(self):
         """The arrays as tensors and lists of strings, which a checkpoint may hold → dict."""
         import torch
 
-        arrays = {name: value for name, value in vars(self).items() if name != "provenance"}
-        return {name: x.tolist() if x.dtype.kind == "U" else torch.from_numpy(x) for name, x in arrays.items()}
+        arrays = {name: x for name, x in vars(self).items() if name != "provenance"}
+        as_tensor = lambda x: x.tolist() if x.dtype.kind == "U" else torch.from_numpy(x)
+        return {name: as_tensor(x) for name, x in arrays.items()}
 
 
-def build_prior(captions, speech=None, embeddings="clip", weights="", min_count=10, dim=0, workers=CORES, name=""):
+def build_prior(
+    captions, speech=None, embeddings="clip", weights="", min_count=10, dim=0, workers=CORES, name=""
+):
     """The prior of captions: step 1, and the graph of step 2 → Prior.
 
-    captions: iterable of str; speech: parts of speech, by default WordNetSpeech, which needs NLTK's data.
+    captions: iterable of str; speech: by default WordNetSpeech, which needs NLTK's data.
     embeddings: one of LANGUAGE_MODELS; weights, dim: its files, and the dimensions of its vectors.
     min_count: times a word must occur in its part of speech to become a code (the authors: more than 10).
     name: of the corpus, for the provenance.
-    The nodes are in order of frequency, then of the alphabet.
-    Raises UserError if no adjective or no noun is left, or a file of the language model is missing or damaged.
+    Raises UserError if no adjective or no noun is left, or a language model's file cannot be read.
     """
     speech, vectors_of = speech or WordNetSpeech(), LANGUAGE_MODELS[embeddings]
     if embeddings not in WITHOUT_FILES:  # its files are read before minutes of tagging, for no words
@@ -772,15 +749,12 @@ def build_prior(captions, speech=None, embeddings="clip", weights="", min_count=
         arrays[f"{part}_words"] = np.array(words[part])
         arrays[f"{part}_vectors"] = np.stack([vectors[part][word] for word in words[part]])
     raw = b"".join(arrays[f"{part}_vectors"].tobytes() for part in PARTS)
+    sha256 = hashlib.sha256(raw).hexdigest()
     provenance = {
         "corpus": name,
         "captions": counts.captions,
         "captions_sha256": text_checksum(captions),
-        "vectors": {
-            "name": embeddings,
-            "file": Path(weights).name,
-            "sha256": hashlib.sha256(raw).hexdigest(),
-        },
+        "vectors": {"name": embeddings, "file": Path(weights).name, "sha256": sha256},
         "dim": arrays["noun_vectors"].shape[1],
         "min_count": min_count,
         "without_vector": {part: len(seen[part]) - len(words[part]) for part in PARTS},
@@ -815,12 +789,12 @@ AUTHORS_SIZES = (1949, 4258)  # adjectives and nouns of the authors' vocabulary
 def describe_codebook(prior):
     """A prior's sizes and bits beside the authors' → str; a second line warns if they are small."""
     sizes = len(prior.adjective_words), len(prior.noun_words)
-    (ours, bits), (theirs, their_bits) = (
-        (f"{adjectives:,} adjectives + {nouns:,} nouns", math.log2(adjectives * nouns))
+    described = [
+        f"{adjectives:,} adjectives + {nouns:,} nouns, {math.log2(adjectives * nouns):.1f} bits per position"
         for adjectives, nouns in (sizes, AUTHORS_SIZES)
-    )
-    text = f"{ours}, {bits:.1f} bits per position (the authors: {theirs}, {their_bits:.1f} bits)"
-    if any(10 * size < usual for size, usual in zip(sizes, AUTHORS_SIZES)):
+    ]
+    text = f"{described[0]} (the authors: {described[1]})"
+    if any(10 * size < theirs for size, theirs in zip(sizes, AUTHORS_SIZES)):
         text += (
             "\nwarning: this codebook has less than a tenth of the authors' words; "
             "for more, give prior.py more captions or a lower --min-count"
@@ -831,8 +805,7 @@ def describe_codebook(prior):
 def shuffled(prior, what, seed=0):
     """A control: the same Prior with its vectors permuted, or its edges rewired.
 
-    what: "vectors" permutes them within each part of speech; "edges" rewires the graph, and every word
-        keeps its number of edges; "none" changes nothing.
+    what: "vectors" (permuted within each part of speech), "edges" (each word keeps its number) or "none".
     """
     rng = np.random.default_rng(seed)
     if what == "none":
@@ -853,10 +826,7 @@ def rewired(edges, rng, rounds=100):
     half = len(edges) // 2
     for _ in range(rounds):
         first, second = rng.permutation(len(edges))[: 2 * half].reshape(2, half)
-        crossed = [
-            edges[first, 0] * nouns + edges[second, 1],
-            edges[second, 0] * nouns + edges[first, 1],
-        ]
+        crossed = [edges[a, 0] * nouns + edges[b, 1] for a, b in ((first, second), (second, first))]
         new, position, repeats = np.unique(np.concatenate(crossed), return_inverse=True, return_counts=True)
         free = (repeats == 1) & ~np.isin(new, edges @ [nouns, 1])
         free = free[position].reshape(2, half).all(axis=0)
@@ -886,15 +856,12 @@ def nearest_words(words, vectors, word, count):
 
 
 def show_prior(prior, words=(), caption=""):
-    """Print a prior's sizes, its most frequent pairs, some words and what becomes of a caption.
-
-    Raises UserError for a word that the prior lacks.
-    """
+    """Print a prior's sizes, its most frequent pairs, some words and what becomes of a caption."""
     adjectives, nouns = prior.adjective_words, prior.noun_words
     if unknown := set(words) - {*adjectives.tolist(), *nouns.tolist()}:
         raise UserError(f"not a word of this prior: {', '.join(sorted(unknown))}")
-    share = len(prior.edges) / (len(adjectives) * len(nouns))
-    print(f"{len(adjectives):,} adjectives, {len(nouns):,} nouns, {len(prior.edges):,} edges ({share:.2%} of pairs)")
+    edges, share = len(prior.edges), len(prior.edges) / (len(adjectives) * len(nouns))
+    print(f"{len(adjectives):,} adjectives, {len(nouns):,} nouns, {edges:,} edges ({share:.2%} of pairs)")
     for key, value in prior.provenance.items():
         print(f"  {key}: {json.dumps(value)}")
     print("\nmost frequent pairs")
@@ -906,12 +873,7 @@ def show_prior(prior, words=(), caption=""):
         listed = prior[f"{part}_words"].tolist()
         for word in [word for word in words if word in listed] if words else examples(listed, part):
             show_word(prior, part, word)
-    try:
-        show_caption(prior, caption or CAPTION)
-    except UserError as error:  # without NLTK's data, the rest is shown
-        if caption:
-            raise
-        print(f"\nno caption is shown: {error}")
+    show_caption(prior, caption or CAPTION)
 
 
 def show_word(prior, part, word):
@@ -978,10 +940,12 @@ def parse(argv):
         parser.error("name a CORPUS")
     if args.embeddings in ("glove", "bert") and not args.weights:
         parser.error(f"--embeddings {args.embeddings} needs --weights")
-    if args.weights and args.embeddings in WITHOUT_FILES:
-        parser.error(f"--weights has no effect on --embeddings {args.embeddings}")
-    if args.dim and args.embeddings in ("clip", "clip-text", "bert"):
-        parser.error(f"--dim has no effect on --embeddings {args.embeddings}")
+    for flag, models in (("weights", WITHOUT_FILES), ("dim", ("clip", "clip-text", "bert"))):
+        if getattr(args, flag) and args.embeddings in models:
+            parser.error(f"--{flag} has no effect on --embeddings {args.embeddings}")
+    for path in (*args.corpora, args.weights):
+        if not Path(path).expanduser().exists():
+            parser.error(f"'{path}' does not exist")
     if not args.out.endswith(".npz"):
         parser.error(f"--out {args.out} must end in .npz")
     if Path(args.out).exists() and args.corpora and not args.overwrite:
@@ -1001,15 +965,8 @@ def main(argv=None):
     provide(language_needs(args.embeddings, args.weights), args.download, again)
     if not args.corpora:
         return
-    prior = build_prior(
-        read_corpora(args.corpora),
-        embeddings=args.embeddings,
-        weights=args.weights,
-        min_count=args.min_count,
-        dim=args.dim,
-        workers=args.workers,
-        name=" ".join(args.corpora),
-    )
+    options = args.embeddings, args.weights, args.min_count, args.dim, args.workers, " ".join(args.corpora)
+    prior = build_prior(read_corpora(args.corpora), None, *options)
     prior.save(args.out)
     made, lost = prior.provenance, sum(prior.provenance["without_vector"].values())
     print(
@@ -1030,11 +987,9 @@ def user_error(message, *kinds):
     """A block whose errors, of these kinds or of any, become UserError(message); `{}` is the error's line."""
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError):  # a lack of memory is no fault of what the user gave
         raise
     except kinds or Exception as error:
-        if isinstance(error, MemoryError) and MemoryError not in kinds:
-            raise  # it is no fault of what the user gave
         line = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(message.replace("{}", line)) from None
 
@@ -1142,10 +1097,7 @@ def bounded(kind, least, most=2**62):
 
 @contextmanager
 def atomic_write(path, folder=True):
-    """A path NAME.part that takes the place of `path` when the block ends well. Links are followed.
-
-    folder: whether to make the folder of the path.
-    """
+    """A path NAME.part that takes the place of `path` when the block ends well; `folder`: make its folder."""
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         raise UserError(f"'{path}' is a folder or a device; name a file")
@@ -1179,8 +1131,8 @@ def save_png(image, path):
 def list_files(root, suffixes, above=()):
     """Yield, in sorted order, the files below a folder whose names end in one of the suffixes, in any case.
 
-    Linked folders are followed, as by torchvision's ImageFolder; `above` (real paths) ends loops of links.
-    Hidden files and folders are left out. Raises UserError if there is no such folder.
+    Hidden ones are left out. Linked folders are followed; `above` (real paths) ends loops of links.
+    Raises UserError if there is no such folder.
     """
     real = os.path.realpath(root)
     if not os.path.isdir(real):
@@ -1200,9 +1152,8 @@ def is_hidden(name):
 
 
 def read_tensors(path):
-    """The tensors of a published file by name → dict.
+    """The tensors of a published file, or of a Hugging Face folder, by name → dict.
 
-    path: a .safetensors file, one that torch.save wrote, or a Hugging Face folder with either.
     Raises UserError if it is missing, damaged, or holds objects that `weights_only` refuses.
     """
     import torch
@@ -1265,7 +1216,6 @@ def download(url, path, digest):
     """Download a file with a progress bar and verify it. A failed download leaves nothing.
 
     digest: the published sha256 or its first digits, or an md5 of 32 digits.
-    Raises UserError if the file is unavailable, cut or another.
     """
     import torch
 
@@ -1281,10 +1231,7 @@ def download(url, path, digest):
 
 @dataclass
 class Need:
-    """Something that a command needs and this repository does not hold.
-
-    Subclasses have present(), whether it is there, and fetch(), which downloads it or raises UserError.
-    """
+    """Something that a command needs. present() says whether it is there; fetch() downloads it."""
 
     what: str  # its name
     size: str  # "528 MB"
@@ -1355,10 +1302,7 @@ class NLTKData(Need):
 
 
 def missing_nltk():
-    """The names of the NLTK_RESOURCES that NLTK does not find → list.
-
-    Raises UserError if one is damaged, or if NLTK refuses it because others may write to it.
-    """
+    """The names of NLTK's data that are missing → list. Raises UserError if they are damaged or refused."""
     import nltk
 
     def lacks(path):
@@ -1378,22 +1322,20 @@ def missing_nltk():
 def provide(needs, download, again):
     """Download what is missing of a list of Need, if `download`.
 
-    again: how to download it, for the message.
-    Raises UserError that lists all that is missing, if it is not to be downloaded or cannot be.
+    Raises UserError that lists what is still missing; `again` tells there how to download it.
     """
     missing = [need for need in needs if not need.present()]
     for need in missing if download else ():
         if need.fetch:
             need.fetch()
     missing = [need for need in missing if not (download and need.fetch)]
+    lines = [
+        f"{need.what} ({need.size}): {need.source}, or your own copy by {need.local}" for need in missing
+    ]
+    if any(need.fetch for need in missing):
+        lines.append(f"to download: {again}")
     if missing:
-        lines = [
-            f"{need.what} ({need.size}): {need.source}, or your own copy by {need.local}" for need in missing
-        ]
-        if any(need.fetch for need in missing):
-            lines.append(f"to download: {again}")
-        one = len(missing) == 1
-        raise UserError("missing: " + "; ".join(lines) if one else "\n  ".join(["missing:", *lines]))
+        raise UserError("missing: " + ("; " if len(missing) == 1 else "\n  ").join(lines))
 
 
 class Progress:

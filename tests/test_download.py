@@ -208,8 +208,8 @@ def test_the_ordered_command_goes_from_nothing_to_a_run(published, capsys):
     published.files[archive] = whole
     train.main(words_of("cub"))
     printed = capsys.readouterr().out
-    assert "codebook of data/cub-clip.npz: 13 adjectives + 11 nouns, 7.2 bits a position (authors: 1,949 + 4,258, " in printed
-    assert "warning: this codebook is under a tenth of the authors'" in printed and "done: look at" in printed
+    assert "codebook of data/cub-clip.npz: 13 adjectives + 11 nouns, 7.2 bits per position (the authors: 1,949 adj" in printed
+    assert "warning: this codebook has less than a tenth of the authors' words; for more," in printed and "done: look at" in printed
     prior = Prior.load("data/cub-clip.npz")
     assert set(prior.adjective_words) == {*ADJECTIVES} and set(prior.noun_words) == {*NOUNS} and prior["edges"].any()
     assert prior.noun_vectors.shape == (11, 512)
@@ -250,22 +250,26 @@ def test_without_download_one_message_lists_all_that_is_missing(published, capsy
     words.remove("--download")
     with pytest.raises(UserError) as failure:
         train.main(words)
-    first, *listed, last = str(failure.value).splitlines()
-    assert first == "missing: " and last.strip() == f"download it: python train.py {shlex.join([*words, '--download'])}"
+    first, *listed, last = str(failure.value).removeprefix("missing: ").split("\n  ")
+    listed.insert(0, first)
+    assert last == f"to download: python train.py {shlex.join([*words, '--download'])}"
     for name, size, local in (
-        ("NLTK's tagger, tokenizer and WordNet", "17 MB", "NLTK_DATA=DIR"), ("CLIP's vocab.json", "0.9 MB", "--weights"),
-        ("CLIP's pytorch_model.bin", "605 MB", "--weights DIR"), ("COCO's captions", "241 MB", "data/coco/annotations"),
-        ("LPIPS's trunk", "528 MB", "--trunk-weights FILE"), ("LPIPS's heads", "7 kB", "--lpips-weights FILE"),
+        ("NLTK's tagger, tokenizer and WordNet", "17 MB", "NLTK_DATA=DIR"),
+        ("CLIP's vocab.json", "0.9 MB", "--weights"),
+        ("CLIP's pytorch_model.bin", "605 MB", "--weights DIR"),
+        ("COCO's captions", "241 MB", "data/coco/annotations"),
+        ("LPIPS's trunk", "528 MB", "--trunk-weights FILE"),
+        ("LPIPS's heads", "7 kB", "--lpips-weights FILE"),
         ("CUB-200-2011", "1.1 GB", "--data DIR"),
     ):
-        (line,) = [line for line in listed if line.strip().startswith(f"{name}")]
-        assert f", {size}: " in line and "(a local copy: " in line and local in line, line
+        (line,) = [line for line in listed if line.startswith(name)]
+        assert f" ({size}): " in line and ", or your own copy by " in line and local in line, line
     assert len(listed) == 7 and not published.requests and not list(ROOT.cwd().iterdir())
 
 
 def test_what_cannot_be_downloaded_is_named_after_the_rest_is_there(published):
-    with pytest.raises(UserError, match=r"^missing: CelebAMask-HQ, by hand, 2.7 GB: https://github.com/switchablenorms/"
-                                        r"CelebAMask-HQ   \(a local copy: --data DIR\)$"):
+    with pytest.raises(UserError, match=r"^missing: CelebAMask-HQ, by hand \(2.7 GB\): https://github.com/"
+                                        r"switchablenorms/CelebAMask-HQ, or your own copy by --data DIR$"):
         download_all(words_of("celebahq"))
     assert prior_module.missing_nltk() == [] and all(need.present() for need in prior_module.clip_needs())
 
@@ -308,4 +312,5 @@ def test_a_file_in_the_cache_is_verified_once(published, monkeypatch):
 
 def test_a_small_codebook_is_said_to_be_small(prior):
     text = describe_codebook(prior)
-    assert text.startswith("7 adjectives + 9 nouns, 6.0 bits a position (authors: 1,949 + 4,258, 23.0 bits)\nwarning: ")
+    assert text.startswith("7 adjectives + 9 nouns, 6.0 bits per position (the authors: 1,949 adj")
+    assert "nouns, 23.0 bits per position)\nwarning: " in text

@@ -74,7 +74,7 @@ def read_corpora(paths):
 
 
 def read_captions(path):
-    """Yield the captions of a file in one of FORMS, told by its content, or of a folder's .txt and .txt.gz.
+    """Yield the captions of a file in one of FORMS, or of the .txt and .txt.gz files of a folder.
 
     Raises UserError if a file is missing, damaged, or neither UTF-8 nor UTF-16.
     """
@@ -113,7 +113,7 @@ def captions_of(text):
 
 
 def captions_in(value):
-    """Yield the captions of a JSON value: its strings, and those under the keys of public data sets."""
+    """Yield a JSON value's captions: its strings, and those under keys of public data sets."""
     if isinstance(value, str) and is_text(value):
         yield value
     elif isinstance(value, list):
@@ -141,8 +141,8 @@ def is_text(value):
 #   K, W, a, C, P, R, D and the comma: see LETTERS    -  any other word
 #
 # "A bright orange breast" is aABN. A rule turns each B, E, G and S in its match into its letter, so the
-# fifth rule makes it aAAN. The rules apply in this order. Each changes at least 5 in 1,000 pairs of 2,500
-# captions of Flickr30k or of CUB.
+# fifth rule makes it aAAN. The rules apply in this order; an E or G that is left is no adjective. Each
+# rule changes at least 5 in 1,000 pairs of 2,500 captions of Flickr30k or of CUB.
 
 LETTERS = {  # letter → words, or Penn Treebank tags
     "K": "is are was were",
@@ -292,7 +292,7 @@ class WordNetSpeech:
         return self.counts[self.verb(word), "2"] > self.counts[self.noun(word), "1"]
 
     def lists(self, word, tag):
-        """Whether WordNet lists the word in the part of speech of an adjective's, adverb's or verb's tag."""
+        """Whether WordNet lists a word as its tag's adjective, adverb or verb."""
         if tag.startswith("JJ"):
             return self.is_adjective(word)
         return word in self.adverbs if tag.startswith("RB") else self.verb(word) is not None
@@ -477,7 +477,7 @@ def glove_lines(weights, dim):
         members = [name for name in archive.namelist() if name.endswith(f".{dim or 100}d.txt")]
         members = [name for name in members if not is_hidden(name)]
         if len(members) != 1:
-            raise ValueError(f"{len(members)} files of {dim or 100} dimensions inside; choose one by --dim")
+            raise ValueError(f"{len(members)} files of {dim or 100} dimensions inside; give --dim")
         with archive.open(members[0]) as stream:
             yield from io.TextIOWrapper(stream, encoding="utf-8", newline="\n")
 
@@ -576,9 +576,8 @@ def clip_text_vectors(words, weights, dim, counts):
     rows, tensors = clip_files(weights)
     tensors = {name: value.float() for name, value in tensors.items() if name.startswith("text_")}
     start, end = 49406, 49407
-    with user_error(f"'{weights or 'the cache'}' is not CLIP: its vocabulary lacks {{}}"):
-        before = [start, *(rows[word] for word in ("a", "photo", "of"))]
-        after = {"adjective": [rows["object"], end], "noun": [end]}
+    before = [start, *(rows[word] for word in ("a", "photo", "of"))]
+    after = {"adjective": [rows["object"], end], "noun": [end]}
     vectors = {part: {} for part in PARTS}
     for part, listed in words.items():
         single = [word for word in listed if word in rows]
@@ -646,8 +645,9 @@ CLIP_FILES = {  # name → size, sha256
 def clip_needs():
     """CLIP's vocabulary and weights → list of PublishedFile."""
     local = "python prior.py CORPUS --weights DIR"
+    cached = "clip-vit-base-patch32-"
     return [
-        PublishedFile(f"CLIP's {name}", size, CLIP_URL + name, local, f"clip-vit-base-patch32-{name}", sha256)
+        PublishedFile(f"CLIP's {name}", size, CLIP_URL + name, local, cached + name, sha256)
         for name, (size, sha256) in CLIP_FILES.items()
     ]
 
@@ -767,8 +767,8 @@ def build_prior(
 
 def frequent_words(counts, min_count):
     """The words of each part that occur often enough, the most frequent first → dict part → list."""
-    order = sorted((-count, word, part) for (word, part), count in counts.words.items() if count >= min_count)
-    return {part: [word for _, word, other in order if other == part] for part in PARTS}
+    often = [(-count, *word) for word, count in counts.words.items() if count >= min_count]
+    return {part: [word for _, word, other in sorted(often) if other == part] for part in PARTS}
 
 
 def edges_between(words, pairs):
@@ -827,7 +827,9 @@ def rewired(edges, rng, rounds=100):
     for _ in range(rounds):
         first, second = rng.permutation(len(edges))[: 2 * half].reshape(2, half)
         crossed = [edges[a, 0] * nouns + edges[b, 1] for a, b in ((first, second), (second, first))]
-        new, position, repeats = np.unique(np.concatenate(crossed), return_inverse=True, return_counts=True)
+        new, position, repeats = np.unique(
+            np.concatenate(crossed), return_inverse=True, return_counts=True
+        )
         free = (repeats == 1) & ~np.isin(new, edges @ [nouns, 1])
         free = free[position].reshape(2, half).all(axis=0)
         first, second = first[free], second[free]
@@ -946,8 +948,6 @@ def parse(argv):
     for path in (*args.corpora, args.weights):
         if not Path(path).expanduser().exists():
             parser.error(f"'{path}' does not exist")
-    if not args.out.endswith(".npz"):
-        parser.error(f"--out {args.out} must end in .npz")
     if Path(args.out).exists() and args.corpora and not args.overwrite:
         parser.error(f"--out {args.out} exists; replace it with --overwrite, or name another")
     return args
@@ -984,7 +984,7 @@ class UserError(ValueError):
 
 @contextmanager
 def user_error(message, *kinds):
-    """A block whose errors, of these kinds or of any, become UserError(message); `{}` is the error's line."""
+    """A block whose errors (of any kind by default) become UserError(message), `{}` in it the error."""
     try:
         yield
     except (UserError, MemoryError):  # a lack of memory is no fault of what the user gave
@@ -1097,7 +1097,7 @@ def bounded(kind, least, most=2**62):
 
 @contextmanager
 def atomic_write(path, folder=True):
-    """A path NAME.part that takes the place of `path` when the block ends well; `folder`: make its folder."""
+    """A path NAME.part that replaces `path` when the block ends well; `folder`: make its folder."""
     path = Path(path).resolve()
     if path.exists() and not path.is_file():
         raise UserError(f"'{path}' is a folder or a device; name a file")
@@ -1129,7 +1129,7 @@ def save_png(image, path):
 
 
 def list_files(root, suffixes, above=()):
-    """Yield, in sorted order, the files below a folder whose names end in one of the suffixes, in any case.
+    """Yield the files below a folder that end in one of the suffixes, in any case, sorted.
 
     Hidden ones are left out. Linked folders are followed; `above` (real paths) ends loops of links.
     Raises UserError if there is no such folder.
@@ -1196,7 +1196,8 @@ def load_tensors(file):
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose message is advice, with codes for a terminal
-        raise ValueError("it is damaged, or holds objects other than tensors, numbers and strings") from None
+        fault = "it is damaged, or holds objects other than tensors, numbers and strings"
+        raise ValueError(fault) from None
 
 
 def text_checksum(lines):
@@ -1256,7 +1257,7 @@ class PublishedFile(Need):
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
 
     def present(self):
-        """Whether it is there with the right checksum, which is noted in NAME.verified by size and time."""
+        """Whether it is there with the right checksum, which NAME.verified notes."""
         if not self.path.is_file():
             return False
         mark, stat = self.path.with_name(f"{self.name}.verified"), self.path.stat()
@@ -1278,7 +1279,7 @@ class PublishedFile(Need):
 
 
 NLTK_RESOURCES = ("corpora/wordnet", "taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab")
-DAMAGED_NLTK = "NLTK's data cannot be read: {}; download it again, unpack averaged_perceptron_tagger_eng.zip"
+DAMAGED_NLTK = "NLTK's data cannot be read: {}; download it again, and unpack the tagger's zip"
 
 
 @dataclass
@@ -1302,7 +1303,7 @@ class NLTKData(Need):
 
 
 def missing_nltk():
-    """The names of NLTK's data that are missing → list. Raises UserError if they are damaged or refused."""
+    """Names of NLTK's data that are missing → list. Raises UserError if some are damaged or refused."""
     import nltk
 
     def lacks(path):

@@ -1,6 +1,6 @@
 """From nothing to a run: everything that a command needs is downloaded from a server on this machine.
 
-The server holds small archives in the published formats, under the published addresses; an opener leads there.
+The server holds small archives in the published formats. An opener leads every published address to it.
 """
 
 import hashlib
@@ -28,7 +28,9 @@ from prior import Prior, PublishedFile, UserError, describe_codebook
 ADJECTIVES = "red orange yellow blue green brown black white gray small large long short".split()
 NOUNS = "bird breast belly wing beak tail crown back leg eye head".split()
 ORDERED = "--dataset cub --download --device cuda"  # the README's command
-ONE_STEP = "--device cpu --steps 1 --resolution 32 --batch-size 1 --channels 32".split()  # as no GPU is at hand
+ONE_STEP = (
+    "--device cpu --steps 1 --resolution 32 --batch-size 1 --channels 32".split()
+)  # as no GPU is at hand
 
 
 def archive_of(files, kind):
@@ -61,11 +63,17 @@ def jpeg(seed, size=(64, 48)):
 
 def captions(rows, ending="."):
     """COCO's captions, of which some have newlines and outer spaces, as the published ones have."""
-    texts = [f"A {adjective} {noun} near a {noun}{ending}" for adjective in ADJECTIVES for noun in NOUNS] * rows
-    annotations = [{"image_id": 1 + i % 2, "id": i, "caption": (" {}\n" if i % 9 == 0 else "{}").format(text)}
-                   for i, text in enumerate(texts)]
+    texts = [
+        f"A {adjective} {noun} near a {noun}{ending}" for adjective in ADJECTIVES for noun in NOUNS
+    ] * rows
+    annotations = [
+        {"image_id": 1 + i % 2, "id": i, "caption": (" {}\n" if i % 9 == 0 else "{}").format(text)}
+        for i, text in enumerate(texts)
+    ]
     images = [{"id": i, "file_name": f"{i:012}.jpg", "license": 1} for i in (1, 2)]
-    return json.dumps({"info": {}, "licenses": [], "images": images, "annotations": annotations}).encode()
+    return json.dumps(
+        {"info": {}, "licenses": [], "images": images, "annotations": annotations}
+    ).encode()
 
 
 def cub():
@@ -73,22 +81,38 @@ def cub():
     names = [f"{n:03}.Bird_{n}/Bird_{n}_{i:04}.jpg" for n in (1, 2) for i in (1, 2)]
     table = lambda values: "".join(f"{i} {value}\n" for i, value in enumerate(values, 1)).encode()
     facts = ["has_wing_color::blue", "has_bill_shape::dagger", "has_breast_pattern::striped"]
-    marks = "".join(f"{image} {fact} {int(fact != 2)} 3 1.5\n" for image in range(1, 5) for fact in (1, 2, 3))
-    tables = {"images.txt": table(names), "train_test_split.txt": table([1, 0, 1, 0]),
-              "image_class_labels.txt": table([1, 1, 2, 2]), "classes.txt": table(["001.Bird_1", "002.Bird_2"]),
-              "attributes/image_attribute_labels.txt": marks.encode()}
+    marks = "".join(
+        f"{image} {fact} {int(fact != 2)} 3 1.5\n" for image in range(1, 5) for fact in (1, 2, 3)
+    )
+    tables = {
+        "images.txt": table(names),
+        "train_test_split.txt": table([1, 0, 1, 0]),
+        "image_class_labels.txt": table([1, 1, 2, 2]),
+        "classes.txt": table(["001.Bird_1", "002.Bird_2"]),
+        "attributes/image_attribute_labels.txt": marks.encode(),
+    }
     photographs = {f"images/{name}": jpeg(i) for i, name in enumerate(names)}
     tree = {f"CUB_200_2011/{name}": data for name, data in {**tables, **photographs}.items()}
     return archive_of({**tree, "attributes.txt": table(facts)}, "tgz")
 
 
 def clip():
-    """CLIP's vocabulary and weights in Hugging Face's format; of the weights, what a prior reads and an old buffer."""
+    """CLIP's vocabulary, and those of its weights that a prior reads, in Hugging Face's format."""
     words = [f"{word}</w>" for word in ("a", "photo", "of", "object", *ADJECTIVES, *NOUNS)]
-    tokens = [*words, *(f"part{i}" for i in range(49406 - len(words))), "<|startoftext|>", "<|endoftext|>"]
-    table = torch.randn(49408 + 511).unfold(0, 512, 1)  # rows that share their memory, so that the file is small
-    state = {"text_model.embeddings.position_ids": torch.arange(77)[None], "logit_scale": torch.tensor(4.6),
-             "text_model.embeddings.token_embedding.weight": table}
+    tokens = [
+        *words,
+        *(f"part{i}" for i in range(49406 - len(words))),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    table = torch.randn(49408 + 511).unfold(
+        0, 512, 1
+    )  # rows that share their memory, so that the file is small
+    state = {
+        "text_model.embeddings.position_ids": torch.arange(77)[None],
+        "logit_scale": torch.tensor(4.6),
+        "text_model.embeddings.token_embedding.weight": table,
+    }
     return json.dumps({token: row for row, token in enumerate(tokens)}).encode(), saved(state)
 
 
@@ -103,14 +127,20 @@ def nltk_files():
             data = (source / f"{name}.zip").read_bytes()
         else:
             tree = [file for file in (source / name).rglob("*") if file.is_file()]
-            data = archive_of({str(file.relative_to(source)): file.read_bytes() for file in tree}, "zip")
+            data = archive_of(
+                {str(file.relative_to(source)): file.read_bytes() for file in tree}, "zip"
+            )
         files[f"/{base}/packages/{path}.zip"] = data
         unzipped = sum(entry.file_size for entry in zipfile.ZipFile(io.BytesIO(data)).infolist())
-        packages.append(f'<package id="{name}" name="{name}" subdir="{kind}" unzip="1" size="{len(data)}" '
-                        f'unzipped_size="{unzipped}" url="https://{base}/packages/{path}.zip" '
-                        f'checksum="{hashlib.md5(data).hexdigest()}" '
-                        f'sha256_checksum="{hashlib.sha256(data).hexdigest()}"/>')
-    files[f"/{base}/index.xml"] = f"<nltk_data><packages>{''.join(packages)}</packages></nltk_data>".encode()
+        packages.append(
+            f'<package id="{name}" name="{name}" subdir="{kind}" unzip="1" size="{len(data)}" '
+            f'unzipped_size="{unzipped}" url="https://{base}/packages/{path}.zip" '
+            f'checksum="{hashlib.md5(data).hexdigest()}" '
+            f'sha256_checksum="{hashlib.sha256(data).hexdigest()}"/>'
+        )
+    files[f"/{base}/index.xml"] = (
+        f"<nltk_data><packages>{''.join(packages)}</packages></nltk_data>".encode()
+    )
     return files
 
 
@@ -133,21 +163,29 @@ class Led(urllib.request.HTTPHandler):
 
 @pytest.fixture
 def published(server, tmp_path, monkeypatch):
-    """The server with all that is published; an empty home and working directory. Digests are those of these files."""
+    """The server with all published files and their digests; an empty home and working directory."""
     if not (SHARED / "nltk_data").is_dir():
         pytest.skip("no NLTK data on this machine")
     home, sha256 = tmp_path / "home", lambda data: hashlib.sha256(data).hexdigest()
-    for name, value in {"HOME": home, "TORCH_HOME": home / "torch", "NLTK_DATA": home / "none"}.items():
+    for name, value in {
+        "HOME": home,
+        "TORCH_HOME": home / "torch",
+        "NLTK_DATA": home / "none",
+    }.items():
         monkeypatch.setenv(name, str(value))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr("nltk.data.path", [str(home / "nltk_data")])
     omw = LazyCorpusLoader("omw-2.0", CorpusReader, r".*")
-    monkeypatch.setattr("nltk.corpus.wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, omw))  # not read yet
+    monkeypatch.setattr(
+        "nltk.corpus.wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, omw)
+    )  # not read yet
     monkeypatch.setattr("nltk.downloader._downloader._index", None)
     monkeypatch.setattr("nltk.downloader._downloader._download_dir", str(home / "nltk_data"))
     monkeypatch.setattr("nltk.downloader._downloader._status_cache", {})
-    monkeypatch.setattr("nltk.downloader.urlopen", urllib.request.urlopen)  # its own refuses this machine
+    monkeypatch.setattr(
+        "nltk.downloader.urlopen", urllib.request.urlopen
+    )  # its own refuses this machine
     monkeypatch.setattr(urllib.request, "_opener", urllib.request.build_opener(Led(server)))
 
     def serve(url, data):
@@ -158,21 +196,41 @@ def published(server, tmp_path, monkeypatch):
         serve(prior_module.CLIP_URL + name, data)
         monkeypatch.setitem(prior_module.CLIP_FILES, name, (size, sha256(data)))
     with torch.device("meta"):
-        shapes = {name: x.shape for name, x in torchvision.models.vgg16(weights=None).state_dict().items()}
-    trunk = saved({name: torch.zeros(()).expand(shape) for name, shape in shapes.items()})  # a small file
+        shapes = {
+            name: x.shape for name, x in torchvision.models.vgg16(weights=None).state_dict().items()
+        }
+    trunk = saved(
+        {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+    )  # a small file
     url = train.LPIPS_FILES["vgg"][0].replace("397923af", sha256(trunk)[:8])
-    heads = saved({f"lin{i}.model.1.weight": torch.ones(1, width, 1, 1) / width
-                   for i, width in enumerate((64, 128, 256, 512, 512))})
+    heads = saved(
+        {
+            f"lin{i}.model.1.weight": torch.ones(1, width, 1, 1) / width
+            for i, width in enumerate((64, 128, 256, 512, 512))
+        }
+    )
     serve(url, trunk)
     serve(train.HEADS_URL.format("vgg"), heads)
     monkeypatch.setitem(train.LPIPS_FILES, "vgg", (url, "528 MB", sha256(heads)))
-    coco = {name: captions(1 + number, "" if number else ".") for number, name in enumerate(train.COCO_CAPTIONS)}
-    ade = {f"ADEChallengeData2016/{kind}/{split}/ADE_{split[:5]}_{i:08}.{suffix}": jpeg(i)
-           for kind, suffix in (("images", "jpg"), ("annotations", "png"))
-           for split in ("training", "validation") for i in (1, 2)}
-    trees = {"cub": [cub()], "captions": [archive_of(coco, "zip")], "ade20k": [archive_of(ade, "zip")],
-             "coco": [archive_of({f"{name}/{i:012}.jpg": jpeg(i) for i in (1, 2)}, "zip")
-                      for name in ("train2017", "val2017")]}
+    coco = {
+        name: captions(1 + number, "" if number else ".")
+        for number, name in enumerate(train.COCO_CAPTIONS)
+    }
+    ade = {
+        f"ADEChallengeData2016/{kind}/{split}/ADE_{split[:5]}_{i:08}.{suffix}": jpeg(i)
+        for kind, suffix in (("images", "jpg"), ("annotations", "png"))
+        for split in ("training", "validation")
+        for i in (1, 2)
+    }
+    trees = {
+        "cub": [cub()],
+        "captions": [archive_of(coco, "zip")],
+        "ade20k": [archive_of(ade, "zip")],
+        "coco": [
+            archive_of({f"{name}/{i:012}.jpg": jpeg(i) for i in (1, 2)}, "zip")
+            for name in ("train2017", "val2017")
+        ],
+    }
     for dataset, contents in trees.items():
         rows = [list(row) for row in train.ARCHIVES[dataset]]
         for row, content in zip(rows, contents, strict=True):
@@ -184,8 +242,11 @@ def published(server, tmp_path, monkeypatch):
 
 def words_of(dataset, *more):
     """The README's command for a data set, on this machine and for one step."""
-    return [word for word in shlex.split(ORDERED.replace("cub", dataset)) if word not in ("--device", "cuda")] + [
-        *ONE_STEP, *more]
+    return [
+        word
+        for word in shlex.split(ORDERED.replace("cub", dataset))
+        if word not in ("--device", "cuda")
+    ] + [*ONE_STEP, *more]
 
 
 def test_the_readme_has_the_ordered_command():
@@ -203,15 +264,27 @@ def test_the_ordered_command_goes_from_nothing_to_a_run(published, capsys):
     (archive,) = (path for path in published.files if path.endswith("CUB_200_2011.tgz"))
     whole = published.files[archive]
     published.files[archive] = whole[: len(whole) // 2]  # the connection breaks
-    with pytest.raises(UserError, match="CUB_200_2011.tgz is unavailable: .*; run the command again"):
+    with pytest.raises(
+        UserError, match="CUB_200_2011.tgz is unavailable: .*; run the command again"
+    ):
         train.main(words_of("cub"))
     published.files[archive] = whole
     train.main(words_of("cub"))
     printed = capsys.readouterr().out
-    assert "codebook of data/cub-clip.npz: 13 adjectives + 11 nouns, 7.2 bits per position (the authors: 1,949 adj" in printed
-    assert "warning: this codebook has less than a tenth of the authors' words; for more," in printed and "done: look at" in printed
+    assert (
+        "codebook of data/cub-clip.npz: 13 adjectives + 11 nouns, 7.2 bits per position (the authors: "
+        in printed
+    )
+    assert (
+        "warning: this codebook has less than a tenth of the authors' words; for more," in printed
+        and "done: look at" in printed
+    )
     prior = Prior.load("data/cub-clip.npz")
-    assert set(prior.adjective_words) == {*ADJECTIVES} and set(prior.noun_words) == {*NOUNS} and prior["edges"].any()
+    assert (
+        set(prior.adjective_words) == {*ADJECTIVES}
+        and set(prior.noun_words) == {*NOUNS}
+        and prior["edges"].any()
+    )
     assert prior.noun_vectors.shape == (11, 512)
     asked = [path for path, _ in published.requests if not path.endswith("index.xml")]
     assert asked.count(archive) == 2 and len(asked) == len({*asked}) + 1  # each other file once
@@ -219,7 +292,11 @@ def test_the_ordered_command_goes_from_nothing_to_a_run(published, capsys):
     published.requests.clear()
     train.main(words_of("cub", "--overwrite"))
     printed = capsys.readouterr().out
-    assert not published.requests and "codebook of data/cub-clip.npz" in printed and "making" not in printed
+    assert (
+        not published.requests
+        and "codebook of data/cub-clip.npz" in printed
+        and "making" not in printed
+    )
 
 
 @pytest.mark.parametrize("dataset", ["ade20k", "coco"])
@@ -228,13 +305,19 @@ def test_the_other_data_sets_are_downloaded_too(published, dataset, capsys):
     images, _ = train.make_datasets(config)
     train.make_prior(config, images)
     assert len(images) == 2
-    assert f"codebook of data/{dataset}-clip.npz: 13 adjectives + 11 nouns" in capsys.readouterr().out
+    assert (
+        f"codebook of data/{dataset}-clip.npz: 13 adjectives + 11 nouns" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("cut", ["vocab.json", "pytorch_model.bin", "annotations_trainval2017.zip", "vgg.pth",
-                                 "wordnet.zip"])
+@pytest.mark.parametrize(
+    "cut",
+    ["vocab.json", "pytorch_model.bin", "annotations_trainval2017.zip", "vgg.pth", "wordnet.zip"],
+)
 def test_a_download_that_is_cut_is_one_line_and_works_when_run_again(published, cut):
-    ((path, whole),) = ((path, data) for path, data in published.files.items() if path.endswith(cut))
+    ((path, whole),) = (
+        (path, data) for path, data in published.files.items() if path.endswith(cut)
+    )
     published.files[path] = whole[: len(whole) // 2]
     with pytest.raises(UserError, match=r"unavailable: .*; run the command again") as failure:
         download_all(words_of("cub"))
@@ -242,7 +325,9 @@ def test_a_download_that_is_cut_is_one_line_and_works_when_run_again(published, 
     published.files[path] = whole
     download_all(words_of("cub"))
     asked = [path for path, _ in published.requests if not path.endswith("index.xml")]
-    assert asked.count(path) == 2 and len(asked) == len({*asked}) + 1  # nothing else was downloaded twice
+    assert (
+        asked.count(path) == 2 and len(asked) == len({*asked}) + 1
+    )  # nothing else was downloaded twice
 
 
 def test_without_download_one_message_lists_all_that_is_missing(published, capsys):
@@ -268,10 +353,15 @@ def test_without_download_one_message_lists_all_that_is_missing(published, capsy
 
 
 def test_what_cannot_be_downloaded_is_named_after_the_rest_is_there(published):
-    with pytest.raises(UserError, match=r"^missing: CelebAMask-HQ, by hand \(2.7 GB\): https://github.com/"
-                                        r"switchablenorms/CelebAMask-HQ, or your own copy by --data DIR$"):
+    with pytest.raises(
+        UserError,
+        match=r"^missing: CelebAMask-HQ, by hand \(2.7 GB\): https://github.com/"
+        r"switchablenorms/CelebAMask-HQ, or your own copy by --data DIR$",
+    ):
         download_all(words_of("celebahq"))
-    assert prior_module.missing_nltk() == [] and all(need.present() for need in prior_module.clip_needs())
+    assert prior_module.missing_nltk() == [] and all(
+        need.present() for need in prior_module.clip_needs()
+    )
 
 
 def test_any_photographs_take_the_papers_prior(published, tmp_path, capsys):
@@ -279,21 +369,27 @@ def test_any_photographs_take_the_papers_prior(published, tmp_path, capsys):
         (tmp_path / "holiday" / f"{index}.jpg").parent.mkdir(exist_ok=True)
         (tmp_path / "holiday" / f"{index}.jpg").write_bytes(jpeg(index))
     config = download_all(words_of("folder", "--data", str(tmp_path / "holiday")))
-    for expected in ("making 'data/holiday-clip.npz' once: 429 captions, 0 of them of folder itself (in x.txt beside",
-                     "codebook of data/holiday-clip.npz: 13 adjectives + 11 nouns",
-                     "'data/holiday-clip.npz' is of other captions; it is made anew"):
+    for expected in (
+        "making 'data/holiday-clip.npz' once: 429 captions, 0 of them of folder itself (in x.txt beside",
+        "codebook of data/holiday-clip.npz: 13 adjectives + 11 nouns",
+        "'data/holiday-clip.npz' is of other captions; it is made anew",
+    ):
         train.make_prior(config, train.make_datasets(config)[0])
         assert expected in capsys.readouterr().out
         if expected.startswith("codebook"):
             for index in range(12):
-                (tmp_path / "holiday" / f"{index}.txt").write_text("a striped bird with a purple throat\n")
+                (tmp_path / "holiday" / f"{index}.txt").write_text(
+                    "a striped bird with a purple throat\n"
+                )
 
 
 def test_prior_downloads_without_a_corpus_and_evaluate_its_weights(published, monkeypatch):
     with pytest.raises(SystemExit):
         prior_module.main([])
     prior_module.main(["--download"])
-    assert prior_module.missing_nltk() == [] and all(need.present() for need in prior_module.clip_needs())
+    assert prior_module.missing_nltk() == [] and all(
+        need.present() for need in prior_module.clip_needs()
+    )
     (ROOT.cwd() / "last.pt").touch()
     with pytest.raises(UserError, match="pt_inception-2015-12-05-6726825d.pth is unavailable"):
         evaluate.main([".", "--download"])

@@ -1,4 +1,4 @@
-"""prior.py from top to bottom: corpora, parts of speech, graph, word vectors, on text whose answer is known by hand."""
+"""prior.py from top to bottom, on text whose answer is known by hand."""
 
 import gzip
 import hashlib
@@ -26,37 +26,95 @@ from nltk.tag.perceptron import PerceptronTagger
 import prior as prior_module
 from conftest import ROOT, SHARED, Foreign, safetensors_bytes
 
-from prior import (LANGUAGE_MODELS, PARTS, Counts, Prior, UserError, WordListSpeech, WordNetSpeech, atomic_write,
-                   build_prior, command, count_captions, count_corpus, download,
-                   list_files, missing_nltk, modifying_pairs, nearest_words, parts_of_speech, read_captions,
-                   read_corpora, read_tensors, rewired, shuffled, user_error)
+from prior import (
+    LANGUAGE_MODELS,
+    PARTS,
+    Counts,
+    Prior,
+    UserError,
+    WordListSpeech,
+    WordNetSpeech,
+    atomic_write,
+    build_prior,
+    command,
+    count_captions,
+    count_corpus,
+    download,
+    list_files,
+    missing_nltk,
+    modifying_pairs,
+    nearest_words,
+    parts_of_speech,
+    read_captions,
+    read_corpora,
+    read_tensors,
+    rewired,
+    shuffled,
+    user_error,
+)
 
 
 CAPTIONS = ["a small brown bird", "its belly is white"]
 
 
-IMAGES = [{"split": "val", "filename": "1.jpg", "sentences": [{"tokens": ["a"], "raw": c}]} for c in CAPTIONS]
-COCO = [{"image_id": 1, "id": i, "caption": c} for i, c in enumerate([CAPTIONS[0], None, CAPTIONS[1]])]
+IMAGES = [
+    {"split": "val", "filename": "1.jpg", "sentences": [{"tokens": ["a"], "raw": c}]}
+    for c in CAPTIONS
+]
+COCO = [
+    {"image_id": 1, "id": i, "caption": c} for i, c in enumerate([CAPTIONS[0], None, CAPTIONS[1]])
+]
 
 
-@pytest.mark.parametrize("files", [
-    {"plain.txt": "\ufeffa small brown bird\n\n its belly is white \n"},
-    {"captions": gzip.compress(b"a small brown bird\nits belly is white")},  # as a program names what it downloads
-    {"utf-16.txt": "a small brown bird\r\nits belly is white\r\n".encode("utf-16")},
-    {"flickr.token": "1000.jpg#0\ta small brown bird\n1000.jpg#1\tits belly is white\n"},
-    {"flickr.token": "1000.jpg#0\ta small brown bird\n1000.jpg#1   its belly is white\n"},
-    {"coco.json": json.dumps({"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": COCO})},
-    {"coco.JSON": gzip.compress(json.dumps({"annotations": COCO}, indent=1).replace("is wh", "is\\n wh").encode())},
-    {"dataset.json": json.dumps({"images": IMAGES, "dataset": "flickr30k"})},
-    {"strings.txt": json.dumps(CAPTIONS, indent=1)},
-    {"blip.json": json.dumps([{"image": "val/1.jpg", "caption": CAPTIONS}])},
-    {"metadata.jsonl": "".join(f"{json.dumps({'file_name': '1.png', 'text': c})}\n\n" for c in CAPTIONS)},
-    {"flickr8k.txt": "image,caption\n1_a.jpg,a small brown bird\n1_a.jpg,\"its belly is white\"\n"},
-    {"results.csv": "image_name| comment_number| comment\n1.jpg| 0| a small brown bird\n1.jpg| 1| its belly is white"},
-    {"cc3m.tsv": "a small brown bird\thttp://a.b/c?d=1,2\nits belly is white\thttps://a.b/e.jpg\n"},
-    {"a.txt": "a small brown bird\n", "b/1.TXT.gz": gzip.compress(b"its belly is white\n"), "b/1.csv": "a red bird",
-     "b/._1.txt": "a mac's", "b/.ipynb_checkpoints/1-checkpoint.txt": "a copy", "__MACOSX/a.txt": "a mac's"},
-], ids="+".join)
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"plain.txt": "\ufeffa small brown bird\n\n its belly is white \n"},
+        {
+            "captions": gzip.compress(b"a small brown bird\nits belly is white")
+        },  # as a program names what it downloads
+        {"utf-16.txt": "a small brown bird\r\nits belly is white\r\n".encode("utf-16")},
+        {"flickr.token": "1000.jpg#0\ta small brown bird\n1000.jpg#1\tits belly is white\n"},
+        {"flickr.token": "1000.jpg#0\ta small brown bird\n1000.jpg#1   its belly is white\n"},
+        {
+            "coco.json": json.dumps(
+                {"images": [{"id": 1, "file_name": "1.jpg"}], "annotations": COCO}
+            )
+        },
+        {
+            "coco.JSON": gzip.compress(
+                json.dumps({"annotations": COCO}, indent=1).replace("is wh", "is\\n wh").encode()
+            )
+        },
+        {"dataset.json": json.dumps({"images": IMAGES, "dataset": "flickr30k"})},
+        {"strings.txt": json.dumps(CAPTIONS, indent=1)},
+        {"blip.json": json.dumps([{"image": "val/1.jpg", "caption": CAPTIONS}])},
+        {
+            "metadata.jsonl": "".join(
+                f"{json.dumps({'file_name': '1.png', 'text': c})}\n\n" for c in CAPTIONS
+            )
+        },
+        {
+            "flickr8k.txt": 'image,caption\n1_a.jpg,a small brown bird\n1_a.jpg,"its belly is white"\n'
+        },
+        {
+            "results.csv": "image_name| comment_number| comment\n"
+            "1.jpg| 0| a small brown bird\n1.jpg| 1| its belly is white"
+        },
+        {
+            "cc3m.tsv": "a small brown bird\thttp://a.b/c?d=1,2\nits belly is white\thttps://a.b/e.jpg\n"
+        },
+        {
+            "a.txt": "a small brown bird\n",
+            "b/1.TXT.gz": gzip.compress(b"its belly is white\n"),
+            "b/1.csv": "a red bird",
+            "b/._1.txt": "a mac's",
+            "b/.ipynb_checkpoints/1-checkpoint.txt": "a copy",
+            "__MACOSX/a.txt": "a mac's",
+        },
+    ],
+    ids="+".join,
+)
 def test_corpus_formats(tmp_path, files):
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
@@ -64,22 +122,38 @@ def test_corpus_formats(tmp_path, files):
     assert list(read_captions(tmp_path if len(files) > 1 else tmp_path / name)) == CAPTIONS
 
 
-@pytest.mark.parametrize("text", [
-    "small, brown bird", "birds, wings\nsmall, brown bird\nthe bird, which is red", "[a] small brown bird | its belly",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "small, brown bird",
+        "birds, wings\nsmall, brown bird\nthe bird, which is red",
+        "[a] small brown bird | its belly",
+    ],
+)
 def test_prose_is_no_table_and_no_json(tmp_path, text):
     (tmp_path / "prose.csv").write_text(text)
     assert list(read_captions(tmp_path / "prose.csv")) == text.split("\n")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.json", b'{"annotations": [{"caption": "a', "cannot be read: Unterminated.*; a corpus is text with a caption per"),
-    ("missing.txt", None, "cannot be read: .*No such file"), ("latin.txt", b"\xe9 bird", "cannot be read: 'utf-8'"),
-    ("x.json", b"{}", "holds no caption; a corpus is text"), ("broken.txt", b"\x1f\x8bnothing", "cannot be read: "),
-    ("x.json", b'{"annotations": [{"bbox": [1, 2]}]}', "holds no caption"), ("x.txt", b"\n \n", "holds no caption"),
-    ("x.jsonl", b'{"caption": "a red bird"}\n{"caption": ', "cannot be read: Expecting value"),
-    ("x", lambda path: path.mkdir(), "holds no caption"), ("pipe", os.mkfifo, "cannot be read: it is not a regular"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "x.json",
+            b'{"annotations": [{"caption": "a',
+            "cannot be read: Unterminated.*; a corpus is text with a caption per",
+        ),
+        ("missing.txt", None, "cannot be read: .*No such file"),
+        ("latin.txt", b"\xe9 bird", "cannot be read: 'utf-8'"),
+        ("x.json", b"{}", "holds no caption; a corpus is text"),
+        ("broken.txt", b"\x1f\x8bnothing", "cannot be read: "),
+        ("x.json", b'{"annotations": [{"bbox": [1, 2]}]}', "holds no caption"),
+        ("x.txt", b"\n \n", "holds no caption"),
+        ("x.jsonl", b'{"caption": "a red bird"}\n{"caption": ', "cannot be read: Expecting value"),
+        ("x", lambda path: path.mkdir(), "holds no caption"),
+        ("pipe", os.mkfifo, "cannot be read: it is not a regular"),
+    ],
+)
 def test_bad_corpora_are_named(tmp_path, name, content, message):
     if content is not None:
         content(tmp_path / name) if callable(content) else (tmp_path / name).write_bytes(content)
@@ -94,8 +168,15 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     assert list(read_corpora(["~/c.txt"])) == ["a red bird"]
 
 
-EXCERPT = WordListSpeech(*map(str.split, (  # the entries of WordNet that the tagged sentences need
-    "bright orange small brown white striped flying round", "orange bird breast belly wing walk wall water")))
+EXCERPT = WordListSpeech(
+    *map(
+        str.split,
+        (  # the entries of WordNet that the tagged sentences need
+            "bright orange small brown white striped flying round",
+            "orange bird breast belly wing walk wall water",
+        ),
+    )
+)
 EXCERPT.verb = dict(striped="stripe").get
 EXCERPT.lists = lambda word, tag: tag[:2] == "VB" or word in EXCERPT.adjectives or word == "mostly"
 EXCERPT.mostly_verb = lambda word: word == "walks"
@@ -106,22 +187,42 @@ def pairs(text):
     return [tuple(pair.split()) for pair in text.split(", ") if pair]
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("a/DT small/JJ brown/JJ bird/NN", "small bird, brown bird"), ("its/PRP$ belly/NN is/VBZ white/JJ", "white belly"),
-    ("a/DT bright/JJ orange/NN breast/NN", "bright breast, orange breast"),  # the tagger's slip
-    ("a/DT small/JJ orange/NN on/IN a/DT wall/NN", "small orange"),  # the fruit
-    ("an/DT orange/NN and/CC white/JJ bird/NN", "orange bird, white bird"),
-    ("its/PRP$ orange/NN and/CC white/JJ belly/NN", "white belly"),  # "its back and white belly"
-    ("striped/VBD wings/NNS", "striped wing"), ("birds/NNS flying/VBG over/IN water/NN", ""),
-    ("a/DT bird/NN striped/VBN by/IN a/DT wall/NN", ""), ("a/DT flying/VBG bird/NN", "flying bird"),
-    ("a/DT bright/JJ orange/NN belly/RB", "bright belly, orange belly"),
-    ("a/DT small/JJ ,/, round/JJ ,/, and/CC brown/JJ bird/NN", "small bird, round bird, brown bird"),
-    ("white/JJ belly/NN ,/, orange/JJ wings/NNS", "white belly, orange wing"), ("a/DT brown/JJ eyering/NN", ""),
-    ("the/DT belly/NN of/IN the/DT bird/NN is/VBZ mostly/RB white/JJ and/CC orange/NN", "white belly, orange belly"),
-    ("a/DT bird/NN with/IN wings/NNS that/WDT are/VBP brown/JJ", "brown wing"),
-    ("a/DT brown/JJ bird/NN walks/NNS on/IN a/DT wall/NN", "brown bird"), ("white/JJ walks/NNS ./.", "white walk"),
-    ("a/DT brown/JJ bird/NN ▲/NN a/DT white/JJ |/NN wall/NN", "brown bird"),  # what has no letter is no word
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a/DT small/JJ brown/JJ bird/NN", "small bird, brown bird"),
+        ("its/PRP$ belly/NN is/VBZ white/JJ", "white belly"),
+        ("a/DT bright/JJ orange/NN breast/NN", "bright breast, orange breast"),  # the tagger's slip
+        ("a/DT small/JJ orange/NN on/IN a/DT wall/NN", "small orange"),  # the fruit
+        ("an/DT orange/NN and/CC white/JJ bird/NN", "orange bird, white bird"),
+        (
+            "its/PRP$ orange/NN and/CC white/JJ belly/NN",
+            "white belly",
+        ),  # "its back and white belly"
+        ("striped/VBD wings/NNS", "striped wing"),
+        ("birds/NNS flying/VBG over/IN water/NN", ""),
+        ("a/DT bird/NN striped/VBN by/IN a/DT wall/NN", ""),
+        ("a/DT flying/VBG bird/NN", "flying bird"),
+        ("a/DT bright/JJ orange/NN belly/RB", "bright belly, orange belly"),
+        (
+            "a/DT small/JJ ,/, round/JJ ,/, and/CC brown/JJ bird/NN",
+            "small bird, round bird, brown bird",
+        ),
+        ("white/JJ belly/NN ,/, orange/JJ wings/NNS", "white belly, orange wing"),
+        ("a/DT brown/JJ eyering/NN", ""),
+        (
+            "the/DT belly/NN of/IN the/DT bird/NN is/VBZ mostly/RB white/JJ and/CC orange/NN",
+            "white belly, orange belly",
+        ),
+        ("a/DT bird/NN with/IN wings/NNS that/WDT are/VBP brown/JJ", "brown wing"),
+        ("a/DT brown/JJ bird/NN walks/NNS on/IN a/DT wall/NN", "brown bird"),
+        ("white/JJ walks/NNS ./.", "white walk"),
+        (
+            "a/DT brown/JJ bird/NN ▲/NN a/DT white/JJ |/NN wall/NN",
+            "brown bird",
+        ),  # what has no letter is no word
+    ],
+)
 def test_modifying_pairs_of_tagged_text(text, expected):
     tagged = [tuple(token.rsplit("/", 1)) for token in text.split()]
     assert list(modifying_pairs(parts_of_speech(tagged, EXCERPT))) == pairs(expected)
@@ -129,11 +230,17 @@ def test_modifying_pairs_of_tagged_text(text, expected):
 
 READ = [  # by hand
     ("a small brown dog sleeps on a red couch", "small dog, brown dog, red couch"),
-    ("a bright orange breast and a short black beak", "bright breast, orange breast, short beak, black beak"),
+    (
+        "a bright orange breast and a short black beak",
+        "bright breast, orange breast, short beak, black beak",
+    ),
     ("a blond woman reads a green book", "blond woman, green book"),
     ("a ripe orange lies on a wooden table", "ripe orange, wooden table"),
     ("a wild duck with a bright yellow belly", "wild duck, bright belly, yellow belly"),
-    ("an orange and black butterfly on a white flower", "orange butterfly, black butterfly, white flower"),
+    (
+        "an orange and black butterfly on a white flower",
+        "orange butterfly, black butterfly, white flower",
+    ),
     ("two children in pink and white dresses", "pink dress, white dress"),
     ("a bird with its back and white belly in the sun", "white belly"),
     ("the player wears a blue and white shirt", "blue shirt, white shirt"),
@@ -183,7 +290,9 @@ def test_captions_are_read_as_by_hand(speech, caption, expected):
     assert pairs_of(speech, caption) == set(pairs(expected))
 
 
-@pytest.mark.parametrize("table, i", [*(("RULES", i) for i in range(7)), *(("EDGES", i) for i in range(3))])
+@pytest.mark.parametrize(
+    "table, i", [*(("RULES", i) for i in range(7)), *(("EDGES", i) for i in range(3))]
+)
 def test_every_rule_reads_its_example_and_some_caption(speech, monkeypatch, table, i):
     *_, example = rule = getattr(prior_module, table)[i]
     marked = re.findall("[A-Z]+", example)
@@ -202,60 +311,123 @@ def test_every_rule_reads_its_example_and_some_caption(speech, monkeypatch, tabl
     assert len(others) == (6 if table == "RULES" else 2)
 
 
-@pytest.mark.parametrize("form", [
-    "{} 🐦", "❤️ {}", "“{}”", "‘{}’", "«{}»", "{}…", "Photo — {}", "{}.It flies", "{} | 2019", "<p>{}<br/></p>", "• {}",
-    "&quot;{}&quot;", "{}‼", "CAPITALS",
-])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "{} 🐦",
+        "❤️ {}",
+        "“{}”",
+        "‘{}’",
+        "«{}»",
+        "{}…",
+        "Photo — {}",
+        "{}.It flies",
+        "{} | 2019",
+        "<p>{}<br/></p>",
+        "• {}",
+        "&quot;{}&quot;",
+        "{}‼",
+        "CAPITALS",
+    ],
+)
 def test_typography_around_a_caption_costs_no_pair(speech, form):
     for caption, expected in READ:
         caption = caption.upper() if form == "CAPITALS" else form.format(caption)
         assert set(pairs(expected)) <= pairs_of(speech, caption)
 
 
-@pytest.mark.parametrize("plain, spelt", [
-    (" ", "\u00a0"), (" ", "\ufffd\ufffd"), (" ", "&nbsp;"), ("i", "i\u200b"), ("r", "\u00adr"), ("o", "\u2060o"),
-    ("fl", "ﬂ"), ("b", "ｂ"), ("-", "\u2011"), (" and ", " &amp; "), (" and ", "/"), (", ", "—"), ('"', "”"),
-])
+@pytest.mark.parametrize(
+    "plain, spelt",
+    [
+        (" ", "\u00a0"),
+        (" ", "\ufffd\ufffd"),
+        (" ", "&nbsp;"),
+        ("i", "i\u200b"),
+        ("r", "\u00adr"),
+        ("o", "\u2060o"),
+        ("fl", "ﬂ"),
+        ("b", "ｂ"),
+        ("-", "\u2011"),
+        (" and ", " &amp; "),
+        (" and ", "/"),
+        (", ", "—"),
+        ('"', "”"),
+    ],
+)
 def test_typography_within_a_caption_costs_no_pair(speech, plain, spelt):
     for caption, expected in READ:
         caption = caption.replace(", and", " and").replace(plain, spelt)
         assert pairs_of(speech, caption) == set(pairs(expected))
 
 
-@pytest.mark.parametrize("word, lemma", [
-    *((word, word) for word in "pass boss cutlass ingress shorts glasses bus grass species stairs people".split()),
-    ("doses", "dose"), ("men", "man"), ("wings", "wing"), ("feet", "foot"), ("leaves", "leaf"), ("buses", "bus"),
-])
+@pytest.mark.parametrize(
+    "word, lemma",
+    [
+        *(
+            (word, word)
+            for word in "pass boss cutlass ingress shorts glasses bus grass species stairs people".split()
+        ),
+        ("doses", "dose"),
+        ("men", "man"),
+        ("wings", "wing"),
+        ("feet", "foot"),
+        ("leaves", "leaf"),
+        ("buses", "bus"),
+    ],
+)
 def test_a_noun_that_ends_in_s_is_not_a_plural(speech, word, lemma):
     assert speech.noun(word) == lemma
 
 
 def test_wordnet_speech_takes_nltks_tags_lemmatises_and_travels_to_workers(speech):
-    captions, theirs = ["a bright orange breast, its wings", "Two dogs ran into zqxv 4 times!", ""], PerceptronTagger()
+    captions, theirs = (
+        ["a bright orange breast, its wings", "Two dogs ran into zqxv 4 times!", ""],
+        PerceptronTagger(),
+    )
     if (SHARED / "captions").is_dir():
         captions += itertools.islice(read_captions(SHARED / "captions" / "flickr30k.txt.gz"), 300)
     for words in map(speech.tokenizer.tokenize, captions):
         assert speech.tagger.tag(words) == theirs.tag(words)
-    for copy in (speech, pickle.loads(pickle.dumps(speech))):  # as multiprocessing does where it cannot fork
-        nouns = [t.lemma for s in copy("two men, wings, feet and feathers") for t in s if t.part == "noun"]
+    for copy in (
+        speech,
+        pickle.loads(pickle.dumps(speech)),
+    ):  # as multiprocessing does where it cannot fork
+        nouns = [
+            t.lemma
+            for s in copy("two men, wings, feet and feathers")
+            for t in s
+            if t.part == "noun"
+        ]
         assert nouns == ["man", "wing", "foot", "feather"]
 
 
 def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    with pytest.raises(UserError, match="^missing: NLTK.* wordnet averaged_perceptron_tagger_eng punkt_tab, or your own copy by NLTK_DATA=DIR; to .*$"):
+    with pytest.raises(
+        UserError,
+        match="^missing: NLTK.* wordnet averaged_perceptron_tagger_eng punkt_tab, "
+        "or your own copy by NLTK_DATA=DIR; to download: python prior.py --download$",
+    ):
         WordNetSpeech()
 
 
-@pytest.mark.skipif(find_spec("nltk.pathsec") is None, reason="NLTK reads such data before version 3.10")
+@pytest.mark.skipif(
+    find_spec("nltk.pathsec") is None, reason="NLTK reads such data before version 3.10"
+)
 def test_nltk_data_that_others_may_write_is_not_called_missing(speech, tmp_path, monkeypatch):
-    for path in ("corpora/wordnet", "taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab/english"):
+    for path in (
+        "corpora/wordnet",
+        "taggers/averaged_perceptron_tagger_eng",
+        "tokenizers/punkt_tab/english",
+    ):
         (tmp_path / path).mkdir(parents=True)
     for path in (tmp_path, *tmp_path.rglob("*")):
         path.chmod(0o755)
-    (tmp_path / "corpora" / "wordnet").chmod(0o775)  # as with umask 002, or in the folder of a cluster
+    (tmp_path / "corpora" / "wordnet").chmod(
+        0o775
+    )  # as with umask 002, or in the folder of a cluster
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    message = f"^NLTK will not read data from '{tmp_path}/corpora/wordnet'.*chmod go-w.*a copy of your own.$"
+    message = f"^NLTK will not read data from '{tmp_path}/corpora/wordnet'.*chmod go-w.*of your own.$"
     with pytest.raises(UserError, match=message):
         WordNetSpeech()
     (tmp_path / "corpora" / "wordnet").chmod(0o755)
@@ -266,24 +438,43 @@ def test_damaged_nltk_data_is_a_line(speech, tmp_path, monkeypatch):
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "wordnet.zip").write_bytes(b"cut")
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    with pytest.raises(UserError, match="^NLTK's data cannot be read: File is not a zip file; download it again"):
+    with pytest.raises(
+        UserError, match="^NLTK's data cannot be read: File is not a zip file; download it again"
+    ):
         WordNetSpeech()
 
 
-SPEECH = WordListSpeech("small red orange white".split(), "bird wing belly titmouse foot".split(), {"feet": "foot"})
-BIRDS = ["a small bird with red feet", "its wings are white", "a white bird with a red wing and an orange belly"]
+SPEECH = WordListSpeech(
+    "small red orange white".split(), "bird wing belly titmouse foot".split(), {"feet": "foot"}
+)
+BIRDS = [
+    "a small bird with red feet",
+    "its wings are white",
+    "a white bird with a red wing and an orange belly",
+]
 
 
 def test_counts_do_not_depend_on_workers(monkeypatch):
     monkeypatch.setattr(prior_module, "CHUNK", 3)
     whole = count_captions(BIRDS * 7, SPEECH, True)
     found = pairs("small bird, red foot, white wing, white bird, red wing, orange belly")
-    assert whole.captions == 21 and whole.pairs == dict.fromkeys(found, 7) and whole.words["bird", "noun"] == 14
-    assert count_corpus(BIRDS * 7, SPEECH, True, 1) == count_corpus(BIRDS * 7, SPEECH, True, 2) == whole
+    assert (
+        whole.captions == 21
+        and whole.pairs == dict.fromkeys(found, 7)
+        and whole.words["bird", "noun"] == 14
+    )
+    assert (
+        count_corpus(BIRDS * 7, SPEECH, True, 1)
+        == count_corpus(BIRDS * 7, SPEECH, True, 2)
+        == whole
+    )
     with pytest.raises(UserError, match="no adjective or noun in 2 captions"):
         count_corpus(["ein Vogel", "zwei Vögel"], SPEECH, workers=2)
     monkeypatch.setattr(prior_module, "WINDOW", 2)
-    near = pairs("bird small, red small, bird red, bird wing, red wing, red white, white wing, belly wing, belly white")
+    near = pairs(
+        "bird small, red small, bird red, bird wing, red wing, "
+        "red white, white wing, belly wing, belly white"
+    )
     caption = "a small bird , it sings in a red wing and has a white belly"
     assert count_captions([caption], SPEECH, True).contexts == dict.fromkeys(near, 1)
     assert not count_captions([caption], SPEECH).contexts  # which `corpus` vectors alone ask for
@@ -298,10 +489,17 @@ class Befallen(WordListSpeech):
         return super().__call__(caption)
 
 
-@pytest.mark.parametrize("deed, corpora, message", [
-    ((signal.raise_signal, signal.SIGKILL), [], "^a process that tagged captions was killed or lacked memory; "),
-    ((time.sleep, 0.2), ["absent.txt"], "^corpus 'absent.txt'"),
-])
+@pytest.mark.parametrize(
+    "deed, corpora, message",
+    [
+        (
+            (signal.raise_signal, signal.SIGKILL),
+            [],
+            "^a process that tagged captions was killed or lacked memory; ",
+        ),
+        ((time.sleep, 0.2), ["absent.txt"], "^corpus 'absent.txt'"),
+    ],
+)
 def test_a_fault_ends_the_counting_at_once(monkeypatch, deed, corpora, message):
     monkeypatch.setattr(prior_module, "CHUNK", 1)
     speech = Befallen(["small"], ["bird"])
@@ -310,19 +508,33 @@ def test_a_fault_ends_the_counting_at_once(monkeypatch, deed, corpora, message):
     signal.alarm(5)  # to tag them takes two workers 10 s
     try:
         with pytest.raises(UserError, match=message):
-            count_corpus(itertools.chain(["a bird"] * 100, *map(read_captions, corpora)), speech, workers=2)
+            count_corpus(
+                itertools.chain(["a bird"] * 100, *map(read_captions, corpora)), speech, workers=2
+            )
     finally:
         signal.alarm(0)
 
 
-WHOLE = "a photo of object red wing bird orange small belly".split()  # words of one token; "titmouse" is two
-TOKENS = {"a": 64, "tit": 400, "mouse</w>": 401, **{f"{word}</w>": row for row, word in enumerate(WHOLE, 320)}}
-NAMES, DRAW = ["small red orange white", "bird wing belly titmouse"] * 2, np.random.default_rng(0).choice
-SCENES = ["a {} {} with a {} {}".format(*(DRAW(names.split()) for names in NAMES)) for _ in range(150)]
+WHOLE = (
+    "a photo of object red wing bird orange small belly".split()
+)  # words of one token; "titmouse" is two
+TOKENS = {
+    "a": 64,
+    "tit": 400,
+    "mouse</w>": 401,
+    **{f"{word}</w>": row for row, word in enumerate(WHOLE, 320)},
+}
+NAMES, DRAW = (
+    ["small red orange white", "bird wing belly titmouse"] * 2,
+    np.random.default_rng(0).choice,
+)
+SCENES = [
+    "a {} {} with a {} {}".format(*(DRAW(names.split()) for names in NAMES)) for _ in range(150)
+]
 
 
 def corpus_factors(folder, monkeypatch):
-    """SVD of the dense PPMI matrix but for its last column; it is symmetric, so |U| = |V| column by column."""
+    """SVD of the PPMI matrix except its last column, with |entries|, as signs are arbitrary."""
     counts = count_captions(SCENES, SPEECH, True)
     words = sorted(word for word, _ in counts.words)
     matrix = np.zeros((len(words), len(words)))
@@ -336,51 +548,91 @@ def corpus_factors(folder, monkeypatch):
 
 
 def random_draws(folder, monkeypatch):
-    seed = lambda word: int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")  # of the word alone
-    return "", lambda part, word: np.random.default_rng(seed(word)).standard_normal(100, dtype=np.float32)
+    seed = lambda word: int.from_bytes(
+        hashlib.sha256(word.encode()).digest()[:8], "little"
+    )  # of the word alone
+    return "", lambda part, word: np.random.default_rng(seed(word)).standard_normal(
+        100, dtype=np.float32
+    )
 
 
 def glove_file(folder, monkeypatch, name="g.txt"):
-    table = dict(bird="1 2 3 4", wing="4 5 6 7", belly="6 5 4 3", small="-1 .5 1e-3 0", red="0 0 1 2", orange="0 1 1 2")
+    table = dict(
+        bird="1 2 3 4",
+        wing="4 5 6 7",
+        belly="6 5 4 3",
+        small="-1 .5 1e-3 0",
+        red="0 0 1 2",
+        orange="0 1 1 2",
+    )
     text = "".join(f"{word} {row}\n" for word, row in {**table, "new york": "7 7 7 7"}.items())
     if name.endswith(".zip"):
         with zipfile.ZipFile(folder / name, "w") as archive:  # from which 100 dimensions are taken
             archive.writestr("g.4d.txt", text)
             table = {word: " ".join([row] * 25) for word, row in table.items()}
-            archive.writestr("g.100d.txt", "".join(f"{word} {row}\n" for word, row in table.items()))
+            archive.writestr(
+                "g.100d.txt", "".join(f"{word} {row}\n" for word, row in table.items())
+            )
     else:
         (folder / name).write_text(text)
     return folder / name, lambda part, word: np.array(table[word].split(), np.float32)
 
 
-def huggingface_folder(folder, monkeypatch, form="F32", key="text_model.embeddings.token_embedding.weight"):
+def huggingface_folder(
+    folder, monkeypatch, form="F32", key="text_model.embeddings.token_embedding.weight"
+):
     """Published layouts: CLIP's vocabulary and BERT's, and the token table among other tensors."""
-    words = {row: token.removesuffix("</w>") for token, row in TOKENS.items() if token.endswith("</w>")}
+    words = {
+        row: token.removesuffix("</w>") for token, row in TOKENS.items() if token.endswith("</w>")
+    }
     (folder / "vocab.json").write_text(json.dumps(TOKENS))
-    (folder / "vocab.txt").write_text("\n".join(words.get(row, f"[unused{row}]") for row in range(600)) + "\n")
+    (folder / "vocab.txt").write_text(
+        "\n".join(words.get(row, f"[unused{row}]") for row in range(600)) + "\n"
+    )
     table = torch.randn(600, 4).to(torch.bfloat16 if form == "BF16" else torch.float32)
     if form == "bin":
         torch.save({"logit_scale": torch.ones(()), key: table}, folder / "pytorch_model.bin")
     else:
-        tensors = {"a": ("F16", (3,), b"others"), "mask": ("BOOL", (2,), b"\0\1"), "ids": ("I32", (1,), bytes(4)), key: (form, (600, 4), table.view(torch.uint8).numpy().tobytes())}
+        tensors = {
+            "a": ("F16", (3,), b"others"),
+            "mask": ("BOOL", (2,), b"\0\1"),
+            "ids": ("I32", (1,), bytes(4)),
+            key: (form, (600, 4), table.view(torch.uint8).numpy().tobytes()),
+        }
         (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     return folder, lambda part, word: table[TOKENS[f"{word}</w>"]].float().numpy()
 
 
 def clip_text_folder(folder, monkeypatch):
-    """CLIP's text tower in Hugging Face's names: two blocks of two heads, as torch's own encoder computes them."""
+    """CLIP's text tower in Hugging Face's names, two blocks as torch's own encoder computes them."""
     huggingface_folder(folder, monkeypatch)
     (folder / "model.safetensors").unlink()
-    layer = torch.nn.TransformerEncoderLayer(128, 2, 512, 0.0, lambda x: x * (1.702 * x).sigmoid(), batch_first=True,
-                                             norm_first=True)
-    tower = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(128), enable_nested_tensor=False).eval()
+    layer = torch.nn.TransformerEncoderLayer(
+        128, 2, 512, 0.0, lambda x: x * (1.702 * x).sigmoid(), batch_first=True, norm_first=True
+    )
+    tower = torch.nn.TransformerEncoder(
+        layer, 2, torch.nn.LayerNorm(128), enable_nested_tensor=False
+    ).eval()
     for parameter in tower.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.1)
-    table, positions, projection = torch.randn(49408, 128), torch.randn(77, 128), torch.randn(4, 128)
-    state = {"embeddings.token_embedding.weight": table, "embeddings.position_embedding.weight": positions,
-             "embeddings.position_ids": torch.arange(77)[None]}
-    names = {"norm1": "layer_norm1", "norm2": "layer_norm2", "linear1": "mlp.fc1", "linear2": "mlp.fc2",
-             "self_attn.out_proj": "self_attn.out_proj", "norm": "final_layer_norm"}
+    table, positions, projection = (
+        torch.randn(49408, 128),
+        torch.randn(77, 128),
+        torch.randn(4, 128),
+    )
+    state = {
+        "embeddings.token_embedding.weight": table,
+        "embeddings.position_embedding.weight": positions,
+        "embeddings.position_ids": torch.arange(77)[None],
+    }
+    names = {
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+        "linear1": "mlp.fc1",
+        "linear2": "mlp.fc2",
+        "self_attn.out_proj": "self_attn.out_proj",
+        "norm": "final_layer_norm",
+    }
     for name, value in tower.state_dict().items():
         name, _, kind = name.replace("layers.", "encoder.layers.").rpartition(".")
         if kind.startswith("in_proj"):
@@ -391,8 +643,10 @@ def clip_text_folder(folder, monkeypatch):
             if name == ours or name.endswith(f".{ours}"):
                 state[f"{name.removesuffix(ours)}{theirs}.{kind}"] = value
     state = {f"text_model.{name}": value for name, value in state.items()}
-    torch.save({**state, "text_projection.weight": projection, "logit_scale": torch.ones(())},
-               folder / "pytorch_model.bin")
+    torch.save(
+        {**state, "text_projection.weight": projection, "logit_scale": torch.ones(())},
+        folder / "pytorch_model.bin",
+    )
 
     @torch.no_grad()
     def expected(part, word):  # the authors' prompt, "a photo of red object" or "a photo of bird"
@@ -406,41 +660,69 @@ def clip_text_folder(folder, monkeypatch):
 
 
 FILES = {
-    "corpus": corpus_factors, "random": random_draws, "clip-text": clip_text_folder, "clip": huggingface_folder,
-    "clip bin": lambda *where: huggingface_folder(*where, "bin"), "glove": glove_file,
-    "bert": lambda *where: huggingface_folder(*where, "BF16", "bert.embeddings.word_embeddings.weight"),
-    "glove zip": lambda *where: glove_file(*where, "g.zip")}
+    "corpus": corpus_factors,
+    "random": random_draws,
+    "clip-text": clip_text_folder,
+    "clip": huggingface_folder,
+    "clip bin": lambda *where: huggingface_folder(*where, "bin"),
+    "glove": glove_file,
+    "bert": lambda *where: huggingface_folder(
+        *where, "BF16", "bert.embeddings.word_embeddings.weight"
+    ),
+    "glove zip": lambda *where: glove_file(*where, "g.zip"),
+}
 
 
 @pytest.mark.parametrize("name", sorted({*FILES, *LANGUAGE_MODELS}))
 def test_a_prior_holds_the_vectors_of_its_language_model(tmp_path, monkeypatch, name):
     (weights, expected), model = FILES[name](tmp_path, monkeypatch), name.split()[0]
     prior, again = (build_prior(SCENES, SPEECH, model, str(weights), workers=1) for _ in range(2))
-    lost = model not in ("corpus", "random")  # "white" and "titmouse", which is two tokens, or not there
+    lost = model not in (
+        "corpus",
+        "random",
+    )  # "white" and "titmouse", which is two tokens, or not there
     for part, other in zip(PARTS, ("white", "titmouse")):
         words, vectors = prior[f"{part}_words"].tolist(), prior[f"{part}_vectors"]
         assert len(words) == 4 - lost and (other in words) != lost and vectors.dtype == np.float32
         theirs = np.stack([expected(part, word) for word in words])
-        np.testing.assert_allclose(np.abs(vectors) if model == "corpus" else vectors, theirs, atol=1e-5)
+        np.testing.assert_allclose(
+            np.abs(vectors) if model == "corpus" else vectors, theirs, atol=1e-5
+        )
         assert np.array_equal(again[f"{part}_vectors"], vectors)  # the sign of corpus vectors too
     raw = prior.adjective_vectors.tobytes() + prior.noun_vectors.tobytes()
-    notes = {"name": model, "file": getattr(weights, "name", ""), "sha256": hashlib.sha256(raw).hexdigest()}
-    assert prior.provenance["vectors"] == notes and prior.provenance["without_vector"] == dict.fromkeys(PARTS, lost)
+    notes = {
+        "name": model,
+        "file": getattr(weights, "name", ""),
+        "sha256": hashlib.sha256(raw).hexdigest(),
+    }
+    assert prior.provenance["vectors"] == notes and prior.provenance[
+        "without_vector"
+    ] == dict.fromkeys(PARTS, lost)
 
 
 def vectors_of(model, words, weights="", dim=0, **counted):
-    return LANGUAGE_MODELS[model](dict(adjective=[], noun=words.split()), str(weights), dim, Counts(**counted))["noun"]
+    return LANGUAGE_MODELS[model](
+        dict(adjective=[], noun=words.split()), str(weights), dim, Counts(**counted)
+    )["noun"]
 
 
-@pytest.mark.parametrize("model, name, content, message", [
-    ("glove", "v.txt", b"bird 1 2 3\nwing 1 2\n", "line 2 is not a word and 3 numbers"),
-    ("glove", "v.txt", b"bird 1 2 nan\n", "line 1 .*not finite"), ("glove", "v.txt", b"bird x\n", "could not convert"),
-    ("glove", "v.txt", b"bird 1 2\nb\xff 1 2\n", "utf-8"), ("glove", "v.zip", b"PK nothing", "not a zip"),
-    ("glove", "v.txt", b"bird 1 2 3\n", "it has 3 dimensions, --dim asks for 50"),
-    ("glove", "v.zip", b"PK\5\6" + bytes(18), "0 files of 50 dimensions inside; choose one by --dim"),
-    ("glove", "absent", None, "No such file"), ("clip", "", None, "vocab.json"), ("bert", "", None, "vocab.txt"),
-    ("clip", "vocab.json", b"{}", "pytorch_model.bin"), ("clip-text", "vocab.json", b"{}", "pytorch_model.bin"),
-])
+@pytest.mark.parametrize(
+    "model, name, content, message",
+    [
+        ("glove", "v.txt", b"bird 1 2 3\nwing 1 2\n", "line 2 is not a word and 3 numbers"),
+        ("glove", "v.txt", b"bird 1 2 nan\n", "line 1 .*not finite"),
+        ("glove", "v.txt", b"bird x\n", "could not convert"),
+        ("glove", "v.txt", b"bird 1 2\nb\xff 1 2\n", "utf-8"),
+        ("glove", "v.zip", b"PK nothing", "not a zip"),
+        ("glove", "v.txt", b"bird 1 2 3\n", "it has 3 dimensions, --dim asks for 50"),
+        ("glove", "v.zip", b"PK\5\6" + bytes(18), "0 files of 50 dimensions inside; give --dim"),
+        ("glove", "absent", None, "No such file"),
+        ("clip", "", None, "vocab.json"),
+        ("bert", "", None, "vocab.txt"),
+        ("clip", "vocab.json", b"{}", "pytorch_model.bin"),
+        ("clip-text", "vocab.json", b"{}", "pytorch_model.bin"),
+    ],
+)
 def test_bad_weights_are_named(tmp_path, model, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -451,17 +733,28 @@ def test_bad_weights_are_named(tmp_path, model, name, content, message):
 
 def test_words_of_like_contexts_are_near():
     groups = [("red orange yellow", "breast belly wing"), ("steel iron tin", "wheel rod plate")]
-    links = [tuple(sorted(pair)) for a, b in groups for pair in itertools.product(a.split(), b.split())]
-    words, contexts = sorted({word for pair in links for word in pair}), dict(zip(links, itertools.count(20)))
+    links = [
+        tuple(sorted(pair)) for a, b in groups for pair in itertools.product(a.split(), b.split())
+    ]
+    words, contexts = (
+        sorted({word for pair in links for word in pair}),
+        dict(zip(links, itertools.count(20))),
+    )
     vectors = vectors_of("corpus", " ".join([*words, "alone"]), dim=4, contexts=contexts)
-    near = lambda of: [name for name, _ in nearest_words(list(vectors), np.stack(list(vectors.values())), of, 2)]
+    near = lambda of: [
+        name for name, _ in nearest_words(list(vectors), np.stack(list(vectors.values())), of, 2)
+    ]
     assert list(vectors) == words  # a word without neighbours has no vector
-    assert (np.max([*vectors.values()], 0) > -np.min([*vectors.values()], 0)).all()  # the largest entry is positive
+    assert (
+        np.max([*vectors.values()], 0) > -np.min([*vectors.values()], 0)
+    ).all()  # the largest entry is positive
     assert {*near("orange")} == {"red", "yellow"} and {*near("breast")} == {"belly", "wing"}
     with pytest.raises(UserError, match="12 words have neighbours, too few"):
         vectors_of("corpus", " ".join(words), dim=12, contexts=contexts)
     if (SHARED / "vectors").is_dir():  # Fig. 1, as far as GloVe has it
-        vectors = vectors_of("glove", "breast belly wheel", SHARED / "vectors" / "glove.6B.100d.zip")
+        vectors = vectors_of(
+            "glove", "breast belly wheel", SHARED / "vectors" / "glove.6B.100d.zip"
+        )
         assert near("belly") == ["breast", "wheel"]
 
 
@@ -477,31 +770,60 @@ def test_files_of_a_model_are_looked_at_before_captions_are_tagged(tmp_path):
     assert not tagged
 
 
-@pytest.mark.parametrize("sent, cut, digest", [
-    (None, None, "1234"), (b"another", None, "1234"), (b"weights", 3, hashlib.sha256(b"weights").hexdigest()),
-    (b"weights", 3, hashlib.md5(b"weights").hexdigest()), (b"another", None, hashlib.md5(b"weights").hexdigest()),
-])
+@pytest.mark.parametrize(
+    "sent, cut, digest",
+    [
+        (None, None, "1234"),
+        (b"another", None, "1234"),
+        (b"weights", 3, hashlib.sha256(b"weights").hexdigest()),
+        (b"weights", 3, hashlib.md5(b"weights").hexdigest()),
+        (b"another", None, hashlib.md5(b"weights").hexdigest()),
+    ],
+)
 def test_a_failed_download_is_one_line_and_leaves_nothing(server, tmp_path, sent, cut, digest):
     server.files["/w.pt"], server.cuts_after = sent, cut
-    with pytest.raises(UserError, match="^http://.*/w.pt is unavailable: .*; run the command again$"):
+    with pytest.raises(
+        UserError, match="^http://.*/w.pt is unavailable: .*; run the command again$"
+    ):
         download(f"{server.url}/w.pt", tmp_path / "folder" / "w.pt", digest)
     assert not list((tmp_path / "folder").iterdir())
 
 
 def test_published_tensors_are_read_and_what_is_damaged_or_foreign_is_a_line(tmp_path, monkeypatch):
-    kinds = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16, I64=torch.int64)
+    kinds = dict(
+        F64=torch.float64,
+        F32=torch.float32,
+        F16=torch.float16,
+        BF16=torch.bfloat16,
+        I64=torch.int64,
+    )
     state = {kind: torch.arange(12).reshape(4, 3).to(dtype) for kind, dtype in kinds.items()}
-    raw = {kind: (kind, (4, 3), value.view(torch.uint8).numpy().tobytes()) for kind, value in state.items()}
-    whole, path, checkpoint = safetensors_bytes(raw), tmp_path / "x.safetensors", tmp_path / "last.ckpt"
-    path.write_bytes(safetensors_bytes({**raw, "a mask": ("BOOL", (2,), b"\0\1")}))  # of a kind that is left out
+    raw = {
+        kind: (kind, (4, 3), value.view(torch.uint8).numpy().tobytes())
+        for kind, value in state.items()
+    }
+    whole, path, checkpoint = (
+        safetensors_bytes(raw),
+        tmp_path / "x.safetensors",
+        tmp_path / "last.ckpt",
+    )
+    path.write_bytes(
+        safetensors_bytes({**raw, "a mask": ("BOOL", (2,), b"\0\1")})
+    )  # of a kind that is left out
     torch.save({"state_dict": {**state, "step": 3}, "epoch": 1}, checkpoint)
     for found in (read_tensors(path), read_tensors(checkpoint)):
         torch.testing.assert_close(found, state, rtol=0, atol=0)
-    callback = type("ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"})
-    with monkeypatch.context() as published:  # as by the Lightning of 2020, which whoever reads it lacks
+    callback = type(
+        "ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"}
+    )
+    with (
+        monkeypatch.context() as published
+    ):  # as by the Lightning of 2020, which whoever reads it lacks
         for name in ("pytorch_lightning", "pytorch_lightning.callbacks", callback.__module__):
             published.setitem(sys.modules, name, types.SimpleNamespace(ModelCheckpoint=callback))
-        torch.save({"state_dict": state, "callbacks": {callback: {"best_model_path": "x"}}}, checkpoint)
+        torch.save(
+            {"state_dict": state, "callbacks": {callback: {"best_model_path": "x"}}}, checkpoint
+        )
     torch.testing.assert_close(read_tensors(checkpoint), state, rtol=0, atol=0)
     torch.save({"state_dict": state, "callbacks": Foreign()}, checkpoint)
     for data in (None, whole[:5], b"\xff" * 8 + whole[8:], whole[:-40]):
@@ -512,25 +834,46 @@ def test_published_tensors_are_read_and_what_is_damaged_or_foreign_is_a_line(tmp
 
 def edges_of(prior):
     adjectives, nouns = prior.adjective_words.tolist(), prior.noun_words.tolist()
-    return {(adjectives[a], nouns[n]): c for (a, n), c in zip(prior.edges.tolist(), prior.edge_counts.tolist())}
+    return {
+        (adjectives[a], nouns[n]): c
+        for (a, n), c in zip(prior.edges.tolist(), prior.edge_counts.tolist())
+    }
 
 
 def test_prior_keeps_frequent_words_in_their_order():
-    captions = ["a white wing"] * 3 + ["an orange wing", "an orange bird", "a red bird", "a small bird", "a red wing"]
+    captions = ["a white wing"] * 3 + [
+        "an orange wing",
+        "an orange bird",
+        "a red bird",
+        "a small bird",
+        "a red wing",
+    ]
     prior = build_prior(captions, SPEECH, "random", min_count=2, dim=3, workers=1, name="by hand")
-    assert [*prior.adjective_words] == ["white", "orange", "red"] and [*prior.noun_words] == ["wing", "bird"]
+    assert [*prior.adjective_words] == ["white", "orange", "red"] and [*prior.noun_words] == [
+        "wing",
+        "bird",
+    ]
     assert prior.edges.dtype == np.int64 and prior.edges.tolist() == sorted(prior.edges.tolist())
     edges = pairs("white wing, orange wing, orange bird, red wing, red bird")
     assert edges_of(prior) == {**dict.fromkeys(edges, 1), ("white", "wing"): 3}
-    assert dict(corpus="by hand", captions=8, dim=3, min_count=2).items() <= prior.provenance.items()
+    assert (
+        dict(corpus="by hand", captions=8, dim=3, min_count=2).items() <= prior.provenance.items()
+    )
     with pytest.raises(UserError, match="no adjective is left: 0 are seen at least 4 times"):
         build_prior(captions, SPEECH, "random", min_count=4, workers=1)
 
 
 def test_homographs_are_two_nodes(speech):
-    captions = ["a bright orange breast", "an orange breast", "a ripe orange", "a ripe orange on a table"]
+    captions = [
+        "a bright orange breast",
+        "an orange breast",
+        "a ripe orange",
+        "a ripe orange on a table",
+    ]
     prior = build_prior(captions, speech, "random", min_count=1, dim=4, workers=1)
-    assert edges_of(prior) == dict(zip(pairs("bright breast, orange breast, ripe orange"), (1, 2, 2)))
+    assert edges_of(prior) == dict(
+        zip(pairs("bright breast, orange breast, ripe orange"), (1, 2, 2))
+    )
 
 
 def test_prior_file_round_trip(tmp_path, prior):
@@ -540,8 +883,13 @@ def test_prior_file_round_trip(tmp_path, prior):
     assert all(np.array_equal(loaded[name], value) for name, value in vars(prior).items())
     torch.save(loaded.tensors(), tmp_path / "last.pt")
     held = torch.load(tmp_path / "last.pt", weights_only=True)  # what a checkpoint may hold
-    assert set(held) == set(vars(prior)) - {"provenance"} and held["noun_words"] == list("ABCDEFGHI")
-    assert np.array_equal(held["adjective_vectors"], prior.adjective_vectors) and held["edges"].dtype == torch.int64
+    assert set(held) == set(vars(prior)) - {"provenance"} and held["noun_words"] == list(
+        "ABCDEFGHI"
+    )
+    assert (
+        np.array_equal(held["adjective_vectors"], prior.adjective_vectors)
+        and held["edges"].dtype == torch.int64
+    )
 
 
 def at(array, index, value):
@@ -584,7 +932,9 @@ def test_what_is_no_prior_is_refused(tmp_path, prior, name, change, fault):
     Prior.load(tmp_path / "p.npz")
     value = arrays.pop(name)
     np.savez(tmp_path / "p.npz", **arrays, **({name: change(value)} if change else {}))
-    with pytest.raises(UserError, match=f"p.npz' is no prior: .*{fault}.*; make one with: python prior.py CORPUS"):
+    with pytest.raises(
+        UserError, match=f"p.npz' is no prior: .*{fault}.*; make one with: python prior.py CORPUS"
+    ):
         Prior.load(tmp_path / "p.npz")
 
 
@@ -598,20 +948,31 @@ def test_a_word_whose_vector_is_zero_has_none(tmp_path):
 def test_shuffling_destroys_one_thing_and_keeps_the_rest(prior):
     before = np.unique(np.random.default_rng(0).integers(0, (40, 60), (500, 2)), axis=0)
     prior = replace(prior, edges=before)
-    vectors, edges, other = shuffled(prior, "vectors"), shuffled(prior, "edges"), shuffled(prior, "vectors", seed=1)
+    vectors, edges, other = (
+        shuffled(prior, "vectors"),
+        shuffled(prior, "edges"),
+        shuffled(prior, "vectors", seed=1),
+    )
     changed = lambda a, b: {name for name in vars(prior) if not np.array_equal(a[name], b[name])}
     assert shuffled(prior, "none") is prior and not changed(vectors, shuffled(prior, "vectors"))
     assert changed(vectors, other) == {"adjective_vectors", "noun_vectors"}
     assert changed(prior, vectors) == {"adjective_vectors", "noun_vectors", "provenance"}
     for name in ("adjective_vectors", "noun_vectors"):
         assert sorted(map(tuple, prior[name])) == sorted(map(tuple, vectors[name]))
-    assert changed(prior, edges) == {"edges", "provenance"} and edges.provenance["shuffled"] == "edges"
+    assert (
+        changed(prior, edges) == {"edges", "provenance"} and edges.provenance["shuffled"] == "edges"
+    )
     assert len(np.unique(edges.edges, axis=0)) == len(before)  # no edge twice
     for column in range(2):  # every word keeps its number
         assert np.array_equal(np.bincount(edges.edges[:, column]), np.bincount(before[:, column]))
     shared = set(map(tuple, before.tolist())) & set(map(tuple, edges.edges.tolist()))
-    assert len(shared) < 0.4 * len(before)  # of 2,400 possible edges 500 are there, so a fifth would stay by chance
-    assert all(np.array_equal(rewired(few, np.random.default_rng(0)), few) for few in (before[:0], before[:1]))
+    assert len(shared) < 0.4 * len(
+        before
+    )  # of 2,400 possible edges 500 are there, so a fifth would stay by chance
+    assert all(
+        np.array_equal(rewired(few, np.random.default_rng(0)), few)
+        for few in (before[:0], before[:1])
+    )
 
 
 @pytest.fixture
@@ -621,13 +982,18 @@ def show(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prior_module, "WordNetSpeech", lambda: SPEECH)
     monkeypatch.setattr(prior_module, "missing_nltk", list)
-    prior_module.main("c.txt --embeddings random --min-count 1 --dim 3 --workers 1 --out birds.npz".split())
+    prior_module.main(
+        "c.txt --embeddings random --min-count 1 --dim 3 --workers 1 --out birds.npz".split()
+    )
     return ["show", "birds.npz", "--caption", "a red bird"]
 
 
 def test_command_builds_and_shows(capsys, show):
     built = capsys.readouterr().out
-    assert "birds.npz: 6 edges, random vectors of 3 dimensions (0 words without one) from 3 captions in " in built
+    assert (
+        "birds.npz: 6 edges, random vectors of 3 dimensions (0 words without one) from 3 captions in "
+        in built
+    )
     assert "4 adjectives + 4 nouns, 4.0 bits per position" in built
     prior_module.main([*show, "--words", "small", "bird"])
     shown = capsys.readouterr().out
@@ -660,10 +1026,12 @@ MISTAKES = [
     ("c.txt --dim few", "invalid int"),
     ("c.txt --min-count 0", "0 does not lie between 1"),
     ("c.txt --min 3", "unrecognized arguments: --min 3"),
-    ("c.txt --out prior.npy", "must end in .npz"),
     ("c.txt --embeddings corpus --min-count 2 --dim 4", "4 words have neighbours, too few"),
     ("c.txt --embeddings random --out birds.npz", "birds.npz exists; replace it with --overwrite"),
-    ("c.txt --embeddings random --min-count 1 --out folder.npz --overwrite", "is a folder or a dev"),
+    (
+        "c.txt --embeddings random --min-count 1 --out folder.npz --overwrite",
+        "is a folder or a dev",
+    ),
     ("show absent.npz", "'absent.npz' is no prior: [Errno 2]"),
     ("show birds.npz --dim 3", "unrecognized"),
     ("show birds.npz --words x", "not a word of this prior: x"),
@@ -677,11 +1045,21 @@ def test_a_users_error_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, s
     with pytest.raises(SystemExit) as end:
         command(lambda: prior_module.main(args.split()))
     printed = capsys.readouterr().err
-    assert end.value.code == 2 and message in printed and printed.startswith("error: ") and printed.count("\n") == 1
+    assert (
+        end.value.code == 2
+        and message in printed
+        and printed.startswith("error: ")
+        and printed.count("\n") == 1
+    )
 
 
 def test_a_reader_that_leaves_is_no_error(show):
-    script = [sys.executable, "-E", ROOT / "prior.py", *show]  # with print's buffer, whatever PYTHONUNBUFFERED says
+    script = [
+        sys.executable,
+        "-E",
+        ROOT / "prior.py",
+        *show,
+    ]  # with print's buffer, whatever PYTHONUNBUFFERED says
     process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141
@@ -693,13 +1071,20 @@ def test_a_signal_ends_the_script_and_its_workers(tmp_path, number):
 class Waits(prior.WordListSpeech):
     def __call__(self, caption):
         time.sleep(print("tagging", flush=True) or 60)
-if __name__ == "__main__": prior.command(lambda: prior.count_corpus(["a bird"], Waits([], ["bird"]), workers=2))""")
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+if __name__ == "__main__":
+    prior.command(lambda: prior.count_corpus(["a bird"], Waits([], ["bird"]), workers=2))""")
+    pipes = dict(
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     process = subprocess.Popen([sys.executable, tmp_path / "waits.py"], **pipes)
     assert process.stdout.readline() == b"tagging\n"
     process.send_signal(number)
-    printed = process.communicate(timeout=20)  # to the end of both, which the workers hold open as long as they live
-    assert printed == (b"", b"") and process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    printed = process.communicate(
+        timeout=20
+    )  # to the end of both, which the workers hold open as long as they live
+    assert printed == (b"", b"") and process.returncode == (
+        -number if number == signal.SIGKILL else 128 + number
+    )
 
 
 class Hungry(WordListSpeech):
@@ -713,9 +1098,11 @@ def test_lack_of_memory_is_one_line_that_blames_no_file(monkeypatch, capsys):
     deeds = {
         "error: out of memory in lacks (prior.py, line ": WordNetSpeech,
         "error: a process that tagged captions was killed or lacked memory; give fewer": (
-            lambda: count_corpus(["a bird"] * 3, Hungry([], ["bird"]), workers=2)),
+            lambda: count_corpus(["a bird"] * 3, Hungry([], ["bird"]), workers=2)
+        ),
         "error: out of memory in count_captions (prior.py, line ": (
-            lambda: count_corpus(["a bird"], Hungry([], ["bird"]), workers=1)),
+            lambda: count_corpus(["a bird"], Hungry([], ["bird"]), workers=1)
+        ),
     }
     for message, deed in deeds.items():
         with pytest.raises(SystemExit) as end:
@@ -738,13 +1125,27 @@ def test_a_write_replaces_a_file_whole_or_not_at_all(tmp_path, link):
     with pytest.raises(RuntimeError), atomic_write(path) as part:
         part.write_text("half")
         raise RuntimeError
-    assert kept.read_text() == "second" and list(kept.parent.iterdir()) == [kept] and path.is_symlink() == link
+    assert (
+        kept.read_text() == "second"
+        and list(kept.parent.iterdir()) == [kept]
+        and path.is_symlink() == link
+    )
 
 
 def test_hidden_files_are_not_listed_and_linked_folders_are_followed_once(tmp_path):
     shown = ["a/1.JPG", "a/b/2.jpg", "a.jpg", "birds/3.jpg", "birds/again/3.jpg", "z.jpg"]
-    hidden = [".x.jpg", "a/._1.JPG", ".thumbnails/1.jpg", "a/.ipynb_checkpoints/1.jpg", "__MACOSX/a/1.jpg", "a/1.txt"]
-    root, elsewhere = tmp_path / ".cache" / "root", tmp_path / "elsewhere"  # a hidden folder above is no matter
+    hidden = [
+        ".x.jpg",
+        "a/._1.JPG",
+        ".thumbnails/1.jpg",
+        "a/.ipynb_checkpoints/1.jpg",
+        "__MACOSX/a/1.jpg",
+        "a/1.txt",
+    ]
+    root, elsewhere = (
+        tmp_path / ".cache" / "root",
+        tmp_path / "elsewhere",
+    )  # a hidden folder above is no matter
     for path in [*(root / name for name in (*shown[:3], "z.jpg", *hidden)), elsewhere / "3.jpg"]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -760,12 +1161,20 @@ def test_hidden_files_are_not_listed_and_linked_folders_are_followed_once(tmp_pa
         list(list_files(tmp_path / "absent", (".jpg",)))
 
 
-@pytest.mark.parametrize("kinds, error, message", [
-    ((), ValueError("two\nlines"), "cannot: two!"), ((), AssertionError(), "cannot: AssertionError!"),
-    ((), UserError("as it is"), "as it is"), ((ValueError, OSError), ValueError("{}"), "cannot: {}!"),
-    ((ValueError,), KeyError("other"), "'other'"),
-])
+@pytest.mark.parametrize(
+    "kinds, error, message",
+    [
+        ((), ValueError("two\nlines"), "cannot: two!"),
+        ((), AssertionError(), "cannot: AssertionError!"),
+        ((), UserError("as it is"), "as it is"),
+        ((ValueError, OSError), ValueError("{}"), "cannot: {}!"),
+        ((ValueError,), KeyError("other"), "'other'"),
+    ],
+)
 def test_an_error_becomes_the_users(kinds, error, message):
-    with pytest.raises(KeyError if "other" in message else UserError) as raised, user_error("cannot: {}!", *kinds):
+    with (
+        pytest.raises(KeyError if "other" in message else UserError) as raised,
+        user_error("cannot: {}!", *kinds),
+    ):
         raise error
     assert str(raised.value) == message

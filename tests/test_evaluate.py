@@ -188,7 +188,7 @@ def test_missing_weights_are_a_reason_and_a_wrong_file_an_error(file):
     torch.save({"wrong": torch.zeros(1)}, "wrong.pth")
     network, reason = load_or_reason(load, "")
     assert network is None and reason.startswith(f"missing: {use}") and "\n" not in reason
-    assert re.search(rf": https://\S+{file}.pth, or your own copy by {flag} FILE; to download: add --download$", reason)
+    assert re.search(rf": https://\S+{file}.pth, or use a local copy: {flag} FILE; to download: add --download$", reason)
     with pytest.raises(UserError, match="not .*: .*wrong.pth|wrong.pth is not FID's weights"):
         load_or_reason(load, "wrong.pth")
 

@@ -48,6 +48,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import scipy.sparse.linalg
 
 PARTS = ("adjective", "noun")  # the order of the codebooks everywhere
 WINDOW = 5  # words on each side that count as context of `corpus` vectors (Levy & Goldberg 2014)
@@ -507,8 +508,13 @@ def corpus_vectors(words, weights, dim, counts):
     smoothed = frequency**0.75 / (frequency**0.75).sum()  # lifts the PMI of rare contexts less
     with np.errstate(divide="ignore"):
         pmi = np.log(near / (frequency[:, None] * smoothed))
-    u, s, _ = np.linalg.svd(np.maximum(pmi, 0))
+    ppmi = np.maximum(pmi, 0)
     dim = dim or min(100, len(kept) - 1)
+    if len(kept) <= 1000:  # small matrices may lack rank, where the fast solver starts at random
+        u, s, _ = np.linalg.svd(ppmi)
+    else:
+        u, s, _ = scipy.sparse.linalg.svds(ppmi, k=dim, v0=np.ones(len(kept)))
+        u, s = u[:, ::-1], s[::-1]
     vectors = u[:, :dim] * np.sqrt(s[:dim])
     largest = np.abs(vectors).round(6).argmax(axis=0)  # rounded, as two may be equal
     vectors *= np.sign(vectors[largest, np.arange(dim)])  # the SVD's sign is arbitrary
@@ -917,7 +923,9 @@ def parse_show(argv):
 
 
 def parse(argv):
-    """The flags of `prior.py CORPUS…`."""
+    """The flags of `prior.py CORPUS…`, or of `prior.py show PRIOR`."""
+    if argv[:1] == ["show"]:
+        return parse_show(argv[1:])
     usage = "%(prog)s CORPUS [CORPUS ...] [flags]\n       %(prog)s show PRIOR [--words ...] [--caption ...]"
     parser = Parser(description=__doc__, usage=usage)
     add = parser.add_argument_group("captions").add_argument
@@ -952,11 +960,10 @@ def parse(argv):
 def main(argv=None):
     """Build a prior, or show one."""
     argv = sys.argv[1:] if argv is None else argv
+    args, began = parse(argv), time.monotonic()
     if argv[:1] == ["show"]:
-        args = parse_show(argv[1:])
         show_prior(Prior.load(args.prior), args.words, args.caption)
         return
-    args, began = parse(argv), time.monotonic()
     again = shlex.join(["python", "prior.py", *argv, "--download"])
     provide(language_needs(args.embeddings, args.weights), args.download, again)
     if not args.corpora:

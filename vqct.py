@@ -15,10 +15,9 @@ This is the paper's order:
     §4.4         stage two   TokenTransformer, sample_tokens; Denoiser, sample_features
                  VQGAN's published weights: load_taming
 
-`prior.py` makes the words, vectors and graph that VQModel starts from. `Trainer` in
-train.py has Eq. 2's pixel term and the training step. Each class and function can be
-copied out together with the names it uses from this file. To see Eq. 3, 1 and 2 worked
-on four words:
+`prior.py` makes the words, vectors and graph. `Trainer` in train.py has Eq. 2's pixel term
+and the training step. Each class and function can be copied out with the names it uses.
+To see Eq. 3, 1 and 2 worked on four words:
 
     python vqct.py
 """
@@ -45,13 +44,11 @@ def nearest_code(z, codebook, neighbours=1):
     neighbours: how many codes to find for each feature.
     Returns (N,) int64, or (neighbours, N), nearest first. Ties are broken arbitrarily.
 
-    ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), and ‖ẑ‖² is the same for every code. So the
-    nearest code has the least score ½‖e‖² − ẑ·e. One buffer holds at most 2²² scores
-    (those of one feature, if K is larger), which rules out `torch.func.vmap`.
-
-    Scores are float32, or float64 if an argument is. A squared distance exceeds the least
-    by a few rounding errors of (‖ẑ − o‖ + ‖e − o‖)² at most, with o by `origin_of`.
-    Codes for which ‖e − o‖² is not finite come last.
+    ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), so the nearest code has the least score ½‖e‖² − ẑ·e.
+    One buffer holds 2²² scores at most (those of one feature, if K is larger), which rules
+    out `torch.func.vmap`. Scores are float32, or float64 if an argument is. A squared
+    distance exceeds the least by a few rounding errors of (‖ẑ − o‖ + ‖e − o‖)² at most, with
+    o by `origin_of`. Codes for which ‖e − o‖² is not finite come last.
     """
     dtype = torch.promote_types(z.dtype, codebook.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -60,7 +57,7 @@ def nearest_code(z, codebook, neighbours=1):
         origin = origin_of(codes)  # (D,)
         codes = codes - origin  # (K, D)
         half_norms = codes.square().sum(1) / 2  # (K,), ½‖e‖²
-        finite = half_norms.isfinite()
+        finite = half_norms.isfinite()  # (K,)
         half_norms.masked_fill_(~finite, torch.inf)
         codes.masked_fill_(~finite[:, None], 0)
 
@@ -70,17 +67,16 @@ def nearest_code(z, codebook, neighbours=1):
         for features, chosen in zip(z.split(chunk), indices.split(chunk, dim=1)):
             scores = buffer[: len(features)]  # (chunk, K), ½‖e‖² − ẑ·e
             torch.addmm(half_norms, features - origin, codes.T, alpha=-1, out=scores)
-            for nearest in chosen:
+            for nearest in chosen:  # (chunk,), then the second nearest, …
                 torch.argmin(scores, 1, out=nearest)
                 scores.scatter_(1, nearest[:, None], torch.finfo(dtype).max)
         return indices.squeeze(0)
 
 
 def origin_of(codes):
-    """(K, D) → (D,), the median of about a hundred codes.
+    """(K, D) → (D,), the median of about a hundred codes, which outliers do not move.
 
-    Distances do not depend on the origin, but their rounding does. Outliers do not move
-    a median.
+    Distances do not depend on the origin, but their rounding does.
     """
     sample = codes[:: len(codes) // 100 + 1].sort(0).values
     return sample[len(sample) // 2].nan_to_num(0, 0, 0)
@@ -117,7 +113,7 @@ class VectorQuantizer(nn.Module):
         batch, dim, height, width = z.shape
         features = z.movedim(1, -1).reshape(-1, dim)  # (B H W, D)
         nearest = nearest_code(features, codebook, self.neighbours)
-        return nearest.view(-1, batch, height, width).movedim(0, 1)
+        return nearest.view(self.neighbours, batch, height, width).movedim(0, 1)
 
     def forward(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().
@@ -275,13 +271,12 @@ class CodebookTransfer(nn.Module):
 class Codebook(nn.Module):
     """The codes of all codebooks: vectors, and a transfer network where there is one.
 
-    Every system of the paper is a choice of these arguments. Learned codes are trained
-    vectors without transfer. VQCT's codes are frozen word vectors through CodebookTransfer.
-    Vectors are not scaled here; `make_codebook` does it.
+    Every system is a choice of these arguments. Learned codes are trained vectors without
+    transfer. VQCT's are frozen word vectors through CodebookTransfer. `make_codebook` scales
+    word vectors; nothing is scaled here.
 
-    vectors: (ΣK, d) starting codes, or word vectors.
+    vectors: (ΣK, d) starting codes, or word vectors; trained: whether they are parameters.
     sizes: (K_1, …) number of codes of each codebook, (adjectives, nouns) in VQCT.
-    trained: whether the vectors are parameters.
     transfer: a module (ΣK, d) → (ΣK, D), or None if the vectors are the codes.
 
     >>> transfer = CodebookTransfer((300, 64), NormalizedAdjacency([(0, 1), (0, 2)], 3))
@@ -336,7 +331,7 @@ class Output(NamedTuple):
     """The results of VQModel's forward pass."""
 
     x_hat: torch.Tensor  # (B, 3, H, W) reconstruction, not clamped
-    indices: torch.Tensor  # (B, M, h, w) int64, see VQModel
+    indices: torch.Tensor  # (B, M, h, w) int64
     quantizer_loss: torch.Tensor  # (), Eq. 2's last terms, summed over codebooks
 
 
@@ -347,18 +342,15 @@ class VQModel(nn.Module):
     each codebook, or more where neighbours are averaged.
 
     config: a ModelConfig.
-    prior: a mapping as prior.py writes it, or None if not `needs_prior(config)`, with
+    prior: a mapping as prior.py writes it, or None if not `needs_prior(config)`:
         `adjective_vectors` (Na, d), `noun_vectors` (Nn, d), `edges` (E, 2) of adjective and
         noun index, and `edge_counts` (E,) for weighted edges.
     Raises ValueError for a missing prior, or choices that exclude each other.
 
     >>> vectors = dict(adjective_vectors=torch.randn(70, 9), noun_vectors=torch.randn(61, 9))
     >>> model = VQModel(ModelConfig(**NETWORKS["tiny"]), {**vectors, "edges": [(0, 0)]})
-    >>> indices = model.eval().encode(torch.zeros(1, 3, 64, 64))
-    >>> indices.shape  # an adjective and a noun at each of 8 × 8 positions
+    >>> model.eval().encode(torch.zeros(1, 3, 64, 64)).shape  # adjectives and nouns
     torch.Size([1, 2, 8, 8])
-    >>> model.decode(indices).shape
-    torch.Size([1, 3, 64, 64])
     """
 
     def __init__(self, config, prior=None):
@@ -453,8 +445,7 @@ class VQModel(nn.Module):
 class GroupNorm(nn.GroupNorm):
     """32 groups as in VQGAN, or the most below that which divide the channels.
 
-    Autocast would compute it in float32 and store float32 copies. The kernel's statistics
-    are float32 anyway.
+    Autocast would store float32 copies; the kernel's statistics are float32 anyway.
     """
 
     def __init__(self, channels):
@@ -526,8 +517,8 @@ def middle(width):
 def keep_variance(network):
     """Initialise convolutions to keep their input's variance, and residual branches to 0.
 
-    The paper and VQGAN leave the choice open. torch's default shrinks the signal by √3 at
-    each convolution (300 steps on CUB reach 17.7 dB with it, and 19.9 dB with this).
+    torch's default shrinks the signal by √3 at each convolution, which costs 2 dB on CUB
+    after 300 steps.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -540,11 +531,9 @@ def keep_variance(network):
 class Encoder(nn.Module):
     """ẑ = E(x), an image to continuous features.
 
-    channels: width of the first level.
-    multipliers: width of each level in units of it. Each level after the first halves the
-        resolution, so (1, 1, 2, 2, 4) is f16.
-    blocks: residual blocks per level.
-    z_channels: channels of the output.
+    channels: width of the first level; multipliers: width of each level in units of it.
+    Each level after the first halves the resolution, so (1, 1, 2, 2, 4) is f16.
+    blocks: residual blocks per level; z_channels: channels of the output.
     """
 
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
@@ -648,10 +637,8 @@ def hinge_loss(real_logits, fake_logits):
 def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gradient):
     """() λ = ‖∇L_rec‖ / (‖∇L_GAN‖ + 1e-4), at most 1e4 (VQGAN's Eq. 7), a constant.
 
-    The norms are of gradients at the decoder's last layer, averaged over processes.
-
     x_hat: (B, 3, H, W) reconstruction, attached to its graph.
-    last_weight: weight of the layer that produced it.
+    last_weight: weight of the layer that produced it, where norms are taken.
     reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses
         at x_hat. The generator's backward pass starts from them too.
     """
@@ -673,8 +660,7 @@ class LPIPS(nn.Module):
         distance = LPIPS("vgg", trunk, torch.load("vgg.pth"))
 
     trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
-    trunk_state: torchvision's state dict, or None for random weights.
-    head_state: state dict with keys `lin{i}.model.1.weight`, or None for equal weights.
+    trunk_state, head_state: state dicts; None makes a random trunk, or equal heads.
 
     >>> LPIPS("squeeze")(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64))
     tensor([0., 0.])
@@ -704,11 +690,7 @@ class LPIPS(nn.Module):
         scale = torch.tensor([0.458, 0.448, 0.450])
         self.register_buffer("shift", shift.view(1, 3, 1, 1))
         self.register_buffer("scale", scale.view(1, 3, 1, 1))
-        self.requires_grad_(False).eval()
-
-    def train(self, mode=True):
-        """The module itself, which is always in evaluation mode."""
-        return super().train(False)
+        self.requires_grad_(False)  # no layer depends on the mode
 
     def forward(self, x, y):
         """Two (B, 3, H, W) images in [-1, 1] → (B,) distances, at least float32."""
@@ -737,10 +719,9 @@ class LPIPS(nn.Module):
 class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights, the likeliest code in evaluation.
 
-    This is DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it. A 1×1 convolution
-    gives K logits a position, so the codebook does not choose the codes. The loss is
-    KL(softmax(logits) ‖ uniform), summed over codes and averaged over positions. VQ-GAN's
-    code draws the code in evaluation too, and its published weight is 1e-8.
+    This is DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it, except that VQ-GAN
+    draws the code in evaluation too. A 1×1 convolution gives K logits a position. The loss
+    is KL(softmax(logits) ‖ uniform), summed over codes and averaged over positions.
 
     dim: D, channels of ẑ; size: K, number of codes.
     kl_weight: weight of the loss; 5e-4 is the default in VQ-GAN's code.
@@ -780,10 +761,7 @@ class GumbelQuantizer(nn.Module):
 
 @torch.no_grad()
 def gumbel_argmax(logits, generator=None):
-    """(…, K) → (…) int64, draws from softmax(logits) by the Gumbel trick.
-
-    Unlike torch.multinomial, it does not synchronise a GPU.
-    """
+    """(…, K) → (…) int64 draws from softmax(logits), without synchronising a GPU."""
     noise = torch.empty_like(logits).exponential_(generator=generator).log()
     return (logits - noise).argmax(-1)
 
@@ -797,11 +775,10 @@ class ClusteredQuantizer(VectorQuantizer):
         e_k ← (1 − α_k) e_k + α_k ẑ_k.
 
     The anchor ẑ_k is a feature of the batch, drawn with probability softmax(−‖ẑ − e_k‖²)
-    over features ("probabilistic random"). The source's contrastive loss is left out.
+    over features. The source's contrastive loss is left out. The codebook is written to, so
+    it must be a leaf parameter or a view of one.
 
     size: K, number of codes; decay: γ; eq2: arguments of VectorQuantizer.
-
-    The codebook is written to, so it must be a leaf parameter or a view of one.
     """
 
     def __init__(self, size, decay=0.99, **eq2):
@@ -843,12 +820,12 @@ class RegularizedQuantizer(VectorQuantizer):
     2. Stochastic mask: a random share of positions takes a code drawn from this
        distribution, the others take the nearest code.
     3. Probabilistic contrastive loss: a feature is pulled to its code, against the codes of
-       other positions, by cosine at temperature 0.07. Its code counts
-       w = exp(‖e_drawn − e_nearest‖² / mean) times, so a farther draw pulls less.
+       other positions, by cosine. Its code counts w = exp(‖e_drawn − e_nearest‖² / mean)
+       times, so a farther draw pulls less.
 
     The paper leaves open, and we chose: squared distances in the softmax; hard draws with
-    the straight-through gradient; in 3, codes instead of VGG's features, w instead of the
-    distance, the temperature, and at most 1,024 evenly spread positions; all defaults.
+    the straight-through gradient; all constants; in 3, codes instead of VGG's features, w
+    instead of the distance, and at most 1,024 evenly spread positions.
 
     kl_weight: of 1; mask_ratio: of 2; contrastive_weight: of 3.
     eq2: arguments of VectorQuantizer, with one neighbour.
@@ -913,10 +890,8 @@ QUANTIZERS = {  # `quantizer` → a function that makes it; eq2: VectorQuantizer
 
 
 def option(default, reason, **more):
-    """A dataclass field with its help text.
-
-    more: `choices`, bounds `least` and `most` (by default at least 1 for whole numbers and
-        0 for others), and `each`, the type of several values.
+    """A dataclass field with its help text. `more`: choices; bounds `least` and `most` (by
+    default at least 1 for whole numbers, 0 for others); `each`, the type of several values.
     """
     return field(default=default, metadata={"reason": reason, **more})
 
@@ -1050,8 +1025,7 @@ def make_transfer(config, prior, width, sizes):
 class Block(nn.Module):
     """Pre-norm transformer block: attention over positions, then two linear layers.
 
-    If `modulated`, a signal shifts, scales and gates both branches (DiT's adaLN-zero,
-    Peebles & Xie 2023).
+    If `modulated`, a signal shifts, scales and gates both (DiT, Peebles & Xie 2023).
     """
 
     def __init__(self, width, heads, modulated=False, dropout=0.0):
@@ -1336,8 +1310,7 @@ class Denoiser(nn.Module):
     under the cosine schedule z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021).
     The buffers `mean` and `std` (C, 1, 1), set by training, scale ẑ to about unit variance.
 
-    channels: C, channels of ẑ for all codebooks.
-    grid, condition, width, depth, heads, dropout: as of TokenTransformer.
+    channels: C, channels of ẑ for all codebooks; others: as of TokenTransformer.
 
     >>> denoiser = Denoiser(16, (8, 8), Condition("none", 0, (8, 8), 64), width=64, depth=2)
     >>> sample_features(denoiser.eval(), 2, steps=4).shape
@@ -1463,7 +1436,7 @@ def load_taming(model, discriminator, state):
     convolutions at the codes, and one learned codebook, are filled if shapes agree.
 
     model: VQModel; discriminator: Discriminator or None; state: the published state dict.
-    Raises ValueError if a parameter of encoder or decoder is missing or of another shape.
+    Raises ValueError if encoder or decoder cannot be filled.
     """
     taken, left = fitting(model, state)
     learned = isinstance(model.codebook.vectors, nn.Parameter)

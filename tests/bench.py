@@ -1,12 +1,14 @@
-"""Timings against plain forms and installed peers, in one process: all forms of a row take turns on fresh tensors.
+"""Timings against plain forms and installed peers, which take turns on fresh tensors.
 
-    python tests/bench.py                            every row but the last, on the CPU
+    python tests/bench.py                  every row except the last, on the CPU
     python tests/bench.py --device cuda
-    python tests/bench.py --only nearest --corpus CORPUS
+    python tests/bench.py --only count     FLOPs and memory of an f16 step, by count
+    python tests/bench.py --only prior --corpus CORPUS
 
-A ratio is the peer's time over ours, so more is better for us; its median, least and largest over the rounds, and
-the ratio of the least times. CORPUS is what prior.py reads, for its builder; NLTK's data must be there. The peers
-faiss-cpu, vector-quantize-pytorch and pytorch-fid are measured where they are installed.
+A ratio is the peer's time over ours, so more is better for us. Its median, least and
+largest over the rounds are printed, and the ratio of the least times. CORPUS is what
+prior.py reads; NLTK's data must be installed. The peers faiss-cpu, pytorch-fid and
+vector-quantize-pytorch are measured if they are installed.
 """
 
 import argparse
@@ -24,12 +26,19 @@ from unittest import mock
 import nltk
 import numpy as np
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train  # noqa: E402
 import vqct  # noqa: E402
 from prior import CORES, WordNetSpeech, command, count_corpus, read_captions  # noqa: E402
-from vqct import CodebookTransfer, NormalizedAdjacency, VectorQuantizer, nearest_code  # noqa: E402
+from vqct import (
+    CodebookTransfer,
+    NormalizedAdjacency,
+    VectorQuantizer,
+    nearest_code,
+)  # noqa: E402
 
 DEVICE = torch.device("cpu")
 
@@ -44,19 +53,28 @@ def seconds(function, *arguments):
 
 
 def compare(what, ours, peers, make=tuple, rounds=7):
-    """Print how much longer than `ours` `peers`, name → function or reason why not, take on what `make` gives."""
-    times, forms = {}, {"ours": ours, **{name: peer for name, peer in peers.items() if callable(peer)}}
+    """Print the times of `ours` and `peers` on arguments by `make`, and their ratios.
+
+    peers: name → function, or the reason why there is none.
+    """
+    times, forms = {}, {
+        "ours": ours,
+        **{name: peer for name, peer in peers.items() if callable(peer)},
+    }
     for form in forms.values():
         form(*make())  # warm
     for turn in range(rounds):
-        for name in sorted(forms, key=lambda name: (list(forms).index(name) + turn) % len(forms)):
+        for name in sorted(
+            forms, key=lambda name: (list(forms).index(name) + turn) % len(forms)
+        ):
             times.setdefault(name, []).append(seconds(forms[name], *make()))
     print(f"\n{what}: {show(times['ours'])}")
     for name, peer in peers.items():
         if callable(peer):
             ratios = [theirs / own for theirs, own in zip(times[name], times["ours"])]
             spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
-            peer = f"{show(times[name])}: {spread}, of least times {min(times[name]) / min(times['ours']):.2f}"
+            least = min(times[name]) / min(times["ours"])
+            peer = f"{show(times[name])}: {spread}, of least times {least:.2f}"
         print(f"  against {name}: {peer}")
 
 
@@ -66,7 +84,10 @@ def show(times):
 
 def growth(function, arguments):
     """Bytes by which this process, on Linux, grows at its peak in a call."""
-    size = lambda name: int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0]) * 1024
+    size = (
+        lambda name: int(Path("/proc/self/status").read_text().split(name + ":")[1].split()[0])
+        * 1024
+    )
     arguments = [x.clone() for x in arguments]
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = size("VmRSS")
@@ -75,7 +96,7 @@ def growth(function, arguments):
 
 
 def extra_memory(function, *arguments):
-    """Bytes that a call holds at its peak beside its arguments; on a CPU, in a fresh process."""
+    """Bytes that a call adds to its arguments at its peak; on a CPU, in a fresh process."""
     if DEVICE.type != "cuda":
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
             return fresh.apply(growth, (function, arguments))
@@ -95,9 +116,12 @@ def installed(name, make):
 
 # ======== Eq. 1
 
+
 def full_distances(z, codebook):
     """Nearest codes by the whole distance matrix, as the field writes it."""
-    return (z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T).argmin(1)
+    return (
+        z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+    ).argmin(1)
 
 
 def tiled_product(rows, codes, z, codebook):
@@ -108,7 +132,10 @@ def tiled_product(rows, codes, z, codebook):
 
 def best_tiling(make):
     tilings = itertools.product((256, 512, 1024, 4096, 16384), (512, 2048, 4096, 16384))
-    timed = {tiling: min(seconds(tiled_product, *tiling, *make()) for _ in range(3)) for tiling in tilings}
+    timed = {
+        tiling: min(seconds(tiled_product, *tiling, *make()) for _ in range(3))
+        for tiling in tilings
+    }
     return min(timed, key=timed.get)
 
 
@@ -124,7 +151,7 @@ def faiss_index(faiss):
 
 
 def whole_layer(codes, dim, module):
-    """vector-quantize-pytorch's layer in evaluation mode, with the search, look-up and loss of ours."""
+    """vector-quantize-pytorch's layer in evaluation mode."""
     layer = module.VectorQuantize(dim=dim, codebook_size=codes).eval().to(DEVICE)
 
     @torch.no_grad()
@@ -138,20 +165,32 @@ def whole_layer(codes, dim, module):
 def bench_nearest(dim=256):
     """The search among many codes."""
     rows, codes = (65_536, 8_192) if DEVICE.type == "cuda" else (16_384, 16_384)
-    make = lambda: (torch.randn(rows, dim, device=DEVICE), torch.randn(codes, dim, device=DEVICE))
+    make = lambda: (
+        torch.randn(rows, dim, device=DEVICE),
+        torch.randn(codes, dim, device=DEVICE),
+    )
     tiling = best_tiling(make)
     peers = {
-        f"the bare product in tiles of {tiling[0]} × {tiling[1]}": functools.partial(tiled_product, *tiling),
+        f"the bare product in tiles of {tiling[0]} × {tiling[1]}": functools.partial(
+            tiled_product, *tiling
+        ),
         "the full distance matrix": full_distances,
         "torch.cdist and argmin": lambda z, codebook: torch.cdist(z, codebook).argmin(1),
         "faiss IndexFlatL2": installed("faiss", faiss_index),
     }
-    compare(f"nearest code, {rows:,} features of {dim} channels, {codes:,} codes", nearest_code, peers, make)
+    compare(
+        f"nearest code, {rows:,} features of {dim} channels, {codes:,} codes",
+        nearest_code,
+        peers,
+        make,
+    )
     data = make()
     for form in (nearest_code, full_distances):
-        print(f"  extra memory of {form.__name__}: {extra_memory(form, *data) / 2**20:,.1f} MiB")
+        print(
+            f"  extra memory of {form.__name__}: {extra_memory(form, *data) / 2**20:,.1f} MiB"
+        )
     agree = (nearest_code(*data) == full_distances(*data)).double().mean().item()
-    print(f"  the same code as by the full matrix for {agree:.4%}; the rest are ties to its rounding")
+    print(f"  {agree:.4%} have the full matrix's code; the others are ties to its rounding")
     layer = VectorQuantizer().eval()
     peer = installed("vector_quantize_pytorch", functools.partial(whole_layer, codes, dim))
     ours = torch.no_grad()(lambda z, codebook: layer(z.T[None, :, :, None], codebook))
@@ -161,9 +200,12 @@ def bench_nearest(dim=256):
 
 # ======== A training step
 
+
 def explicit_attention(self, x):
     """AttentionBlock by two matrix products and a softmax between them."""
-    query, key, value = self.query_key_value(self.norm(x)).flatten(2).chunk(3, dim=1)  # (B, C, HW)
+    query, key, value = (
+        self.query_key_value(self.norm(x)).flatten(2).chunk(3, dim=1)
+    )  # (B, C, HW)
     weights = (query.mT @ key * query.shape[1] ** -0.5).softmax(-1)  # (B, HW, HW)
     return x + self.project((value @ weights.mT).reshape(x.shape))
 
@@ -171,13 +213,26 @@ def explicit_attention(self, x):
 @mock.patch.object(vqct, "nearest_code", full_distances)
 @mock.patch.object(vqct.AttentionBlock, "forward", explicit_attention)
 def taming_step(trainer, x):
-    """A step as taming-transformers makes it: a forward pass for each optimizer, both terms of λ from the loss down."""
-    model, discriminator, last = trainer.model, trainer.discriminator, trainer.model.decoder.to_image.weight
+    """A step as in taming-transformers.
+
+    It has a forward pass for each optimizer, and both terms of λ start from the loss.
+    """
+    model, discriminator, last = (
+        trainer.model,
+        trainer.discriminator,
+        trainer.model.decoder.to_image.weight,
+    )
     model.train()
     discriminator.requires_grad_(False)
     output = model(x)
-    (loss, _), generator_loss = trainer.reconstruction_loss(output.x_hat, x), -discriminator(output.x_hat).mean()
-    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (loss, generator_loss)]
+    (loss, _), generator_loss = (
+        trainer.reconstruction_loss(output.x_hat, x),
+        -discriminator(output.x_hat).mean(),
+    )
+    norms = [
+        torch.autograd.grad(part, last, retain_graph=True)[0].norm()
+        for part in (loss, generator_loss)
+    ]
     weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach() * trainer.config.gan_weight
     trainer.generator_optimizer.zero_grad()
     (loss + weight * generator_loss + output.quantizer_loss).backward()
@@ -193,9 +248,13 @@ def taming_step(trainer, x):
 
 @mock.patch.object(train, "load_lpips", lambda *files: vqct.LPIPS())
 def make_trainer(resolution, **more):
-    """VQ-GAN with its adversary from the start; LPIPS's published weights change no timing, so random ones do."""
-    sizes = dict(codes="uniform", codebooks=1, codebook_size=16384, trained=True, transfer="none")
-    config = train.Config(resolution=resolution, gan_start=0, lr=1e-5, preset="f16", **sizes, **more)
+    """VQ-GAN with its adversary from the start. Random LPIPS weights take the same time."""
+    sizes = dict(
+        codes="uniform", codebooks=1, codebook_size=16384, trained=True, transfer="none"
+    )
+    config = train.Config(
+        resolution=resolution, gan_start=0, lr=1e-5, preset="f16", **sizes, **more
+    )
     return train.Trainer(config, None, DEVICE)
 
 
@@ -210,34 +269,96 @@ def bench_step():
     for network in (theirs.model, theirs.discriminator, theirs.perceptual):
         network.to(memory_format=torch.contiguous_format)
     make = lambda: (torch.rand(batch, 3, resolution, resolution, device=DEVICE) * 2 - 1,)
-    step = lambda trainer: lambda x: trainer.train_step([x.contiguous(memory_format=torch.channels_last)])
+    step = lambda trainer: lambda x: trainer.train_step(
+        [x.contiguous(memory_format=torch.channels_last)]
+    )
     taming = functools.partial(taming_step, theirs)
-    title = f"training step with LPIPS and adversary, f16 network, 16,384 codes, {batch} images of {resolution}²"
+    title = f"training step, f16 network with adversary, {batch} images of {resolution}²"
     for name, trainer in trainers.items():
-        compare(f"{title}, {name}", step(trainer), {"as taming-transformers steps, float32": taming}, make, rounds=9)
+        compare(
+            f"{title}, {name}",
+            step(trainer),
+            {"as taming-transformers steps, float32": taming},
+            make,
+            rounds=9,
+        )
         if cuda:
             held = [extra_memory(form, *make()) / 2**30 for form in (step(trainer), taming)]
-            print(f"  extra memory: {held[0]:.2f} GiB against {held[1]:.2f} GiB, {held[0] / held[1]:.2f} of it")
+            print(f"  extra memory: {held[0]:.2f} GiB against {held[1]:.2f} GiB")
+
+
+def kept_bytes(function, *arguments):
+    """Bytes of the tensors that autograd keeps for the backward pass of a call."""
+    storages = {}
+
+    def note(x):
+        storage = x.untyped_storage()
+        storages[storage._cdata] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        result = function(*arguments)
+    del result
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+@mock.patch(f"{__name__}.DEVICE", DEVICE)  # the CPU, whatever --device says
+@mock.patch("weakref.getweakrefs", lambda x: [])  # so that Module.to can swap fake tensors
+@mock.patch.object(train, "precision", lambda trainer: "bfloat16")
+def bench_count(batch=8):
+    """FLOPs and memory of an f16 step at 256², counted on tensors without data."""
+    with FakeTensorMode():
+        trainer = make_trainer(256, amp=False, compile=False)
+        x = torch.empty(batch, 3, 256, 256)
+        counter = FlopCounterMode(display=False)
+        # Its hooks on modules, for counts by module, do not allow torch.autograd.grad.
+        counter.mod_tracker = mock.MagicMock(parents={"Global"})
+        with counter:
+            trainer.train_step([x])
+        networks = trainer.model, trainer.discriminator
+        weights = [p for network in networks for p in network.parameters()]
+
+        def forward():
+            with train.autocast(trainer):
+                x_hat = trainer.model(x).x_hat
+                return trainer.reconstruction_loss(x_hat, x)
+
+        kept = kept_bytes(forward)
+        state = 4 * 4 * sum(p.numel() for p in weights)  # weight, gradient, Adam's moments
+        state += 4 * sum(p.numel() for p in trainer.perceptual.parameters())
+    print(f"\na step of the f16 network at 256² with LPIPS and adversary, {batch} images:")
+    print(f"  {counter.get_total_flops() / batch / 1e12:.2f} TFLOP an image")
+    print(f"  {state / 2**30:.1f} GiB of weights, gradients and Adam's moments in float32")
+    print(f"  {kept / 2**30:.1f} GiB kept by autograd in bfloat16, without temporaries")
 
 
 # ======== The other rows
+
 
 def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
     """The transfer network on a graph of the paper's size, forward and backward."""
     nodes, rng = adjectives + nouns, np.random.default_rng(0)
     pairs = rng.choice(adjectives * nouns, edges, replace=False)
-    ours = NormalizedAdjacency(np.stack([pairs // nouns, adjectives + pairs % nouns], 1), nodes).to(DEVICE)
+    ours = NormalizedAdjacency(
+        np.stack([pairs // nouns, adjectives + pairs % nouns], 1), nodes
+    ).to(DEVICE)
     network = CodebookTransfer((512, 512, 512, 256), torch.nn.Identity()).to(DEVICE)
-    column, row = ours.column, torch.arange(nodes, device=DEVICE).repeat_interleave(ours.row_start.diff())
+    column, row = ours.column, torch.arange(nodes, device=DEVICE).repeat_interleave(
+        ours.row_start.diff()
+    )
 
     def products(value):
         """Name → what multiplies by Â, of entries in value's type."""
-        matrix = torch.sparse_coo_tensor(torch.stack([row, column]), value, (nodes, nodes), check_invariants=True)
+        matrix = torch.sparse_coo_tensor(
+            torch.stack([row, column]), value, (nodes, nodes), check_invariants=True
+        )
         matrix, dense = matrix.coalesce(), matrix.to_dense()
         return {
             "ours": ours,
             "the dense formula": lambda x: dense @ x,
-            "a scatter of every edge": lambda x: torch.zeros_like(x).index_add(0, row, value[:, None] * x[column]),
+            "a scatter of every edge": lambda x: torch.zeros_like(x).index_add(
+                0, row, value[:, None] * x[column]
+            ),
             "torch.sparse.mm with its own backward": lambda x: torch.sparse.mm(matrix, x),
         }
 
@@ -249,17 +370,22 @@ def bench_transfer(adjectives=1949, nouns=4258, edges=100_000):
         return torch.cat([layer.weight.grad.flatten() for layer in network.layers])
 
     vectors = torch.randn(nodes, 512, device=DEVICE)
-    forms = {name: functools.partial(gradients, product, vectors) for name, product in products(ours.value).items()}
-    title = f"transfer network, {adjectives:,} + {nouns:,} nodes, {edges:,} edges, forward and backward"
+    forms = {
+        name: functools.partial(gradients, product, vectors)
+        for name, product in products(ours.value).items()
+    }
+    title = f"transfer network, {adjectives:,} + {nouns:,} nodes, {edges:,} edges, both ways"
     compare(title, forms.pop("ours"), forms)
     network.double(), ours.double()
-    first, *others = (gradients(product, vectors.double()) for product in products(ours.value).values())
+    first, *others = (
+        gradients(product, vectors.double()) for product in products(ours.value).values()
+    )
     worst = max(((other - first).norm() / first.norm()).item() for other in others)
     print(f"  gradients differ by at most {worst:.1e} in float64, relative")
 
 
 def straightforward_prior(captions):
-    """The builder as one writes it first: tokenise and tag every sentence, look words up in lists."""
+    """The builder as one writes it first, which looks words up in lists."""
     adjectives, nouns, edges, lemmatize = [], [], [], nltk.WordNetLemmatizer().lemmatize
     for caption in captions:
         tagged = nltk.pos_tag(nltk.word_tokenize(caption.lower()))
@@ -286,14 +412,22 @@ def bench_prior(corpus, size=20_000):
     compare(title, ours, {"the straightforward algorithm": theirs}, rounds=3)
 
 
-ROWS = {name.removeprefix("bench_"): row for name, row in [*globals().items()] if name.startswith("bench_")}
+ROWS = {
+    name.removeprefix("bench_"): row
+    for name, row in [*globals().items()]
+    if name.startswith("bench_")
+}
 
 
 def main():
     global DEVICE
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 (default: cpu)")
-    parser.add_argument("--only", nargs="+", choices=ROWS, help="rows to measure (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", choices=ROWS, help="rows to measure (default: all)"
+    )
     parser.add_argument("--corpus", default="", help="captions, for the prior's builder")
     args = parser.parse_args()
     DEVICE = train.pick_device(args.device)

@@ -21,10 +21,12 @@ import torchvision.transforms.v2 as TF
 from PIL import Image, ImageColor
 
 import train
-from evaluate import Evaluation, EvaluationConfig, alignment_table, caption_alignment, code_statistics, draw_curves
-from evaluate import draw_rate_distortion, draw_regions, draw_toy, draw_usage, evaluate, fid, frechet_distance, load_inception, load_or_reason
-from evaluate import INK, InceptionFeatures, draw_codebook_space, draw_plots, free_box, main, markdown, mean_image
-from evaluate import rows_of, ssim, ticks
+from conftest import ROOT
+from evaluate import (INK, Evaluation, EvaluationConfig, InceptionFeatures, alignment_table,
+                      caption_alignment, code_statistics, draw_codebook_space, draw_curves,
+                      draw_plots, draw_rate_distortion, draw_toy, draw_usage, evaluate, fid,
+                      frechet_distance, free_box, holm, load_inception, load_or_reason, main,
+                      markdown, mean_image, regions_of, rows_of, ssim, ticks)
 from prior import UserError
 from test_parity import random_inception
 from train import DemoDataset, ImageDataset, Record, Run, load_lpips, to_bytes, to_images
@@ -211,9 +213,24 @@ def test_evaluation_of_a_run(run, capsys):
         main(["run", "hub"])
 
 
+def test_a_later_evaluation_keeps_what_was_measured_and_removes_old_figures(run, capsys):
+    choices = EvaluationConfig(device="cpu", figures=True)
+    measured = evaluate(run, choices, QUARTERS, LPIPS("squeeze")).result
+    main(["run", "--device=cpu"])
+    again = json.loads((run / "evaluation.json").read_text())
+    assert again["fid"] == measured["fid"] > 0 and again["lpips"] == measured["lpips"] > 0
+    assert "\nFID: Inception-v3 pool3" in capsys.readouterr().out
+    assert (run / "fig5_usage.png").exists()
+    train.main(["--out=run", "--resume", "--steps=3"])
+    main(["run", "--device=cpu"])
+    later = json.loads((run / "evaluation.json").read_text())
+    assert later["fid"] is later["lpips"] is None and later["step"] == 3
+    assert {path.name for path in run.glob("*.png")} == {"reconstructions.png"}
+
+
 def test_scores_are_means_over_images_and_fid_is_that_of_the_saved_ones(run):
     lpips, chosen = LPIPS("squeeze"), EvaluationConfig(device="cpu", checkpoint="best")
-    result = evaluate(run, chosen, (QUARTERS, ""), (lpips, ""), Path("saved")).result
+    result = evaluate(run, chosen, QUARTERS, lpips, Path("saved")).result
     here = Run(run, "cpu", checkpoint="best")
     images, others = (torch.stack([item["image"] for item in here.dataset(split)]) for split in ("val", "train"))
     x, others = to_images(images, here.device), others.double() / 127.5 - 1
@@ -260,10 +277,27 @@ def test_table_of_runs_that_differ_by_seed_or_more():
     better = [{**seed, "psnr": 21.0 + i, "config": {**seed["config"], "beta": 0.5}} for i, seed in enumerate(seeds)]
     worse = [{**seed, "psnr": 20.0 + 0.5 * i} for i, seed in enumerate(seeds)]
     p = scipy.stats.ttest_ind([21.0, 22.0], [20.0, 20.5], equal_var=False).pvalue
-    assert f"| 21.50 ± 0.71 (p {p:.2g}) |" in markdown([*worse, *better]) and "(p" not in markdown([*worse, other])
+    cell = f"| 21.50 ± 0.71 (p {p:.2g}, Holm {p:.2g}) |"  # one test needs no correction
+    assert cell in markdown([*worse, *better]) and "(p" not in markdown([*worse, other])
+    for number, seed in enumerate([*worse, *better]):
+        seed["lpips"] = 0.5 + 0.1 * (number % 2) + 0.01 * number  # alike
+    assert f"| 21.50 ± 0.71 (p {p:.2g}, Holm {2 * p:.2g}) |" in markdown([*worse, *better])
     rows = alignment_table([*seeds, other]).splitlines()
     assert len(rows) == 2 + 4 and rows[2] == "| seed0 (2 seeds) | adjective | 2.00 ± 0.00 | 0.010, 0.010 |"
     assert alignment_table([{**result, "alignment": {}}]) == ""
+
+
+def test_holms_correction_by_hand():
+    # in order: 0.01 × 4, 0.02 × 3, 0.03 × 2 = 0.06, and 0.5
+    assert holm([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]  # no p is larger than one
+    assert holm([0.2]) == [0.2] and holm([]) == []
+
+
+def test_stored_results_make_tables():
+    paths = sorted((ROOT / "tests/reference/cub64").glob("*-[01].json"))
+    table = markdown([json.loads(path.read_text(encoding="utf-8")) for path in paths])
+    assert table.count("(2 seeds)") == len(paths) / 2 > 10 and table.count("Holm") > 20
 
 
 @pytest.mark.parametrize("name, value", [
@@ -322,7 +356,7 @@ def test_other_systems_are_evaluated_drawn_and_compared(run, capsys):
     assert len(list(Path("saved/vqgan/reconstructions").iterdir())) == 11
     trained(Path("larger"), "--resolution=64")
     main(["larger", "run", "--figures", "--device=cpu"])
-    assert "nothing into comparison/: these runs have other evaluation images" in capsys.readouterr().out
+    assert "no comparison drawn: the runs were evaluated on different images" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -347,18 +381,16 @@ def test_usage_counts_codes_and_when_they_turned_up(seen):
     assert seen[1][0]["title"] == "pair: 62.5% of all codes used"
 
 
-def test_regions_are_those_of_their_words(run, seen):
+def test_regions_are_those_of_their_words(run):
     evaluation = evaluate(run, EvaluationConfig(device="cpu"))
-    dataset = evaluation.run.dataset("val")
-    draw_regions(evaluation, dataset, "regions.png")
-    for index, (label, _) in zip(train.spread_indices(11, 8), seen[-1], strict=True):
-        spoken = " ".join(dataset.captions_of(index))
-        *lines, last = label.split("\n")
-        assert (last == "* said in a caption") == ("*" in "".join(lines))
-        lines += [last] if len(lines) < 5 else []
-        for line, (row, column) in zip(lines, ((2, 2), (2, 6), (4, 4), (6, 2), (6, 6)), strict=True):
-            words = [listed[i[index, 0, row, column]] for listed, i in zip(evaluation.run.words, evaluation.indices)]
-            assert line.split()[1:] == [word + "*" * bool(re.search(rf"\b{word}s?\b", spoken)) for word in words]
+    places = ((2, 2), (2, 6), (4, 4), (6, 2), (6, 6))
+    for index in (0, 7):
+        regions = regions_of(evaluation, index)
+        for (box, words), (row, column) in zip(regions, places, strict=True):
+            codes = [indices[index, 0, row, column] for indices in evaluation.indices]
+            expected = [listed[code] for listed, code in zip(evaluation.run.words, codes)]
+            assert words == " ".join(expected)
+            assert box == (4 * column, 4 * row, 4 * column + 4, 4 * row + 4)
 
 
 def test_rate_and_distortion_have_bars_of_the_seeds(seen):
@@ -375,7 +407,7 @@ def test_curves_are_those_of_the_journal(seen):
     lines = [{"step": 2, "loss": 3.0, "codes_used": [5, 7]}, {"step": 2, "validation_psnr": 14.0, "codes_used": [5, 7]}]
     Path("a").mkdir()
     Path("a/metrics.jsonl").write_text("\ufeff" + "\r\n".join([*map(json.dumps, lines), '{"step": 3, "loss\0 x}', '{"step": 4, "lo']))
-    draw_curves([SimpleNamespace(run=SimpleNamespace(path=Path("a")))], "curves.png")
+    draw_curves([Evaluation(SimpleNamespace(path=Path("a")), {}, [])], "curves.png")
     drawn = {panel["title"]: panel["lines"] for panel in seen[0]}
     assert drawn["loss"] == [([(2, 3.0)], 0, "a")] and drawn["PSNR of held-out images, dB"] == [([(2, 14.0)], 0, "a")]
     assert drawn["codes used, all codebooks"] == [([(2, 12), (2, 12)], 0, "a")] and len(drawn) == 3
@@ -417,11 +449,11 @@ def test_a_line_runs_straight_on_its_own_axes(tmp_path, log):
 
 
 def test_ticks_are_round_and_labels_lie_apart():
-    assert [value for _, value in ticks(17.5, 22.7, False)] == [18, 19, 20, 21, 22]
-    assert [value for _, value in ticks(60, 1334, False)] == [200, 400, 600, 800, 1000, 1200]
-    assert [value for _, value in ticks(-0.1, 3.2, True)] == [1, 10, 100, 1000]
-    assert [value for _, value in ticks(0.9, 2.1, True)] == [10, 20, 50, 100]
-    assert all(place == pytest.approx(math.log10(value)) for place, value in ticks(0.9, 2.1, True))
+    assert [text for _, text in ticks(17.5, 22.7, False)] == "18 19 20 21 22".split()
+    assert [text for _, text in ticks(60, 1334, False)] == "200 400 600 800 1,000 1,200".split()
+    assert [text for _, text in ticks(-0.1, 3.2, True)] == "1 10 100 1,000".split()
+    assert [text for _, text in ticks(0.9, 2.1, True)] == "10 20 50 100".split()
+    assert all(place == pytest.approx(math.log10(int(text))) for place, text in ticks(0.9, 2.1, True))
     taken = [(100, 100, 100, 100)]
     for _ in range(30):  # labels of one point
         left, top, right, bottom = free_box((100, 100), 40, np.array(taken), 160)

@@ -1,27 +1,26 @@
-"""Measure how runs reconstruct the evaluation split, and draw what they learned (paper Tables 1 to 5, Fig. 3 to 7).
+"""Measure how well runs reconstruct the evaluation split; draw the paper's figures.
 
     python evaluate.py runs/demo-vqct --figures
     python evaluate.py runs/cub-vqct runs/cub-vqgan --data CUB_200_2011 --figures
     python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
-Prints Markdown tables; writes evaluation.json and reconstructions.png into each run (of another data set, into
-RUN/other/NAME) and, with --figures, curves.png, Fig. 1, 3 and 5 to 7, and what compares several runs into comparison/
-beside the first. Runs that differ only by their seed share a row, mean ± standard deviation, with Welch's p against the
-first. ℓ1 and ℓ2 are on [-1, 1] images as the decoder leaves them; PSNR, SSIM and LPIPS on images clamped to that range,
-each averaged over images; FID on images rounded to 8 bits, against the same split.
+Each run gets evaluation.json and reconstructions.png, and by --figures Fig. 1, 3, 5, 6, 7 and
+curves.png; for another data set, in RUN/other/NAME. Comparisons are in comparison/ beside the
+first run. Runs that differ only in their seeds share a row: mean ± standard deviation, with p
+of Welch's test against the first row and after Holm's correction over the table.
+
+ℓ1 and ℓ2 are of images in [-1, 1], not clamped. PSNR, SSIM and LPIPS are of clamped images and
+averaged over images. FID is of images rounded to 8 bits.
 """
 
 import functools
-import itertools
 import hashlib
+import itertools
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
 
 import numpy as np
 import scipy.linalg
@@ -35,63 +34,53 @@ import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont
 
 from prior import (PARTS, Parser, PublishedFile, UserError, WordListSpeech, atomic_write, examples,
-                   nearest_words, provide, read_tensors,
-                   save_png, user_error)
-from train import (Run, draw_grid, first_process_first, identity, launch, load_lpips, lpips_files, processes, psnr, rank,
-                   read_journal, spread_indices, to_bytes)
-from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, all_gather, nearest_code, option)
-
-FID_FEATURES = 2048  # of so many images or fewer, the covariance of Inception's features has no full rank
-
-
-@dataclass
-class EvaluationConfig:
-    """How runs are measured. Weights without a local copy are looked for in torch hub's cache."""
-
-    data: str = option("", "where the data set lies now, under its folder's name, or another one (to RUN/other/NAME)")
-    labels: str = option("", "where its label maps lie now, of runs with --dataset folder")
-    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu that is there")
-    checkpoint: str = option("last", "the last step, as in the paper, or the best by validation",
-                            choices=("last", "best"))
-    download: bool = option(False, "download the weights of FID and LPIPS if they are missing (91 and 5 MB)")
-    inception: str = option("", "local copy of FID's weights; without them, FID is a dash")
-    perceptual_trunk: str = option("squeeze", "LPIPS network: SqueezeNet 1.1, light, or VGG-16, as papers report",
-                                   choices=("squeeze", "vgg"))
-    trunk_weights: str = option("", "local copy of its torchvision ImageNet weights")
-    lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
-    figures: bool = option(False, "draw curves, Fig. 1, 3 and 5 to 7 into each run, Fig. 4 of several into comparison/")
-    save: str = option("", "folder for originals/*.png and reconstructions/*.png (for several runs, a sub-folder each)")
+                   nearest_words, provide, read_tensors, save_png, user_error)
+from train import (Run, draw_grid, first_process_first, identity, launch, load_lpips, lpips_files,
+                   processes, psnr, rank, read_journal, spread_indices, to_bytes)
+from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, all_gather,
+                  nearest_code, option)
 
 
 # ======== Metrics
 
 def ssim(x, y):
-    """Structural similarity of each image (Wang et al. 2004): 11×11 Gaussian window of σ 1.5, data range 2.
+    """Structural similarity of each image (Wang et al. 2004), (B,), at most 1.
 
-    x, y: (B, 3, H, W) in [-1, 1], at least 11 pixels per side; clamped to that range.
-    Returns (B,), at most 1: mean over colours and the positions where the window fits.
+    The Gaussian window has 11 × 11 pixels and σ = 1.5; the data range is 2. Each
+    value is the mean over colours and the positions where the window fits.
+
+    x, y: (B, 3, H, W) in [-1, 1], at least 11 pixels per side; clamped to that
+    range.
 
     >>> ssim(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32))
     tensor([1., 1.])
     """
     x, y = x.clamp(-1, 1), y.clamp(-1, 1)
-    window = lambda image: TF.gaussian_blur(image, [11, 11], [1.5, 1.5])[..., 5:-5, 5:-5]
+
+    def window(image):
+        return TF.gaussian_blur(image, [11, 11], [1.5, 1.5])[..., 5:-5, 5:-5]
+
     mean_x, mean_y = window(x), window(y)
-    variance_x, variance_y = window(x * x) - mean_x**2, window(y * y) - mean_y**2
+    variance_x = window(x * x) - mean_x**2
+    variance_y = window(y * y) - mean_y**2
     covariance = window(x * y) - mean_x * mean_y
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    return (similarity / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))).mean(dim=(1, 2, 3))
+    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
+    return similarity.mean(dim=(1, 2, 3))
 
 
 def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
-    """Squared Fréchet distance of two Gaussians: ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) (Heusel et al. 2017).
+    """Squared Fréchet distance of two Gaussians, a float (Heusel et al. 2017).
 
-    Σ_a Σ_b has the eigenvalues of the symmetric R Σ_b Rᵀ with Rᵀ R = Σ_a, so the root is real, and two symmetric
-    eigenvalue problems replace a general matrix root.
+    ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½)
 
-    mean: (d,); covariance: (d, d) symmetric and positive semi-definite, of any rank.
-    Returns float.
+    With Rᵀ R = Σ_a, the symmetric R Σ_b Rᵀ has the eigenvalues of Σ_a Σ_b. The root
+    is therefore real, and two symmetric eigenvalue problems replace a general
+    matrix root.
+
+    mean: (d,); covariance: (d, d) symmetric and positive semi-definite, of any
+    rank.
 
     >>> frechet_distance(np.zeros(3), np.eye(3), np.ones(3), 4 * np.eye(3))
     6.0
@@ -99,18 +88,20 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     values, vectors = scipy.linalg.eigh(covariance_a)
     root = np.sqrt(values.clip(min=0))[:, None] * vectors.T
     values = scipy.linalg.eigvalsh(root @ covariance_b @ root.T)
-    values[values < values.max() * len(values) * np.finfo(values.dtype).eps] = 0  # a root makes rounding errors large
+    rounding = values.max() * len(values) * np.finfo(values.dtype).eps
+    values[values < rounding] = 0  # the root would make rounding errors large
     traces = np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(values).sum()
     return float(np.square(mean_a - mean_b).sum() + traces)
 
 
 def fid(a, b):
-    """Fréchet distance of two (N, d) float64 arrays of features, each as a Gaussian; FID when they are Inception's."""
-    return frechet_distance(a.mean(axis=0), np.cov(a, rowvar=False), b.mean(axis=0), np.cov(b, rowvar=False))
+    """Fréchet distance of two (N, d) float64 arrays of features, each taken as a Gaussian."""
+    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    return frechet_distance(a.mean(axis=0), covariance_a, b.mean(axis=0), covariance_b)
 
 
 class OtherPool(nn.Module):
-    """A block of torchvision's Inception whose pooling branch pools otherwise."""
+    """A block of torchvision's Inception with another pooling in its pooling branch."""
 
     def __init__(self, block, pool):
         super().__init__()
@@ -122,22 +113,24 @@ class OtherPool(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """pool3 of the Inception-v3 whose weights FID was defined with (ported from TensorFlow).
+    """pool3 features of the Inception-v3 that FID was defined with (ported from TensorFlow).
 
-    torchvision's network, but the pooling branches of blocks A, C and the first E average without the padding, and
-    that of the last E takes the maximum.
+    The network is torchvision's with two changes. The pooling branches of blocks A,
+    C and the first E average without the padding. That of the last E takes the
+    maximum.
 
     state: state dict of pt_inception-2015-12-05, 1,008 classes.
     """
 
     def __init__(self, state):
         super().__init__()
-        shape = dict(num_classes=1008, aux_logits=False, transform_input=False)
-        self.network = torchvision.models.inception_v3(weights=None, init_weights=False, **shape)
+        options = dict(num_classes=1008, aux_logits=False, transform_input=False)
+        self.network = torchvision.models.inception_v3(weights=None, init_weights=False, **options)
         self.network.load_state_dict(state)
         average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-        pools = dict.fromkeys(("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"), average)
-        for name, pool in {**pools, "7c": nn.MaxPool2d(3, stride=1, padding=1)}.items():
+        pools = dict.fromkeys("5b 5c 5d 6b 6c 6d 6e 7b".split(), average)
+        pools["7c"] = nn.MaxPool2d(3, stride=1, padding=1)
+        for name, pool in pools.items():
             block = getattr(self.network, f"Mixed_{name}")
             setattr(self.network, f"Mixed_{name}", OtherPool(block, pool))
         self.network.fc = nn.Identity()
@@ -146,25 +139,26 @@ class InceptionFeatures(nn.Module):
     def forward(self, x):
         """(B, 3, H, W) uint8 → (B, 2048), in the type of the weights."""
         x = x.to(self.network.Conv2d_1a_3x3.conv.weight.dtype) / 127.5 - 1
-        return self.network(F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False))
+        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+        return self.network(x)
 
 
 def inception_file():
-    """The Need of FID's weights → PublishedFile."""
+    """The PublishedFile of FID's weights."""
     name = "pt_inception-2015-12-05-6726825d.pth"
     url = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{name}"
     return PublishedFile("FID's Inception", "91 MB", url, "--inception FILE", name, name[-12:-4])
 
 
 def load_inception(path=""):
-    """InceptionFeatures with FID's weights, local or in the cache. Raises UserError naming file and flag."""
+    """InceptionFeatures with FID's weights, from a local copy or the cache."""
     path = path or inception_file().get()
     with user_error(f"--inception {path} is not FID's weights: {{}}"):
         return InceptionFeatures(read_tensors(path))
 
 
 def load_or_reason(load, *paths):
-    """A network for a metric, or None and the reason; where a path was given, its failure is an error."""
+    """A network and "", or None and the reason; raises UserError for a local copy that is wrong."""
     try:
         return load(*paths), ""
     except UserError as error:
@@ -173,98 +167,143 @@ def load_or_reason(load, *paths):
         return None, str(error)
 
 
-def code_statistics(counts, names, images):
-    """Statistics of codebooks from how often each code was chosen.
+def warn_of_fid(images, features=2048):
+    """Print a warning if images are too few for the covariance of so many features."""
+    if images <= features:
+        print(f"FID over {images:,} images is biased upward: {features:,} features have no "
+              "covariance of full rank. Compare it only over the same images.")
 
-    counts: list of (K,) arrays over the whole split; names: of the codebooks; images: of that split.
-    Returns dict: usage, codes_used, codes and perplexity by codebook; bits and bits_entropy an image, with a fixed-
-    length code (log2 K a token; averaged neighbours are a token each) and with an ideal one for the empirical
-    frequencies.
+
+def code_statistics(counts, names, images):
+    """Dict of usage, perplexity and bits of codebooks, from how often each code was chosen.
+
+    counts: list of (K,) arrays over the whole split; names: of the codebooks. bits
+    is of an image by a fixed-length code, log2 K a token; bits_entropy by an ideal
+    code.
     """
-    statistics = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
-    statistics.update(bits=0.0, bits_entropy=0.0)
+    by_codebook = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
+    bits = bits_entropy = 0.0
     for name, count in zip(names, counts):
-        share, tokens = count[count > 0] / count.sum(), count.sum() / images
+        share = count[count > 0] / count.sum()
         entropy = float(-(share * np.log2(share)).sum())
-        statistics["codes_used"][name], statistics["codes"][name] = int((count > 0).sum()), len(count)
-        statistics["usage"][name], statistics["perplexity"][name] = float((count > 0).mean()), 2.0**entropy
-        statistics["bits"] += float(tokens * math.log2(len(count)))
-        statistics["bits_entropy"] += float(tokens * entropy)
-    return statistics
+        by_codebook["codes_used"][name] = len(share)
+        by_codebook["codes"][name] = len(count)
+        by_codebook["usage"][name] = len(share) / len(count)
+        by_codebook["perplexity"][name] = 2.0**entropy
+        bits += float(count.sum() / images * math.log2(len(count)))
+        bits_entropy += float(count.sum() / images * entropy)
+    return {**by_codebook, "bits": bits, "bits_entropy": bits_entropy}
 
 
 def words_said(dataset, index, speech):
-    """The (part of speech, word) pairs of an image's captions; regular plurals as their noun."""
-    sentences = (sentence for caption in dataset.captions_of(index) for sentence in speech(caption))
-    return {(token.part, token.lemma) for sentence in sentences for token in sentence}
+    """The set of (part of speech, word) in an image's captions; a regular plural is its noun."""
+    return {(token.part, token.lemma) for caption in dataset.captions_of(index)
+            for sentence in speech(caption) for token in sentence}
 
 
 def caption_alignment(run, indices, dataset, permutations=999):
-    """Do codes mean their words? How often an image's captions say the words of its tokens, against chance.
+    """How often captions mention the words of an image's codes, relative to chance.
 
-    Frequent codes meet frequent words by chance, so the count is divided by what both frequencies give. For p, words
-    are dealt at random to codes, and the counts centred.
+    Frequent codes meet frequent words by chance, so the count is divided by what
+    both frequencies predict. For p, words are assigned to codes at random.
 
     indices: list of (N, n, h, w) arrays, one for each codebook.
-    Returns dict part of speech → {"ratio": to chance, "p": share of permutations at least as large, the true one
-    included, "images": with captions}; empty without words or captions.
+    Returns dict part of speech → {"ratio": to chance, "p": share of assignments at
+    least as good, with the true one, "images": with captions}; empty without words
+    or captions.
     """
-    chosen = [index for index in range(len(dataset)) if dataset.captions_of(index)]
-    if run.prior is None or not chosen:
+    captioned = [index for index in range(len(dataset)) if dataset.captions_of(index)]
+    if run.prior is None or not captioned:
         return {}
-    words = {part: run.prior[f"{part}_words"] for part in ("adjective", "noun")}
-    speech, starts = WordListSpeech(*words.values()), np.cumsum([0, *map(len, run.words)])
-    codes = [start + part[chosen].reshape(len(chosen), -1) for start, part in zip(starts, indices)]
-    tokens = count_matrix(np.concatenate(codes, axis=1), starts[-1])  # adjectives come before nouns
-    said = [words_said(dataset, index, speech) for index in chosen]
-    found, rng, start = {}, np.random.default_rng(0), 0
+    words = {part: run.prior[f"{part}_words"] for part in PARTS}
+    speech = WordListSpeech(*words.values())
+    mentioned = [words_said(dataset, index, speech) for index in captioned]
+    codes, start = [], 0  # numbered through all codebooks: adjectives, then nouns
+    for chosen, listed in zip(indices, run.words):
+        codes.append(start + chosen[captioned].reshape(len(captioned), -1))
+        start += len(listed)
+    counts = count_matrix(np.concatenate(codes, axis=1), start)
+
+    alignment, rng, start = {}, np.random.default_rng(0), 0
     for part, listed in words.items():
-        column = {word: i for i, word in enumerate(listed)}
-        rows = [[column[word] for kind, word in pairs if kind == part and word in column] for pairs in said]
-        counts, spoken = tokens[:, start : start + len(listed)], count_matrix(rows, len(listed))
-        ratio, p = alignment_of(counts, spoken, rng, permutations)
-        found[part], start = {"ratio": ratio, "p": p, "images": len(chosen)}, start + len(listed)
-    return found
+        column = {(part, word): i for i, word in enumerate(listed)}
+        spoken = [[column[pair] for pair in pairs if pair in column] for pairs in mentioned]
+        spoken = count_matrix(spoken, len(listed))
+        of_part = counts[:, start : start + len(listed)]
+        ratio, p = alignment_of(of_part, spoken, rng, permutations)
+        alignment[part] = {"ratio": ratio, "p": p, "images": len(captioned)}
+        start += len(listed)
+    return alignment
 
 
 def alignment_of(counts, spoken, rng, permutations):
-    """How often words are said with their codes, over chance (None if no code's word is said), and p.
+    """Mentions over chance (None if no word of a code is mentioned), and p.
 
-    counts, spoken: sparse (images, K) whole numbers. Of the K² pairs of code and word, only those that
-    occur in an image are kept.
+    counts, spoken: sparse (images, K) whole numbers: of codes, of words in
+    captions. Of the K² pairs of a code and a word, only those that occur in an
+    image are kept.
     """
-    together, codes = (counts.T @ spoken).tocsr(), np.arange(counts.shape[1])
+    images, codes = counts.shape[0], np.arange(counts.shape[1])
+    together = (counts.T @ spoken).tocsr()
     of_codes, of_words = counts.sum(0).A1, spoken.sum(0).A1
-    excess = lambda dealt: counts.shape[0] * together[codes, dealt].sum() - of_codes @ of_words[dealt]
-    least = excess(codes)
-    larger = sum(excess(rng.permutation(codes)) >= least for _ in range(permutations))
-    chance = of_codes @ of_words / counts.shape[0]
-    return float(together.trace() / chance) if chance else None, float((1 + larger) / (1 + permutations))
+
+    def excess(words):
+        return images * together[codes, words].sum() - of_codes @ of_words[words]
+
+    true = excess(codes)
+    larger = sum(excess(rng.permutation(codes)) >= true for _ in range(permutations))
+    chance = of_codes @ of_words / images
+    ratio = float(together.trace() / chance) if chance else None
+    return ratio, float((1 + larger) / (1 + permutations))
 
 
 def count_matrix(rows, columns):
-    """Lists of column numbers → a sparse matrix of how often each is in each row, int64."""
+    """A sparse int64 matrix of how often each column number is in each row's list."""
     row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    column = np.concatenate([*map(np.asarray, rows), []]).astype(np.int64)
-    return scipy.sparse.coo_matrix((np.ones(len(row), np.int64), (row, column)), (len(rows), columns)).tocsr()
+    column = np.array([number for row in rows for number in row], dtype=np.int64)
+    ones = np.ones(len(row), np.int64)
+    return scipy.sparse.coo_matrix((ones, (row, column)), (len(rows), columns)).tocsr()
 
 
-# ======== A run
+# ======== One run
+
+@dataclass
+class EvaluationConfig:
+    """How runs are measured."""
+
+    data: str = option("", "where the data set is now, or another data set")
+    labels: str = option("", "where the label maps are now, for runs with --dataset folder")
+    device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu")
+    checkpoint: str = option("last", "the last step, as in the paper, or the best by validation",
+                             choices=("last", "best"))
+    download: bool = option(False, "download missing weights of FID and LPIPS (91 and 5 MB)")
+    inception: str = option("", "local copy of FID's weights; without any, FID is –")
+    perceptual_trunk: str = option("squeeze", "LPIPS network: SqueezeNet 1.1, or VGG-16 as in papers",
+                                   choices=("squeeze", "vgg"))
+    trunk_weights: str = option("", "local copy of that network's torchvision weights")
+    lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
+    figures: bool = option(False, "draw Fig. 1, 3, 5, 6, 7 and curves; Fig. 4 of several runs")
+    save: str = option("", "folder for all originals and reconstructions as PNG")
+
 
 @torch.no_grad()
 def mean_image(run, limit=10_000):
-    """(3, R, R) mean of at most `limit` training images, evenly spaced: the best constant prediction."""
+    """(3, R, R) mean of at most `limit` training images, the best constant prediction."""
     dataset = run.dataset("train")
     chosen = spread_indices(len(dataset), limit)
-    return sum(x.sum(dim=0) for x, _ in run.batches(dataset, chosen, "averaging")).div(len(chosen))
+    total = sum(x.sum(dim=0) for x, _ in run.batches(dataset, chosen, "averaging"))
+    return total / len(chosen)
 
 
 @torch.no_grad()
 def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
-    """Every image of a dataset through a run's model, each process of torchrun its share.
+    """Scores, indices and features of every image of a dataset through a run's model.
 
-    Returns scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr, and lpips where there is one; indices: (N,
-    M, h, w) int32; features: originals' and reconstructions', (2, N, 2048), or an empty list.
+    Each process of torchrun takes its share of the images.
+    Returns scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr, and lpips
+    if given;
+    indices: (N, M, h, w) int32; features: of originals and reconstructions, (2, N,
+    2048), or [].
     """
     scores, indices, features = {}, [], []
     share = range(rank(), len(dataset), processes()) or range(1)  # with few images, the first again
@@ -283,459 +322,600 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
         for name, value in values.items():
             scores.setdefault(name, []).append(value)
         indices.append(output.indices.int())
-        eight_bits = {"originals": batch["image"].to(run.device, non_blocking=True), "reconstructions": to_bytes(x_hat)}
+        original = batch["image"].to(run.device, non_blocking=True)
         if inception is not None:
-            features.append(torch.stack([inception(images) for images in eight_bits.values()], dim=1))  # (B, 2, 2048)
-        for kind, images in eight_bits.items() if save and rank() < len(dataset) else ():
-            for index, image in zip(batch["index"].tolist(), images.cpu()):
-                save_png(TF.to_pil_image(image), save / kind / f"{index:06d}.png")
-    gather = lambda parts: of_all_processes(torch.cat(parts), len(dataset)).cpu().numpy()
+            pair = inception(original), inception(to_bytes(x_hat))
+            features.append(torch.stack(pair, dim=1))  # (B, 2, 2048)
+        if save and rank() < len(dataset):
+            save_images(save / "originals", batch["index"], original)
+            save_images(save / "reconstructions", batch["index"], to_bytes(x_hat))
+
+    def gather(batches):
+        return of_all_processes(torch.cat(batches), len(dataset)).cpu().numpy()
+
     scores = {name: gather(values).astype(np.float64) for name, values in scores.items()}
-    return scores, gather(indices), gather(features).swapaxes(0, 1).astype(np.float64) if features else []
+    indices = gather(indices)
+    if features:
+        features = gather(features).swapaxes(0, 1).astype(np.float64)
+    return scores, indices, features
+
+
+def save_images(folder, indices, images):
+    """Write (B, 3, H, W) uint8 images as folder/INDEX.png."""
+    for index, image in zip(indices.tolist(), images.cpu()):
+        save_png(TF.to_pil_image(image), folder / f"{index:06d}.png")
 
 
 def of_all_processes(rows, total):
-    """Undo the split of `total` rows among processes, each of which has every n-th: (share, …) → (total, …)."""
+    """(total, …) rows in order, of which each of n processes has every n-th."""
     share = math.ceil(total / processes())
     rows = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
     return all_gather(rows).unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:total]
 
 
 class Evaluation(NamedTuple):
-    """What `evaluate` finds out about a run."""
+    """A run and its results."""
 
     run: Run
     result: dict  # as in evaluation.json
     indices: list  # (N, n, h, w) arrays, one for each codebook
 
 
-def evaluate(path, choices=EvaluationConfig(), inception=(None, ""), lpips=(None, ""), save=None):
-    """Measure one run over its whole evaluation split; write evaluation.json and reconstructions.png.
+def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None, save=None):
+    """The Evaluation of one run, or None in all processes of torchrun except the first.
 
-    choices: EvaluationConfig.
-    inception: InceptionFeatures or None, and the reason for None; lpips: LPIPS likewise.
-    save: folder for the images, or None.
-    Returns Evaluation; None in all processes of torchrun but the first.
+    It writes evaluation.json, reconstructions.png and figures into the folder of
+    results.
+
+    inception: InceptionFeatures or None; lpips: LPIPS or None; save: folder for
+    images, or None.
     """
     run = Run(path, choices.device, choices.data, choices.labels, choices.checkpoint)
     dataset, baseline = run.dataset("val"), mean_image(run)
-    itself = dataset.records is run.dataset("train").records  # no split: all images of other data evaluate
-    networks = [network and network.to(run.device) for network, _ in (inception, lpips)]
+    networks = [network and network.to(run.device) for network in (inception, lpips)]
     scores, indices, features = reconstruct(run, dataset, baseline, *networks, save)
     if rank():
         return None
-    indices = [part.numpy() for part in run.model.by_codebook(torch.from_numpy(indices))]
-    counts = [np.bincount(part.ravel(), minlength=len(words)) for part, words in zip(indices, run.words)]
-    names = ("method", "dataset", "seed", "resolution")
+    indices = [codes.numpy() for codes in run.model.by_codebook(torch.from_numpy(indices))]
+    counts = [np.bincount(codes.ravel(), minlength=len(words))
+              for codes, words in zip(indices, run.words)]
+    whole = dataset.records is run.dataset("train").records  # without a split, all images evaluate
     result = {
-        **{"run": str(path), "split": "val", "checkpoint": choices.checkpoint, "step": run.step},
+        "run": str(path), "split": "val", "checkpoint": choices.checkpoint, "step": run.step,
+        "checkpoint_sha256": run.tokenizer,
         "images": len(dataset),
-        "baseline": "these images themselves" if itself else "its train split",
-        **{name: getattr(run.config, name) for name in names},
+        "baseline": "these images themselves" if whole else "its train split",
+        **{name: getattr(run.config, name) for name in ("method", "dataset", "seed", "resolution")},
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
         "fid": fid(*features) if len(features) and len(dataset) > 1 else None,
-        "fid_note": inception[1] or f"Inception-v3 pool3, pt_inception-2015-12-05, val split, {len(dataset):,} images, "
-        f"centre crops of {run.config.resolution}², bilinearly to 299²",
-        "lpips_note": lpips[1] or f"LPIPS v0.1, {choices.perceptual_trunk}",
+        "fid_note": "Inception-v3 pool3 of pt_inception-2015-12-05, images bilinearly to 299²",
+        "lpips_note": f"LPIPS v0.1, {choices.perceptual_trunk}",
         **code_statistics(counts, run.names, len(dataset)),
         "alignment": caption_alignment(run, indices, dataset),
         "contents": contents_of(run, dataset),
         "config": asdict(run.config),
     }
+    keep_earlier(result, run.results)
     with atomic_write(run.results / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=1))
     draw_grid(reconstructed(run, dataset, 16), run.results / "reconstructions.png")
     evaluation = Evaluation(run, result, indices)
     if choices.figures:
-        draw_usage([evaluation], run.results / "fig5_usage.png")
-        draw_similarity(evaluation, run.results / "fig6_similarity.png")
-        draw_regions(evaluation, dataset, run.results / "fig7_regions.png")
-        draw_curves([evaluation], run.results / "curves.png")
-        if run.prior is not None:
-            draw_codebook_space(run.prior, run.results / "fig1_space.png")
-        if run.prior is not None and len(run.prior["edges"]):
-            draw_toy(run.prior, run.results / "fig3_toy.png")
-    print(f"{run.results}: evaluation.json, reconstructions.png{', figures' if choices.figures else ''}")
+        draw_figures(evaluation, dataset, run.results)
+    print(f"{run.results}: evaluation.json, reconstructions.png" + ", figures" * choices.figures)
     return evaluation
 
 
-def contents_of(run, dataset):
-    """Checksums of a run's prior, of its images to train and to evaluate, and of the code that trained it.
+def keep_earlier(result, folder):
+    """Add to a result FID and LPIPS that an earlier evaluation of the same checkpoint has.
 
-    What `--shuffle` permutes is sorted, as each seed permutes it differently.
+    Figures of another checkpoint are removed.
+    """
+    path = folder / "evaluation.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    if earlier.get("checkpoint_sha256") != result["checkpoint_sha256"]:
+        for figure in (*folder.glob("fig[1-7]_*.png"), folder / "curves.png"):
+            figure.unlink(missing_ok=True)
+    elif earlier["contents"] == result["contents"]:
+        for name in ("fid", "lpips"):
+            if result[name] is None:
+                result[name], result[f"{name}_note"] = earlier[name], earlier[f"{name}_note"]
+
+
+def contents_of(run, dataset):
+    """Checksums of a run's prior, of its images, and of the code that trained it.
+
+    What `--shuffle` permutes is sorted first, as each seed permutes it differently.
     """
     prior = hashlib.sha256()
     for name, value in (run.prior or {}).items():
         value = np.asarray(value)
-        prior.update((np.sort(value, axis=0) if run.config.shuffle in name else value).tobytes())
+        if run.config.shuffle in name:
+            value = np.sort(value, axis=0)
+        prior.update(value.tobytes())
     images = identity(dataset, run.config.data)
     return {"prior": prior.hexdigest(), "data": run.data, "images": images, "code": run.code}
 
 
 @torch.no_grad()
 def reconstructed(run, dataset, count):
-    """Rows for `draw_grid`: some originals, and their reconstructions."""
-    pairs = [(x, run.model(x).x_hat) for x, _ in run.batches(dataset, spread_indices(len(dataset), count))]
-    return [(name, torch.cat(images)) for name, images in zip(("original", "reconstruction"), zip(*pairs))]
+    """Two rows for `draw_grid`: some originals, and their reconstructions."""
+    originals, reconstructions = [], []
+    for x, _ in run.batches(dataset, spread_indices(len(dataset), count)):
+        originals.append(x)
+        reconstructions.append(run.model(x).x_hat)
+    return [("original", torch.cat(originals)), ("reconstruction", torch.cat(reconstructions))]
 
 
 # ======== Tables
 
-SAME_ROW = """seed out data prior labels download device compile workers log_every eval_every trunk_weights
-    lpips_weights""".split()  # may differ within a row; of data and prior, the contents may not
-
-
-def rows_of(results):
-    """Results → list of (name, results of one configuration, step and contents, and of different seeds)."""
-    groups, known = {}, ("step", "checkpoint", "codes", "contents", "images")
-    for result in results:
-        choices = {name: value for name, value in result["config"].items() if name not in SAME_ROW}
-        alike = json.dumps([choices, *map(result.get, known)])
-        seeds = [other["config"]["seed"] for other in groups.get(alike, ())]
-        copy = result["run"] if result["config"]["seed"] in seeds else ""
-        groups.setdefault(alike + copy, []).append(result)
-    named = lambda group: group[0]["run"] + (f" ({len(group)} seeds)" if len(group) > 1 else "")
-    return [(named(group), group) for group in groups.values()]
-
-
-def spread(values, form):
-    """Mean of numbers, ± their standard deviation where there are several; a dash for None."""
-    if None in values:
-        return "–"
-    return form.format(np.mean(values)) + (f" ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else "")
-
-
-def against(values, others):
-    """Welch's p of two rows' seeds, in brackets; "" where either has one seed or no figure."""
-    if min(len(values), len(others)) < 2 or None in (*values, *others):
-        return ""
-    return f" (p {scipy.stats.ttest_ind(values, others, equal_var=False).pvalue:.2g})"
-
-
+MAY_DIFFER = """seed out data prior labels download device compile workers log_every eval_every
+    trunk_weights lpips_weights""".split()  # in a row; of data and prior, the contents may not
 COLUMNS = {  # in the paper's order, then ours
-    "FID ↓": ("fid", "{:.2f}"),
-    "PSNR ↑": ("psnr", "{:.2f}"),
-    "ℓ1 ↓": ("l1", "{:.4f}"),
-    "ℓ2 ↓": ("l2", "{:.4f}"),
-    "SSIM ↑": ("ssim", "{:.4f}"),
-    "LPIPS ↓": ("lpips", "{:.4f}"),
-    "codes used": ("codes_used", "{:,.0f}"),
+    "fid": ("FID ↓", "{:.2f}"),
+    "psnr": ("PSNR ↑", "{:.2f}"),
+    "l1": ("ℓ1 ↓", "{:.4f}"),
+    "l2": ("ℓ2 ↓", "{:.4f}"),
+    "ssim": ("SSIM ↑", "{:.4f}"),
+    "lpips": ("LPIPS ↓", "{:.4f}"),
+    "codes_used": ("codes used", "{:,.0f}"),
     "usage": ("usage", "{:.1%}"),
     "perplexity": ("perplexity", "{:.1f}"),
-    "bits/image": ("bits", "{:,.0f}"),
-    "entropy bits": ("bits_entropy", "{:,.0f}"),
+    "bits": ("bits/image", "{:,.0f}"),
+    "bits_entropy": ("entropy bits", "{:,.0f}"),
 }
 
 
-def markdown(results):
-    """Results → a table, a row for each group of seeds; columns by codebook are joined by a plus.
+def rows_of(results):
+    """A list of (name, results): those of a row differ only in their seeds."""
+    rows = {}
+    for result in results:
+        config = {name: x for name, x in result["config"].items() if name not in MAY_DIFFER}
+        known = map(result.get, ("step", "checkpoint", "codes", "contents", "images"))
+        key = json.dumps([config, *known])
+        if result["config"]["seed"] in [other["config"]["seed"] for other in rows.get(key, ())]:
+            key += result["run"]  # a copy of a run has a row of its own
+        rows.setdefault(key, []).append(result)
+    names = (row[0]["run"] + (f" ({len(row)} seeds)" if len(row) > 1 else "") for row in rows.values())
+    return list(zip(names, rows.values()))
 
-    For PSNR and LPIPS of several seeds, Welch's p against the first row.
+
+def spread(values, form):
+    """Text of a mean, ± the standard deviation of several values; "–" if one is None."""
+    if None in values:
+        return "–"
+    mean = form.format(np.mean(values))
+    return f"{mean} ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else mean
+
+
+def welch(values, others):
+    """The p value of Welch's test, or None if a row has one seed or lacks a value."""
+    if min(len(values), len(others)) < 2 or None in (*values, *others):
+        return None
+    return float(scipy.stats.ttest_ind(values, others, equal_var=False).pvalue)
+
+
+def holm(p_values):
+    """The p values after Holm's correction for being several (1979), in the same order.
+
+    The k-th smallest of n is multiplied by n − k + 1; the results are made to rise,
+    to at most 1.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
     """
-    table, rows = [["run", *COLUMNS]], rows_of(results)
-    for name, group in rows:
-        row = [name]
-        for column, form in COLUMNS.values():
+    p_values = np.array(p_values, dtype=np.float64)
+    order = p_values.argsort()
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.empty_like(p_values)
+    corrected[order] = np.maximum.accumulate(p_values[order] * factors).clip(max=1)
+    return corrected.tolist()
+
+
+def by_codebook(group, column, form):
+    """Text of a row's cell with a value for each codebook, joined by pluses."""
+    cells = []
+    for name, size in group[0]["codes"].items():
+        cell = spread([result[column][name] for result in group], form)
+        cells.append(f"{cell}/{size:,} {name}s" if column == "codes_used" else cell)
+    return " + ".join(cells)
+
+
+def markdown(results):
+    """The table of some results, with p and Holm's p against the first row."""
+    rows, tests = rows_of(results), {}
+    for number, (_, group) in enumerate(rows[1:], 1):
+        for column in ("psnr", "lpips"):
+            values, others = ([result[column] for result in of] for of in (group, rows[0][1]))
+            tests[number, column] = welch(values, others)
+    tests = {key: p for key, p in tests.items() if p is not None}
+    corrected = dict(zip(tests, holm(list(tests.values()))))
+    table = [["run", *(title for title, _ in COLUMNS.values())]]
+    for number, (name, group) in enumerate(rows):
+        table.append([name])
+        for column, (_, form) in COLUMNS.items():
             if isinstance(group[0][column], dict):
-                sizes = group[0]["codes"]
-                cells = [spread([result[column][part] for result in group], form) for part in sizes]
-                if column == "codes_used":
-                    cells = [f"{cell}/{size:,} {part}s" for cell, (part, size) in zip(cells, sizes.items())]
-                row.append(" + ".join(cells))
+                cell = by_codebook(group, column, form)
             else:
-                values, others = ([result[column] for result in of] for of in (group, rows[0][1]))
-                tested = column in ("psnr", "lpips") and group is not rows[0][1]
-                row.append(spread(values, form) + (against(values, others) if tested else ""))
-        table.append(row)
+                cell = spread([result[column] for result in group], form)
+            if p := tests.get((number, column)):
+                cell += f" (p {p:.2g}, Holm {corrected[number, column]:.2g})"
+            table[-1].append(cell)
     return as_markdown(table)
 
 
 def alignment_table(results):
-    """Results → a table of what codes have to do with captions; "" where there are none."""
-    table = [["run", "codes", "their words said in captions, against what frequencies give", "p"]]
+    """The table of `caption_alignment`; "" if no run has captions and words."""
+    table = [["run", "codes", "captions mention their words, relative to chance", "p of each seed"]]
     for name, group in rows_of(results):
         for part in group[0]["alignment"]:
-            found = [result["alignment"][part] for result in group]
-            p = ", ".join(f"{each['p']:.3f}" for each in found)
-            table.append([name, part, spread([each["ratio"] for each in found], "{:.2f}"), p])
+            seeds = [result["alignment"][part] for result in group]
+            ratio = spread([seed["ratio"] for seed in seeds], "{:.2f}")
+            table.append([name, part, ratio, ", ".join(f"{seed['p']:.3f}" for seed in seeds)])
     return as_markdown(table) if len(table) > 1 else ""
 
 
 def as_markdown(table):
+    """Markdown of a list of rows of cells, the first of which has the titles."""
     lines = ["| " + " | ".join(row) + " |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
 # ======== Figures
 
-def draw_codebook_space(prior, path, neighbours=4):
-    """Fig. 1: the paper's words, or the most frequent ones, and their nearest neighbours among the prior's vectors.
-
-    Positions are the first two principal components of the words shown. Lines join a chosen word to its nearest
-    neighbours in the full space, whose cosines stand below.
-    """
-    panels = []
-    for part in PARTS:
-        words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"].numpy()
-        near = {word: nearest_words(words, vectors, word, neighbours) for word in examples(words, part)}
-        shown = sorted({*near, *(name for names in near.values() for name, _ in names)})
-        points = vectors[[words.index(word) for word in shown]].astype(np.float64)
-        points = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-12)
-        points = points - points.mean(axis=0)
-        place = dict(zip(shown, points @ np.linalg.svd(points, full_matrices=False)[2][:2].T))
-        lines = [([place[word], place[name]], -1, "") for word, names in near.items() for name, _ in names]
-        lines += [([place[word]], 1 if word in near else 0, word) for word in shown]
-        notes = [f"{word}: " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near[word]) for word in near]
-        notes = ["lines lead from chosen words to their nearest, by cosine:", *notes]
-        panels.append(dict(title=f"{part} codebook space ({len(words):,} words)", lines=lines, notes=notes,
-                           x="first principal component", y="second principal component", ticked=False))
-    draw_plots(panels, path)
-
-
-def draw_toy(prior, path, steps=80):
-    """Fig. 3: a 2-d codebook in which one code is pulled to one feature, by VQ-VAE and by VQCT.
-
-    A toy of a run's prior, not of its weights: the most connected adjective, nouns that it modifies, and adjectives
-    of those. Both systems start from the same codes. The toy has no last ReLU, so that codes fill the plane.
-    """
-    edges = prior["edges"].numpy()
-    hub = np.bincount(edges[:, 0]).argmax()
-    nouns = edges[edges[:, 0] == hub, 1][:6].tolist()
-    adjectives = sorted({hub, *np.unique(edges[np.isin(edges[:, 1], nouns), 0])[:5].tolist()})
-    names = [prior["adjective_words"][i] for i in adjectives] + [prior["noun_words"][i] for i in nouns]
-    vectors = torch.cat([prior["adjective_vectors"][adjectives], prior["noun_vectors"][nouns]])
-    among = [(a, n) for a, n in edges.tolist() if a in adjectives and n in nouns]
-    among = [(adjectives.index(a), len(adjectives) + nouns.index(n)) for a, n in among]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        widths = (vectors.shape[1], 64, 64, 2)
-        transfer = CodebookTransfer(widths, NormalizedAdjacency(among, len(names)), last_relu=False)
-    vectors = (vectors - vectors.mean(0)) / vectors.std(0).clamp_min(1e-12)
-    generated = Codebook(vectors, (len(names),), transfer=transfer)
-    start = generated()[0].detach()
-    away = start - start.mean(0)
-    far = away.norm(dim=1)
-    feature = start.mean(0) + 1.4 * far.max() * F.normalize(away[far.argsort()[len(far) // 2]], dim=0)
-    followed = nearest_code(feature[None], start).item()
-    rate = 1.5 * (feature - start[followed]).norm().item() / steps
-    ways = {
-        "VQ-VAE: each code is a parameter": pull(Codebook(start, (len(names),), trained=True), feature, rate, steps),
-        "VQCT: one network makes all codes": pull(generated, feature, 5e-4, steps),
-    }
-    panels = []
-    for title, way in ways.items():
-        lines = [(way[:, i], 1 if i == followed else 0, name) for i, name in enumerate(names)]
-        moved = (np.abs(way[-1] - way[0]).max(axis=1) > 0).sum()
-        last = names[nearest_code(feature[None], torch.from_numpy(way[-1])).item()]
-        notes = [f"{moved} of {len(names)} codes have moved; dots: after {steps} steps",
-                 f"each step pulls the code nearest at the time: at first {names[followed]}, at last {last}",
-                 "no ReLU after the last layer, unlike Eq. 3"]
-        panels.append(dict(title=title, lines=[*lines, ([feature.numpy()], 2, "feature")], notes=notes))
-    draw_plots(panels, path)
-
-
-def pull(codebook, feature, lr, steps):
-    """Each step takes Eq. 1's code nearest to a feature and descends Eq. 2's codebook term by Adam → (steps, N, D)."""
-    optimizer, way = torch.optim.Adam(codebook.parameters(), lr=lr), []
-    for _ in range(steps):
-        (codes,) = codebook()
-        way.append(codes.detach().numpy().copy())
-        loss = VectorQuantizer(beta=0.0)(feature.view(1, -1, 1, 1), codes)[2]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return np.stack(way)
-
-
-def draw_usage(evaluations, path):
-    """Fig. 5: the share of all codes in use, how often each was chosen, and codes used by positions seen."""
-    panels = []
-    for evaluation in evaluations:
-        ranked, growth, run = [], [], evaluation.run
-        for colour, (codes, words, name) in enumerate(zip(evaluation.indices, run.words, run.names)):
-            by_position = np.moveaxis(codes, 1, -1).ravel()
-            counts = np.sort(np.bincount(by_position))[::-1]
-            used, first = (counts > 0).sum(), np.sort(np.unique(by_position, return_index=True)[1]) // codes.shape[1]
-            label = f"{used:,} of {len(words):,} {name}s ({used / len(words):.1%})"
-            ranked.append((np.stack([1 + np.arange(used), counts[:used]], axis=1), colour, label))
-            growth.append((np.stack([1 + first, 1 + np.arange(used)], axis=1), colour, f"{name}s"))
-        total, chosen = sum(map(len, run.words)), sum(len(ends) for ends, _, _ in ranked)
-        title = f"{run.path.name}: {chosen / total:.1%} of all codes used"
-        panels.append(dict(title=title, lines=ranked, x="codes, most used first", y="times chosen, log scale", log="y"))
-        panels.append(dict(title=title, lines=growth, x="positions seen, log scale", y="codes used so far", log="x"))
-    draw_plots(panels, path)
-
-
-def draw_similarity(evaluation, path):
-    """Fig. 6: cosine similarity (red: 1, white: 0, blue: −1) of ten codes in use at the start and the end of training.
-
-    Beside each codebook: the ten words, and the correlation of start and end over all pairs of 1,000 codes in use.
-    """
-    run, rows = evaluation.run, []
-    colour = lambda m: torch.stack([1 + 2 * m.clamp(max=0), 1 - 2 * m.abs(), 1 - 2 * m.clamp(min=0)])
-    unit = lambda codes: codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
-    for i, (name, codes, words) in enumerate(zip(run.names, run.model.codebook(), run.words)):
-        tables = [unit(run.start[i].cpu().numpy()), unit(codes.float().cpu().numpy())]
-        used = np.random.default_rng(0).permutation(np.unique(evaluation.indices[i]))
-        matrices = [torch.from_numpy(table[used[:10]] @ table[used[:10]].T).float() for table in tables]
-        pairs = np.triu_indices(min(len(used), 1000), 1)
-        before, after = ((table[used[:1000]] @ table[used[:1000]].T)[pairs] for table in tables)
-        kept = np.corrcoef(before, after)[0, 1] if len(before) > 1 and before.std() * after.std() > 0 else math.nan
-        listed = ", ".join(words[code] for code in used[:10])
-        label = f"{len(used[:10])} {name}s in use, at start, at end: correlation {kept:.2f}\n{listed}"
-        rows.append((label, list(map(colour, matrices))))
-    rows.append(("scale: cosines from -1 to 1", [colour(torch.linspace(-1, 1, 11).expand(11, 11))]))
-    draw_grid(rows, path, 300)
-
-
-def draw_regions(evaluation, dataset, path):
-    """Fig. 7: five regions of images and the words of their codes, starred where a caption of the image says it."""
-    run, rows = evaluation.run, []
-    said_by = WordListSpeech(run.prior["adjective_words"], run.prior["noun_words"]) if run.prior else None
-    for index in spread_indices(len(dataset), 8):
-        image, cell, lines, boxes = dataset[index]["image"], run.config.resolution // run.model.grid[0], [], []
-        said = {word for _, word in words_said(dataset, index, said_by)} if said_by else ()
-        for row, column in ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (0.75, 0.75)):
-            row, column = int(row * run.model.grid[0]), int(column * run.model.grid[1])
-            boxes.append([column * cell, row * cell, (column + 1) * cell - 1, (row + 1) * cell - 1])
-            codes = torch.cat([torch.from_numpy(part[index, :, row, column]) for part in evaluation.indices])
-            words = run.spell(codes[:, None, None]).split()
-            lines.append(f"{len(boxes)} " + " ".join(word + ("*" if word in said else "") for word in words))
-        lines += ["* said in a caption"] if any("*" in line for line in lines) else []
-        scale = max(1, 256 // image.shape[-1])
-        image = TF.resize(image, image.shape[-1] * scale, TF.InterpolationMode.NEAREST)
-        labels = [str(number) for number in range(1, 6)]
-        boxes = torch.tensor(boxes) * scale
-        image = torchvision.utils.draw_bounding_boxes(image, boxes, labels, "white", width=2)
-        rows.append(("\n".join(lines), [image / 127.5 - 1]))
-    draw_grid(rows, path, 256)
-
-
-def draw_curves(evaluations, path):
-    """PSNR of the held-out images, losses and codes used against steps, of one run or several, from metrics.jsonl."""
-    panels = []
-    shown = {"PSNR of held-out images, dB": "validation_psnr", "loss": "loss", "quantizers' loss": "quantizer"}
-    for title, name in {**shown, "codes used, all codebooks": "codes_used"}.items():
-        lines = []
-        for colour, evaluation in enumerate(evaluations):
-            logged = read_journal(evaluation.run.path / "metrics.jsonl")
-            points = [(line["step"], np.sum(line[name])) for line in logged if name in line]
-            lines += [(points, colour, evaluation.run.path.name)] if points else []
-        panels += [dict(title=title, lines=lines, x="steps")] if lines else []
-    if panels:
-        draw_plots(panels, path)
-
-
-def draw_rate_distortion(results, path):
-    """PSNR against bits at the codes' entropy: a dot for each row, ± the standard deviations of its seeds."""
-    lines = []
-    for colour, (_, group) in enumerate(rows_of(results)):
-        seeds = np.array([(result["bits_entropy"], result["psnr"]) for result in group])
-        mean, bars = seeds.mean(axis=0), seeds.std(axis=0, ddof=1) * np.eye(2) if len(seeds) > 1 else ()
-        lines += [([mean - bar, mean + bar], colour, "") for bar in bars]
-        lines.append(([mean], colour, Path(group[0]["run"]).name))
-    panel = dict(title="rate and distortion", x="bits per image, ideal code", y="PSNR, dB", lines=lines)
-    draw_plots([panel], path, size=(900, 600))
+def draw_figures(evaluation, dataset, folder):
+    """Draw a run's curves and the paper's figures of it into a folder."""
+    prior = evaluation.run.prior
+    if prior is not None:
+        draw_codebook_space(prior, folder / "fig1_space.png")
+    if prior is not None and len(prior["edges"]):
+        draw_toy(prior, folder / "fig3_toy.png")
+    draw_usage([evaluation], folder / "fig5_usage.png")
+    draw_similarity(evaluation, folder / "fig6_similarity.png")
+    draw_regions(evaluation, dataset, folder / "fig7_regions.png")
+    draw_curves([evaluation], folder / "curves.png")
 
 
 def compare(evaluations, folder):
-    """Fig. 4 and 5, the rate–distortion picture and the table of several runs, into a folder."""
-    results, rows = [evaluation.result for evaluation in evaluations], []
+    """Draw Fig. 4, Fig. 5, curves and rates of several runs into a folder, with their table."""
+    results = [evaluation.result for evaluation in evaluations]
+    rows = []
     for run, result, _ in evaluations:
         originals, (_, images) = reconstructed(run, run.dataset("val"), 8)
-        rows += [*([] if rows else [originals]), (f"{run.path.name}\n{result['psnr']:.2f} dB", images)]
+        if not rows:
+            rows.append(originals)
+        rows.append((f"{run.path.name}\n{result['psnr']:.2f} dB", images))
     draw_grid(rows, folder / "fig4_reconstructions.png")
     draw_usage(evaluations, folder / "fig5_usage.png")
     draw_curves(evaluations, folder / "curves.png")
     draw_rate_distortion(results, folder / "rate_distortion.png")
     with atomic_write(folder / "table.md") as part:
-        part.write_text(f"{markdown(results)}\n\n{alignment_table(results)}\n", encoding="utf-8")
-    print(f"{folder}: table.md, curves.png, fig4_reconstructions.png, fig5_usage.png, rate_distortion.png")
+        tables = f"{markdown(results)}\n\n{alignment_table(results)}\n"
+        part.write_text(tables, encoding="utf-8")
+    print(f"{folder}: table.md, fig4_reconstructions.png, fig5_usage.png, curves.png, "
+          "rate_distortion.png")
 
 
-# ======== Line plots
+def draw_codebook_space(prior, path, neighbours=4):
+    """Fig. 1: the paper's words, or others of the prior, and their nearest neighbours.
 
-INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569", "#b8cbe6")
-GRID = "#eef2f7"
+    Positions are the first two principal components of the words shown. Lines join
+    each chosen word to its nearest neighbours in the full space, whose cosines are
+    listed below.
+    """
+    panels = []
+    for part in PARTS:
+        words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"].numpy()
+        nearest = {word: nearest_words(words, vectors, word, neighbours)
+                   for word in examples(words, part)}
+        shown = sorted({*nearest, *(word for pairs in nearest.values() for word, _ in pairs)})
+        rows = [words.index(word) for word in shown]
+        points = F.normalize(prior[f"{part}_vectors"][rows].double(), dim=1).numpy()
+        points -= points.mean(axis=0)
+        axes = np.linalg.svd(points, full_matrices=False)[2][:2]
+        position = dict(zip(shown, points @ axes.T))
+        lines, notes = [], ["Lines join chosen words to their nearest by cosine:"]
+        for word, pairs in nearest.items():
+            lines += [([position[word], position[other]], -1, "") for other, _ in pairs]
+            cosines = ", ".join(f"{other} {cosine:.2f}" for other, cosine in pairs)
+            notes.append(f"{word}: {cosines}")
+        lines += [([position[word]], int(word in nearest), word) for word in shown]
+        panels.append(dict(title=f"{part}s: {len(shown)} of {len(words):,} words", lines=lines,
+                           x="principal component 1 of the words shown", y="principal component 2",
+                           notes=notes, ticked=False))
+    draw_plots(panels, path)
+
+
+def draw_toy(prior, path, steps=80):
+    """Fig. 3: codes in two dimensions pulled to one feature, by VQ-VAE and by VQCT.
+
+    The toy is made of a run's prior, not of its weights: the most connected
+    adjective, nouns that it modifies, and adjectives of those. Without the last
+    ReLU, codes fill the plane.
+    """
+    edges = prior["edges"].numpy()
+    hub = np.bincount(edges[:, 0]).argmax()
+    nouns = edges[edges[:, 0] == hub, 1][:6].tolist()
+    modifiers = np.unique(edges[np.isin(edges[:, 1], nouns), 0])[:5]
+    adjectives = sorted({hub, *modifiers.tolist()})
+    names = [prior["adjective_words"][i] for i in adjectives]
+    names += [prior["noun_words"][i] for i in nouns]
+    vectors = torch.cat([prior["adjective_vectors"][adjectives], prior["noun_vectors"][nouns]])
+    vectors = (vectors - vectors.mean(0)) / vectors.std(0).clamp_min(1e-12)
+    toy_edges = [(adjectives.index(a), len(adjectives) + nouns.index(n))
+                 for a, n in edges.tolist() if a in adjectives and n in nouns]
+    graph = NormalizedAdjacency(toy_edges, len(names))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transfer = CodebookTransfer((vectors.shape[1], 64, 64, 2), graph, last_relu=False)
+    transferred = Codebook(vectors, (len(names),), transfer=transfer)
+    start = transferred()[0].detach()
+    learned = Codebook(start, (len(names),), trained=True)
+
+    away = start - start.mean(0)
+    order = away.norm(dim=1).argsort()  # the feature is beyond all codes, in the median direction
+    direction = F.normalize(away[order[len(order) // 2]], dim=0)
+    feature = start.mean(0) + 1.4 * away[order[-1]].norm() * direction
+    nearest = nearest_code(feature[None], start).item()
+    rate = 1.5 * (feature - start[nearest]).norm().item() / steps
+    paths = {
+        "VQ-VAE: each code is a parameter": pull(learned, feature, rate, steps),
+        "VQCT: one network makes all codes": pull(transferred, feature, 5e-4, steps),
+    }
+    shown = np.concatenate([feature[None].numpy(), *(x.reshape(-1, 2) for x in paths.values())])
+    panels = []
+    for title, codes in paths.items():
+        lines = [(codes[:, i], int(i == nearest), name) for i, name in enumerate(names)]
+        lines.append(([feature.numpy()], 2, "feature"))
+        moved = (codes[-1] != codes[0]).any(axis=1).sum()
+        notes = [f"circles: start; dots: after {steps} steps; {moved} of {len(names)} codes moved",
+                 "no ReLU after the last layer, unlike Eq. 3"]
+        panels.append(dict(title=title, lines=lines, notes=notes, starts=True, shown=shown))
+    draw_plots(panels, path)
+
+
+def pull(codebook, feature, lr, steps):
+    """(steps, N, D) codes while Adam minimizes Eq. 2's codebook term for the nearest one."""
+    optimizer, path = torch.optim.Adam(codebook.parameters(), lr=lr), []
+    for _ in range(steps):
+        (codes,) = codebook()
+        path.append(codes.detach().numpy().copy())
+        loss = VectorQuantizer(beta=0.0)(feature.view(1, -1, 1, 1), codes)[2]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return np.stack(path)
+
+
+def draw_usage(evaluations, path):
+    """Fig. 5: how often each code was chosen, and how many were used by positions seen."""
+    panels = []
+    for run, _, indices in evaluations:
+        ranked, growth, total = [], [], 0
+        for colour, (codes, words, name) in enumerate(zip(indices, run.words, run.names)):
+            by_position = np.moveaxis(codes, 1, -1).ravel()
+            _, first, counts = np.unique(by_position, return_index=True, return_counts=True)
+            first = np.sort(first) // codes.shape[1]
+            rank_of_code, used = 1 + np.arange(len(counts)), len(counts)
+            label = f"{used:,} of {len(words):,} {name}s ({used / len(words):.1%})"
+            ranked.append((np.stack([rank_of_code, np.sort(counts)[::-1]], axis=1), colour, label))
+            growth.append((np.stack([1 + first, rank_of_code], axis=1), colour, f"{name}s"))
+            total += used
+        title = f"{run.path.name}: {total / sum(map(len, run.words)):.1%} of all codes used"
+        panels.append(dict(title=title, lines=ranked, log="y",
+                           x="codes, most used first", y="times chosen, log scale"))
+        panels.append(dict(title=title, lines=growth, log="x",
+                           x="positions seen, log scale", y="codes used so far"))
+    draw_plots(panels, path)
+
+
+def draw_curves(evaluations, path):
+    """Held-out PSNR, losses and codes used against steps, from the runs' metrics.jsonl."""
+    titles = {"validation_psnr": "PSNR of held-out images, dB", "loss": "loss",
+              "quantizer": "quantizers' loss", "codes_used": "codes used, all codebooks"}
+    panels = []
+    for name, title in titles.items():
+        lines = []
+        for colour, (run, *_) in enumerate(evaluations):
+            journal = read_journal(run.path / "metrics.jsonl")
+            points = [(line["step"], np.sum(line[name])) for line in journal if name in line]
+            if points:
+                lines.append((points, colour, run.path.name))
+        if lines:
+            panels.append(dict(title=title, lines=lines, x="steps"))
+    if panels:
+        draw_plots(panels, path)
+
+
+def draw_rate_distortion(results, path):
+    """PSNR against bits of an ideal code: a dot for each row, ± the deviations of its seeds."""
+    lines = []
+    for colour, (_, group) in enumerate(rows_of(results)):
+        seeds = np.array([(result["bits_entropy"], result["psnr"]) for result in group])
+        mean = seeds.mean(axis=0)
+        if len(seeds) > 1:
+            for bar in seeds.std(axis=0, ddof=1) * np.eye(2):
+                lines.append(([mean - bar, mean + bar], colour, ""))
+        lines.append(([mean], colour, Path(group[0]["run"]).name))
+    draw_plots([dict(title="rate and distortion", lines=lines, x="bits per image, ideal code",
+                     y="PSNR, dB")], path, size=(900, 600))
+
+
+def draw_similarity(evaluation, path, count=10, side=260):
+    """Fig. 6: cosines between codes in use, at the start and at the end of training.
+
+    The correlation is over all pairs of at most 1,000 codes in use.
+    """
+    run, cell = evaluation.run, side / count
+    image = Image.new("RGB", (2 * side + 260, len(run.names) * (side + 150) + 50), "white")
+    draw = ImageDraw.Draw(image)
+    for row, (name, codes, words) in enumerate(zip(run.names, run.model.codebook(), run.words)):
+        used = np.random.default_rng(0).permutation(np.unique(evaluation.indices[row]))[:1000]
+        cosines = [F.normalize(x[used].float().cpu(), dim=1) for x in (run.start[row], codes)]
+        cosines = [(x @ x.T).numpy() for x in cosines]
+        pairs = np.triu_indices(len(used), 1)
+        kept = scipy.stats.pearsonr(*(x[pairs] for x in cosines))[0] if len(used) > 2 else math.nan
+        top, titles = row * (side + 150) + 120, Image.new("RGB", (90, side), "white")
+        for i, code in enumerate(used[:count]):
+            y = (i + 0.5) * cell
+            draw.text((114, top + y), words[code], "black", SMALL, anchor="rm")
+            ImageDraw.Draw(titles).text((2, y), words[code], "black", SMALL, anchor="lm")
+        for x, left in zip(cosines, (120, side + 240)):
+            image.paste(in_colour(x[:count, :count], (side, side)), (left, top))
+            image.paste(titles.rotate(90, expand=True), (left, top - 92))
+        title = f"{name}s at the start and at the end of training: correlation {kept:.2f}"
+        draw.text((10, top - 114), title, "black", FONT)
+    scale = in_colour(np.linspace(-1, 1, 21)[None], (side, 12))
+    image.paste(scale, (120, image.height - 44))
+    for place, cosine in ((0, "-1"), (0.5, "cosine 0"), (1, "1")):
+        draw.text((120 + place * side, image.height - 22), cosine, "black", SMALL, anchor="mm")
+    save_png(image, path)
+
+
+def in_colour(cosines, size):
+    """A picture of a matrix of cosines: blue for -1, white for 0, red for 1."""
+    red, blue = 1 + cosines.clip(max=0), 1 - cosines.clip(min=0)
+    colours = np.stack([red, 1 - abs(cosines), blue], axis=-1)
+    colours = (255 * colours.clip(0, 1)).astype(np.uint8)
+    return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+
+
+def regions_of(evaluation, index):
+    """Five regions of an image: a list of (box in pixels, the words of its codes)."""
+    run, regions = evaluation.run, []
+    (height, width), cell = run.model.grid, run.config.resolution // run.model.grid[0]
+    for y, x in ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (0.75, 0.75)):
+        row, column = int(y * height), int(x * width)
+        box = (column * cell, row * cell, (column + 1) * cell, (row + 1) * cell)
+        codes = [torch.from_numpy(part[index, :, row, column]) for part in evaluation.indices]
+        regions.append((box, run.spell(torch.cat(codes)[:, None, None])))
+    return regions
+
+
+def draw_regions(evaluation, dataset, path, columns=4, side=256, margin=160):
+    """Fig. 7: regions of eight images, and beside each image the words of their codes."""
+    chosen = spread_indices(len(dataset), 8)
+    rows = math.ceil(len(chosen) / columns)
+    image = Image.new("RGB", (columns * (side + margin), rows * (side + 8) + 28), "white")
+    draw = ImageDraw.Draw(image)
+    for number, index in enumerate(chosen):
+        left, top = number % columns * (side + margin), number // columns * (side + 8)
+        picture = TF.to_pil_image(dataset[index]["image"])
+        image.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
+        for i, (box, words) in enumerate(regions_of(evaluation, index), 1):
+            x, y, right, bottom = np.multiply(box, side / picture.width) + (left, top, left, top)
+            draw.rectangle((x - 3, y - 3, right + 2, bottom + 2), outline="black", width=3)
+            draw.rectangle((x - 2, y - 2, right + 1, bottom + 1), outline="white")
+            draw.text((x - 6, y), str(i), "white", FONT, "ra", stroke_width=2, stroke_fill="black")
+            draw.text((left + side + 10, top + 24 * i), f"{i}  {words}", "black", SMALL)
+    note = "Words are names of codes; they need not describe what is seen."
+    draw.text((4, image.height - 22), note, "black", SMALL)
+    save_png(image, path)
+
+
+# ---- Drawing of plots
+
+INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569",
+       "#b8cbe6")  # the last one is number −1
 SMALL, FONT = (ImageFont.load_default(size) for size in (13, 15))
 
 
 def draw_plots(panels, path, columns=2, size=(520, 400)):
-    """Plots in a grid → PNG.
-
-    panels: list of dicts: title; lines, a list of (points, colour, label), whose last point has a dot where there is a
-        label, and whose colour is a number, −1 for pale; and maybe x, y: names of the axes; log: which of them, "x",
-        "y" or "xy"; notes: text below; ticked: whether the axes have numbers.
-    """
-    notes = 20 * max(len(panel.get("notes", ())) for panel in panels)
-    width, height = size[0], size[1] + notes
-    image = Image.new("RGB", (width * min(columns, len(panels)), height * math.ceil(len(panels) / columns)), "white")
+    """Draw plots in a grid → PNG; each panel is a dict of the arguments of `draw_panel`."""
+    width, height = size
+    height += 20 * max(len(panel.get("notes", ())) for panel in panels)
+    rows = math.ceil(len(panels) / columns)
+    image = Image.new("RGB", (width * min(columns, len(panels)), height * rows), "white")
     for number, panel in enumerate(panels):
-        corner = (number % columns * width, number // columns * height)
-        draw_panel(ImageDraw.Draw(image), (corner[0] + 70, corner[1] + 40, width - 110, size[1] - 100), **panel)
+        left, top = number % columns * width, number // columns * height
+        box = (left + 70, top + 40, width - 110, size[1] - 100)
+        draw_panel(ImageDraw.Draw(image), box, **panel)
     save_png(image, path)
 
 
-def draw_panel(draw, box, title, lines, x="", y="", log="", notes=(), ticked=True):
-    """One plot in a box of (left, top, width, height) pixels."""
+def draw_panel(draw, box, title, lines, x="", y="", log="", notes=(), ticked=True, starts=False,
+               shown=None):
+    """Draw one plot in a box of (left, top, width, height) pixels.
+
+    lines: list of (points, colour, label). A line with a label ends in a dot.
+    x, y: titles of the axes; log: which of them are logarithmic, "x", "y" or "xy".
+    notes: lines of text below; ticked: whether the axes have numbers.
+    starts: whether circles mark the first points; shown: points to fit, by default
+    those of lines.
+    """
     left, top, width, height = box
-    scaled = [np.array(points, dtype=np.float64).reshape(-1, 2) for points, _, _ in lines]
-    for points in scaled:
+    scaled = []
+    for points, _, _ in lines:
+        points = np.array(points, dtype=np.float64).reshape(-1, 2)
         for axis in (axis for axis, name in enumerate("xy") if name in log):
             points[:, axis] = np.log10(points[:, axis].clip(min=1e-12))
-    low, high = np.concatenate(scaled).min(axis=0), np.concatenate(scaled).max(axis=0)
+        scaled.append(points)
+    fitted = np.concatenate(scaled) if shown is None else shown
+    low, high = fitted.min(axis=0), fitted.max(axis=0)
     margin = np.maximum(0.04 * (high - low), 1e-9)
-    low, span = low - margin, high - low + 2 * margin
+    low, high = low - margin, high + margin
 
-    def at(point):
-        x, y = (point - low) / span
-        return left + x * width, top + (1 - y) * height
-
-    def ink(number):
-        return INK[number if number < 0 else number % (len(INK) - 1)]
+    def pixel(point):
+        across, up = (point - low) / (high - low)
+        return left + across * width, top + (1 - up) * height
 
     draw.text((left, top - 36), title, "black", FONT)
     draw.text((left + width / 2, top + height + 32), x, "black", SMALL, anchor="mm")
     draw.text((left, top - 8), y, "black", SMALL, anchor="lm")
-    for axis, name in enumerate("xy"):
-        for place, value in ticks(low[axis], low[axis] + span[axis], name in log) if ticked else ():
-            px, py = at(np.full(2, place))
-            ends, text = ((px, top, px, top + height), (px, top + height + 12)), "mm"
-            if name == "y":
-                ends, text = ((left, py, left + width, py), (left - 6, py)), "rm"
-            draw.line(ends[0], GRID)
-            draw.text(ends[1], f"{value:,.6g}", "black", SMALL, anchor=text)
-    draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
-    scaled = [list(map(at, points)) for points in scaled]  # pixels from here on
-    for points, (_, number, _) in zip(scaled, lines):
-        draw.line(points, ink(number), 2)
-    taken = [(px, py, px, py) for points in scaled for px, py in points]
-    labelled = [(points[-1], ink(number), label) for points, (_, number, label) in zip(scaled, lines) if label]
-    for (px, py), colour, _ in labelled:
-        taken.append((px - 4, py - 4, px + 4, py + 4))
-        draw.ellipse(taken[-1], colour)
-    for point, colour, label in labelled:  # above all lines
-        taken.append(free_box(point, draw.textlength(label, SMALL), np.array(taken), left + width + 36))
-        draw.text(taken[-1][:2], label, colour, SMALL, stroke_width=2, stroke_fill="white")
     for row, note in enumerate(notes):
         draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
+    for place, text in ticks(low[0], high[0], "x" in log) if ticked else ():
+        across, _ = pixel(np.full(2, place))
+        draw.line((across, top, across, top + height), "#eef2f7")
+        draw.text((across, top + height + 12), text, "black", SMALL, anchor="mm")
+    for place, text in ticks(low[1], high[1], "y" in log) if ticked else ():
+        _, down = pixel(np.full(2, place))
+        draw.line((left, down, left + width, down), "#eef2f7")
+        draw.text((left - 6, down), text, "black", SMALL, anchor="rm")
+    draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
+    draw_lines(draw, [list(map(pixel, points)) for points in scaled], lines, left + width, starts)
+
+
+def draw_lines(draw, pixels, lines, right, starts):
+    """Draw lines, their dots, and above all their labels where these fit."""
+    inks = [INK[-1] if number < 0 else INK[number % (len(INK) - 1)] for _, number, _ in lines]
+    labels = [label for _, _, label in lines]
+    taken = [(x, y, x, y) for points in pixels for x, y in points]
+    for points, ink in zip(pixels, inks):
+        draw.line(points, ink, 2)
+    for points, ink, label in zip(pixels, inks, labels):
+        if label and starts and len(points) > 1:
+            draw.circle(points[0], 5, outline=ink)
+        if label:
+            draw.circle(points[-1], 4, ink)
+            x, y = points[-1]
+            taken.append((x - 4, y - 4, x + 4, y + 4))
+    for points, ink, label in zip(pixels, inks, labels):
+        if label:
+            length = draw.textlength(label, SMALL)
+            taken.append(free_box(points[-1], length, np.array(taken), right + 36))
+            draw.text(taken[-1][:2], label, ink, SMALL, stroke_width=2, stroke_fill="white")
 
 
 def ticks(low, high, log):
-    """Round numbers of an axis, whose ends are logarithms where `log`: list of (place on it, number)."""
+    """Round numbers of an axis, a list of (position, text); a log axis has log10 positions."""
     if log:
         factors = (1, 2, 5) if high - low < 2 else (1,)
-        numbers = [factor * 10.0**power for power in range(math.floor(low), math.ceil(high)) for factor in factors]
-        return [(math.log10(number), number) for number in numbers if low <= math.log10(number) <= high]
-    least = (high - low) / 7
-    power = 10.0 ** math.floor(math.log10(least))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
-    return [(step * i, step * i) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        powers = range(math.floor(low), math.ceil(high))
+        numbers = [factor * 10.0**power for power in powers for factor in factors]
+        positions = [math.log10(number) for number in numbers]
+    else:
+        least = (high - low) / 7
+        power = 10.0 ** math.floor(math.log10(least))
+        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+        numbers = positions = step * np.arange(math.ceil(low / step), high / step)
+    return [(position, f"{number:,.6g}") for position, number in zip(positions, numbers)
+            if low <= position <= high]
 
 
 def free_box(point, length, taken, right):
-    """The box (left, top, right, bottom) of a text that is nearest to a point and free of the `taken` ones, (n, 4)."""
+    """The (left, top, right, bottom) of a text, nearest to a point and free of taken boxes, (n, 4)."""
     ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]
     for reach, (across, down) in itertools.product(range(0, 306, 6), ways):
         x = point[0] + across * (7 + reach) + (across - 1) * length / 2
@@ -748,58 +928,54 @@ def free_box(point, length, taken, right):
 
 # ======== Command line
 
-def report(results, inception, lpips):
-    """Print the tables, and notes to their columns."""
-    print(f"\n{markdown(results)}")
-    shown = {(r["dataset"], r["images"], r["baseline"], f"{r['baseline_psnr']:.2f}") for r in results}
-    for dataset, images, baseline, score in sorted(shown):
-        print(f"\n{dataset}: {images:,} evaluation images; the mean image of {baseline} gives {score} dB")
+def report(results, reasons):
+    """Print the tables of some results, and notes on FID and LPIPS, or reasons for their lack."""
+    print(f"\n{markdown(results)}\n")
+    baselines = ("{dataset}: {images:,} evaluation images; the mean image of {baseline} gives "
+                 "{baseline_psnr:.2f} dB\n".format(**result) for result in results)
+    print("\n".join(dict.fromkeys(baselines)))
     if table := alignment_table(results):
-        print(f"\n{table}")
-    print()
-    print(f"FID: – ({inception[1]})" if inception[1] else f"FID: {results[0]['fid_note']}")
-    print(f"LPIPS: – ({lpips[1]})" if lpips[1] else f"LPIPS: {results[0]['lpips_note']}")
-    if inception[0] is not None:
-        warn_of_fid(min(result["images"] for result in results))
-
-
-def warn_of_fid(images):
-    """Print what FID over few images means."""
-    if images <= FID_FEATURES:
-        print(f"FID over {images:,} images is biased upward, as the covariance of {FID_FEATURES:,} features "
-              "has no full rank; compare it over the same images only (papers take 5,000 to 50,000)")
+        print(f"{table}\n")
+    for name, reason in zip(("fid", "lpips"), reasons):
+        notes = [result[f"{name}_note"] for result in results if result[name] is not None]
+        print(f"{name.upper()}: " + (notes[0] if notes else f"– ({reason})"))
+        if notes and name == "fid":
+            warn_of_fid(min(result["images"] for result in results))
 
 
 def main(argv=None):
-    """Reconstruct each run's evaluation split, measure, draw; then one table of all."""
+    """Evaluate each run, then print one table of all."""
     parser = Parser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folders of train.py")
+    parser.add_argument("runs", nargs="+", metavar="RUN", type=Path, help="run folder of train.py")
     parser.add_fields(EvaluationConfig)
     given = vars(parser.parse_args(argv))
-    torch.backends.cudnn.allow_tf32 = False  # so that figures are those of a CPU
-    paths, choices, evaluations = list(dict.fromkeys(given.pop("runs"))), EvaluationConfig(**given), []
+    paths, choices = list(dict.fromkeys(given.pop("runs"))), EvaluationConfig(**given)
     for path in paths:
         if not (path / f"{choices.checkpoint}.pt").is_file():
-            raise UserError(f"'{path}' is not a run of train.py: it has no {choices.checkpoint}.pt")
+            missing = f"it has no {choices.checkpoint}.pt"
+            raise UserError(f"'{path}' is not a run of train.py: {missing}")
+    torch.backends.cudnn.allow_tf32 = False  # so that results are those of a CPU
     files = [inception_file(), *lpips_files(choices.perceptual_trunk)]
     local = choices.inception, choices.trunk_weights, choices.lpips_weights
     with first_process_first():
         if choices.download:
             provide([file for file, path in zip(files, local) if not path], True, "")
-        inception = load_or_reason(load_inception, choices.inception)
+        inception, no_fid = load_or_reason(load_inception, choices.inception)
         load = functools.partial(load_lpips, choices.perceptual_trunk)
-        lpips = load_or_reason(load, choices.trunk_weights, choices.lpips_weights)
+        lpips, no_lpips = load_or_reason(load, *local[1:])
+    evaluations = []
     for path in paths:
-        save = choices.save and (Path(choices.save) / path.resolve().name if len(paths) > 1 else Path(choices.save))
+        save = choices.save and Path(choices.save, path.resolve().name if len(paths) > 1 else "")
         evaluations.append(evaluate(path, choices, inception, lpips, save))
-    if not rank():
-        results = [evaluation.result for evaluation in evaluations]
-        alike = len({(result["contents"]["images"], result["resolution"]) for result in results}) == 1
-        if choices.figures and len(results) > 1 and alike:
-            compare(evaluations, evaluations[0].run.results.parent / "comparison")
-        elif choices.figures and len(results) > 1:
-            print("nothing into comparison/: these runs have other evaluation images or another resolution")
-        report(results, inception, lpips)
+    if rank():
+        return
+    results = [evaluation.result for evaluation in evaluations]
+    images = {(result["contents"]["images"], result["resolution"]) for result in results}
+    if choices.figures and len(images) > 1:
+        print("no comparison drawn: the runs were evaluated on different images")
+    elif choices.figures and len(results) > 1:
+        compare(evaluations, evaluations[0].run.results.parent / "comparison")
+    report(results, (no_fid, no_lpips))
 
 
 if __name__ == "__main__":

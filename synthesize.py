@@ -1,21 +1,18 @@
-"""The second stage: images as tokens that read as words, and a model that draws them (paper §4.4, Table 6, Fig. 8).
+"""The second stage: images as words, and a model that draws them (Table 6, Fig. 8).
 
-    python synthesize.py runs/demo-vqct train --condition segmentation      a transformer of the run's tokens
-    python synthesize.py runs/demo-vqct train --model ldm                   … or a denoiser of its features
-    python synthesize.py runs/demo-vqct complete --condition segmentation   keeps the top of images: Fig. 8's grid
-    python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast --words     words in their places, the rest drawn
-    python synthesize.py runs/demo-vqct runs/demo-vqgan evaluate            Table 6
-    python synthesize.py runs/demo-vqct tokens PHOTO.jpg                    what a photograph reads as
-    python synthesize.py runs/demo-vqct tokens --decode runs/demo-vqct/tokens-val.npz     and back to images
+    python synthesize.py runs/demo-vqct train --condition segmentation
+    python synthesize.py runs/demo-vqct complete
+    python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast --words
+    python synthesize.py runs/demo-vqct runs/demo-vqgan evaluate
+    python synthesize.py runs/demo-vqct tokens PHOTO.jpg --output photo.npz
+    python synthesize.py runs/demo-vqct tokens --decode photo.npz
 
-A token file holds `indices` (N, M, h, w), an adjective and a noun at each position, each codebook's words, labels and
-label maps where the data set has them, and the tokenizer's checksum; numpy reads it without pickle. A second stage lies
-in its run's folder, `synthesis/<model>-<condition>`.
+A second stage is kept in its run, in `synthesis/<model>-<condition>`. A token file
+holds `indices` (N, M, h, w), an adjective and a noun at each position, the words of
+each codebook, and the tokenizer's checksum; numpy reads it without pickle.
 """
 
-import contextlib
 import copy
-import difflib
 import hashlib
 import json
 import math
@@ -26,56 +23,59 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # what Metal lacks runs on the CPU; read as torch is imported
-
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from evaluate import as_markdown, fid, load_inception, load_or_reason, warn_of_fid
+from evaluate import as_markdown, fid, load_inception, load_or_reason, save_images, warn_of_fid
 from prior import Parser, UserError, atomic_write, save_png, user_error
-from train import (Run, add_up, autocast, average_gradients, check_folder, draw_grid, first_process_first, fit, fitting,
-                   hold_out, identity, launch, load_checkpoint, lock, open_run, psnr, rank, read_image, refuse_idle,
-                   restore, resumed_choices, spread_indices, to_bytes, train_batches)
+from train import (Run, add_up, autocast, average_gradients, check_folder, draw_grid,
+                   first_process_first, fit, fitting, hold_out, identity, launch, load_checkpoint,
+                   lock, open_run, psnr, rank, refuse_idle, restore, resumed_choices,
+                   spread_indices, to_bytes, train_batches)
 from vqct import Condition, Denoiser, TokenTransformer, option, sample_features, sample_tokens
 
+
+# ======== Commands and their flags
 
 @dataclass
 class Stage:
     """The flags that name a second stage."""
 
-    model: str = option("gpt", "gpt: a transformer of the tokens; ldm: diffusion of the features before them",
+    model: str = option("gpt", "gpt: a transformer of tokens; ldm: diffusion of their features",
                         choices=("gpt", "ldm"))
-    condition: str = option("none", "what a sample is drawn for", choices=("none", "class", "segmentation"))
+    condition: str = option("none", "what a sample is drawn for",
+                            choices=("none", "class", "segmentation"))
 
 
 @dataclass
 class SynthesisConfig(Stage):
-    """A second stage. Defaults are for f16 tokenizers on a GPU; TINY changes some for tokenizers of the tiny preset."""
+    """The flags of train. The defaults are for f16 tokenizers on a GPU."""
 
     width: int = option(768, "features of the transformer")
     depth: int = option(12, "blocks of the transformer")
-    heads: int = option(12, "attention heads, dividing half the width")
+    heads: int = option(12, "attention heads; twice their number divides the width")
     dropout: float = option(0.1, "share of features zeroed in training", most=0.99)
-    drop_condition: float = option(0.1, "share of training images without condition, for guided sampling", most=0.99)
-    views: int = option(8, "grids of tokens of each training image: its centre crop, and random crops and flips")
+    drop_condition: float = option(0.1, "share of images trained without condition", most=0.99)
+    views: int = option(8, "token grids of each image: its centre crop, and random crops")
     steps: int = option(200_000, "optimizer steps")
     batch_size: int = option(32, "images a micro-step")
-    accumulate: int = option(1, "micro-steps whose gradients are averaged before each optimizer step")
+    accumulate: int = option(1, "micro-steps averaged before each optimizer step")
     lr: float = option(3e-4, "AdamW's step size, by a cosine to a tenth of it")
-    warmup: int = option(500, "steps over which it rises from 0", least=0)
-    weight_decay: float = option(0.01, "AdamW's weight decay, of matrices alone")
-    ema: float = option(0.9999, "decay of the averaged weights, which are used for sampling and evaluation", most=1)
-    amp: bool = option(True, "bfloat16 autocast on CUDA, since Ampere")
-    deterministic: bool = option(False, "on CUDA, only algorithms that repeat themselves bit by bit: slower")
+    warmup: int = option(500, "steps over which the step size rises from 0", least=0)
+    weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
+    ema: float = option(0.9999, "decay of the averaged weights, which are evaluated", most=1)
+    amp: bool = option(True, "bfloat16 autocast on CUDA (Ampere or newer)")
+    deterministic: bool = option(False, "use only repeatable algorithms on CUDA (slower)")
     seed: int = option(0, "seed of weights, data order and dropout", least=0)
     log_every: int = option(20, "steps between lines of metrics.jsonl")
     eval_every: int = option(1_000, "steps between validations and checkpoints")
 
 
-TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99, eval_every=200)
+TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99,
+            eval_every=200)  # defaults for tokenizers of the other presets
+CHANGEABLE = "steps log_every eval_every deterministic".split()
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
     "temperature top_k top_p": lambda config: config.model == "gpt",
     "sampling_steps": lambda config: config.model == "ldm",
@@ -83,17 +83,17 @@ MATTERS = {  # flags that matter only where this holds, and are refused elsewher
     "label": lambda config: config.condition == "class",
     "count": lambda config: not config.images,
 }
-CHANGEABLE = "steps log_every eval_every deterministic".split()
 
 
 @dataclass
 class Sampling:
-    """The flags of every draw."""
+    """The flags of evaluate, and of every draw."""
 
     temperature: float = option(1.0, "gpt: divides the logits; 0 takes the likeliest token")
-    top_k: int = option(0, "gpt: only so many of the likeliest tokens; 0: all", least=0)
-    top_p: float = option(1.0, "gpt: the fewest likely tokens of so much probability together", least=1e-6, most=1)
-    guidance: float = option(1.0, "scale of classifier-free guidance towards a condition; 1: none")
+    top_k: int = option(0, "gpt: draw from this many likeliest tokens; 0: from all", least=0)
+    top_p: float = option(1.0, "gpt: draw from the likeliest tokens of this total probability",
+                          least=1e-6, most=1)
+    guidance: float = option(1.0, "scale of classifier-free guidance; 1: none")
     sampling_steps: int = option(50, "ldm: steps of DDIM")
     seed: int = option(0, "seed of the samples", least=0)
 
@@ -102,103 +102,272 @@ class Sampling:
 class Drawing(Sampling, Stage):
     """The flags of sample and complete."""
 
-    count: int = option(8, "images, spread over the evaluation split")
-    images: tuple = option((), "… or these, by their number", each=int)
+    count: int = option(8, "how many images, spread over the evaluation split")
+    images: tuple = option((), "or these images of the evaluation split, by number", each=int)
     label: str = option("", "class to draw instead of the images' own")
-    repeat: int = option(2, "samples of each")
+    repeat: int = option(2, "samples of each image")
     pin: tuple = option((), "words in their places, ROW,COLUMN=WORDS: 3,4=red,breast", each=str)
-    words: bool = option(False, "print what the samples read as")
-    output: str = option("", "PNG (default: samples.png or completions.png beside the second stage)")
+    output: str = option("", "PNG (default: samples.png or completions.png of the second stage)")
+
+
+COMMANDS = {  # name → the dataclass of its flags, what it does
+    "train": (SynthesisConfig, "Train a second stage on a run's tokens."),
+    "sample": (Drawing, "Draw images for conditions, or with words in their places."),
+    "complete": (Drawing, "Keep a part of images and draw the rest: Fig. 8."),
+    "evaluate": (Sampling, "Print Table 6: FID and likelihood of every second stage."),
+    "tokens": (None, "Turn images into tokens and words, and tokens into images."),
+}
+
+
+def parse(argv=None):
+    """Command line → dict: `command`, `runs`, and its flags."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] COMMAND [flags]")
+    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
+    for name, (kind, what) in COMMANDS.items():
+        usage = f"{parser.prog} RUN {name}"
+        command = commands.add_parser(name, help=what, description=what, prog=usage)
+        command.add_argument("--data", default="", help="where the data set is now, or another one")
+        command.add_argument("--labels", default="", help="where its label maps are now")
+        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
+        if kind:
+            command.add_fields(kind)
+        if name in ("sample", "complete", "tokens"):
+            command.add_argument("--words", nargs="*", type=int, metavar="X",
+                                 help="print what these images read as, by number (default: all)")
+    add_own_flags(**commands.choices)
+    ends = (i for i, word in enumerate(argv) if word in COMMANDS or word.startswith("-"))
+    at = next(ends, len(argv))  # runs come before the command
+    if at == len(argv):
+        parser.error(f"name a command after the run: {', '.join(COMMANDS)}")
+    if at == 0 and not {"-h", "--help"} & set(argv):
+        parser.error(f"name a run of train.py before {argv[0]}")
+    return {**vars(parser.parse_args(argv[at:])), "runs": argv[:at]}
+
+
+def add_own_flags(train, complete, evaluate, tokens, **others):
+    """Add the flags that one command alone has to the parsers of these commands."""
+    small = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
+    train.epilog = f"Defaults for tokenizers of presets other than f16:\n{small}"
+    start = train.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    start.add_argument("--overwrite", action="store_true", help="replace the second stage")
+    complete.add_argument("--part", default="top", choices=("top", "bottom", "left", "right"),
+                          help="the half that is kept")
+    evaluate.add_argument("--inception", default="", help="local copy of FID's weights")
+    source = tokens.add_mutually_exclusive_group()
+    source.add_argument("photographs", nargs="*", default=(), metavar="PHOTO",
+                        help="photographs to turn into tokens and words")
+    source.add_argument("--split", default="val", choices=("train", "val"),
+                        help="split of the data set to turn into tokens")
+    source.add_argument("--decode", default="", help="token file to turn into images")
+    tokens.add_argument("--output", default="",
+                        help="token file, PNG of photographs, or folder for --decode")
+
+
+def main(argv=None):
+    """Run a command on some runs, whose tokenizers do not change."""
+    given = parse(argv)
+    torch.backends.cudnn.allow_tf32 = False  # so that tokens are those of a CPU
+    name = given.pop("command")
+    where = [given.pop(flag) for flag in ("device", "data", "labels")]
+    runs = [Run(path, *where) for path in given.pop("runs")]
+    if name in ("train", "tokens") and len(runs) > 1:
+        raise UserError(f"{name} takes one run, not {len(runs)}")
+    if name == "train":
+        resume, overwrite = given.pop("resume"), given.pop("overwrite")
+        train_stage(runs[0], given, resume, overwrite)
+    elif name == "tokens":
+        convert(runs[0], **given)
+    elif name == "evaluate":
+        inception = given.pop("inception")
+        print_table(runs, Sampling(**given), inception)
+    else:
+        part, words = given.pop("part", ""), given.pop("words")
+        choices = Drawing(**{**given, **only_stage(runs[0], given)})
+        refuse_idle(choices, given, MATTERS)
+        draw_samples(runs, choices, part, words)
+
+
+def only_stage(run, given):
+    """{"model", "condition"} of the only second stage of a run that has the given ones.
+
+    Raises UserError if there is none, or more than one.
+    """
+    names = sorted(path.parent.name for path in (run.path / "synthesis").glob("*/best.pt"))
+    stages = [dict(zip(("model", "condition"), name.split("-"))) for name in names]
+    fitted = [stage for stage in stages
+              if all(given.get(name, value) == value for name, value in stage.items())]
+    if len(fitted) != 1:
+        problem = "several second stages" if fitted else "no such second stage"
+        there = ", ".join(names) or "none"
+        raise UserError(f"{problem} in '{run.path}' (there: {there}); train makes one, "
+                        "--model and --condition name one")
+    return fitted[0]
+
+
+def convert(run, photographs, split, decode, output, words):
+    """The command tokens: photographs or a split to tokens, or tokens to images."""
+    if decode:
+        folder = Path(output or run.path / "decoded")
+        indices = read_tokens(run, decode)
+        for start in range(0, len(indices), run.config.batch_size):
+            numbers = torch.arange(start, min(start + run.config.batch_size, len(indices)))
+            save_images(folder, numbers, to_bytes(decode_tokens(run, indices[numbers])))
+        print(f"{folder}: {len(indices):,} images")
+    elif photographs:
+        path = Path(output or run.path / "photographs.png")
+        x = torch.cat([run.read(photograph) for photograph in photographs])
+        indices, words = run.model.encode(x), words or []
+        if path.suffix == ".npz":
+            write_tokens(path, run, indices)
+        else:
+            names = [Path(photograph).name for photograph in photographs]
+            images = run.model.decode(indices)
+            draw_grid([("original", x, names), ("from its tokens", images)], path)
+        print(f"{path}: {len(indices):,} photographs")
+    else:
+        if output and not output.endswith(".npz"):
+            raise UserError(f"--output {output} must end in .npz")
+        indices, path = tokens_of(run, split).indices, run.results / f"tokens-{split}.npz"
+        if output:
+            with atomic_write(output) as part:
+                part.write_bytes(path.read_bytes())
+        names = " + ".join(run.token_names)
+        print(f"{output or path}: {len(indices):,} images of {run.model.grid} positions, {names}")
+    titles = photographs or [f"image {number}" for number in range(len(indices))]
+    print_words(run, dict(enumerate(titles)), indices, words)
+
+
+def print_words(run, titles, indices, words):
+    """Print the words of the images that --words names.
+
+    titles: dict from an image's number to its title; indices: (N, M, h, w) in the
+    same order.
+    words: numbers, [] for all, or None for no image.
+    """
+    for number in words or ():
+        if number not in titles:
+            numbers = f"{min(titles)} … {max(titles)}"
+            raise UserError(f"--words {number}: these are images {numbers}")
+    for (number, title), tokens in zip(titles.items(), indices):
+        if words is not None and (not words or number in words):
+            print(f"\n{title}\n{run.spell(tokens)}")
 
 
 # ======== Tokens
 
 class Tokens(NamedTuple):
-    """A data set as the second stage sees it. Each image may have several rows: random crops and flips of it."""
+    """A data set for the second stage; an image has a row for each crop or flip."""
 
     indices: torch.Tensor  # (N, M, h, w) int64
     labels: torch.Tensor  # (N,) int64, −1: none
-    segmentation: torch.Tensor | None  # (N, S h, S w) int16, S² pixels of each position; −1: unlabeled
+    segmentation: torch.Tensor | None  # (N, S h, S w) int16, S² pixels a position; −1: unlabeled
     features: np.ndarray | None = None  # (N, C, h, w) float16 on disk, before quantization
 
 
-SUBSAMPLES = 4  # S, pixels a side of a position at which its label map is kept, enough for shares in sixteenths
+SUBSAMPLES = 4  # S, pixels a side of a position at which its label map is kept
 
 
 @torch.no_grad()
-def encode_dataset(run, dataset, views, path=None):
-    """Every image of a dataset as Tokens: its centre crop, then `views` − 1 random ones; path: where features go."""
-    model, height, done = run.model, run.model.grid[0], 0
-    every = range(len(dataset))
-    keys = [(index, view * len(dataset) + index) if view else index for view in range(views) for index in every]
-    dataset.with_segmentation, kept = True, {name: [] for name in ("indices", "labels", "segmentation")}
-    stride = max(1, run.config.resolution // height // SUBSAMPLES)
-    shape = features_shape(run, len(keys))
-    features = path and np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    if path and hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash when the map is written to
-        with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+def encode_dataset(run, dataset, views, features=None):
+    """Tokens of every image: its centre crop, then `views` − 1 random ones.
+
+    features: binary file for the features, or None.
+    """
+    size = len(dataset)
+    keys = [*range(size)]
+    keys += [(index, view * size + index) for view in range(1, views) for index in range(size)]
+    dataset.with_segmentation = True
+    stride = max(1, run.config.resolution // run.model.grid[0] // SUBSAMPLES)
+    indices, labels, segmentation = [], [], []
+    if features:
+        header = dict(descr="<f2", fortran_order=False, shape=features_shape(run, len(keys)))
+        np.lib.format.write_array_header_1_0(features, header)
     for x, batch in run.batches(dataset, keys, "encoding"):
-        z = model.features(x)
-        kept["indices"].append(model.nearest_indices(z).cpu())
-        kept["labels"].append(batch["label"])
+        z = run.model.features(x)
+        indices.append(run.model.nearest_indices(z).cpu())
+        labels.append(batch["label"])
         if "segmentation" in batch:
             maps = batch["segmentation"][:, stride // 2 :: stride, stride // 2 :: stride]
-            kept["segmentation"].append(maps.clamp(max=2**15 - 1).short())
-        if path:
-            features[done : done + len(x)] = torch.cat(z, dim=1).half().cpu().numpy()
-        done += len(x)
-    return Tokens(**{name: torch.cat(parts) if parts else None for name, parts in kept.items()})
+            segmentation.append(maps.clamp(max=2**15 - 1).short())
+        if features:
+            features.write(torch.cat(z, dim=1).half().cpu().numpy().tobytes())
+    segmentation = torch.cat(segmentation) if segmentation else None
+    return Tokens(torch.cat(indices), torch.cat(labels), segmentation)
 
 
 def tokens_of(run, split, views=1, with_features=False):
-    """A split of a run's data set as Tokens, kept in the run; made anew if tokenizer, files or views change.
+    """Tokens of a split, kept in the run; made again if tokenizer, files or views change.
 
-    They are made by one process at a time, as several commands share them.
+    One process at a time makes them, as several commands share them.
     """
     dataset = run.dataset(split)
     path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
     key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
-    key, rows = hashlib.sha256(key.encode()).hexdigest(), len(dataset) * views
-    kept = lambda: kept_tokens(run, rows, key, path, stored if with_features else None)
-    if tokens := kept():
+    key = hashlib.sha256(key.encode()).hexdigest()
+    wanted = run, len(dataset) * views, key, path, stored if with_features else None
+    if tokens := kept_tokens(*wanted):
         return tokens
     with open(run.path / "lock", "w") as file:
         lock(file, f"waiting: another process encodes images of '{run.path}'")
-        if tokens := kept():
+        if tokens := kept_tokens(*wanted):
             return tokens
         path.unlink(missing_ok=True)
         stored.unlink(missing_ok=True)
-        with atomic_write(stored) if with_features else contextlib.nullcontext() as part:
-            tokens = encode_dataset(run, dataset, views, part)
-            if part:
-                with open(part, "ab") as features:
-                    features.write(key.encode())
-        maps = torch.zeros(0, dtype=torch.int16) if tokens.segmentation is None else tokens.segmentation
-        arrays = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
-        arrays.update(indices=tokens.indices.int(), labels=tokens.labels, segmentation=maps)
-        arrays.update(classes=np.array(dataset.classes, str), tokenizer=run.tokenizer, key=key)
-        with atomic_write(path) as part, open(part, "wb") as file_of_tokens:
-            np.savez_compressed(file_of_tokens, **arrays)
+        if with_features:
+            with atomic_write(stored) as part, open(part, "wb") as features:
+                tokens = encode_dataset(run, dataset, views, features)
+                features.write(key.encode())  # behind the array, where numpy does not read
+        else:
+            tokens = encode_dataset(run, dataset, views)
+        maps = tokens.segmentation
+        if maps is None:
+            maps = torch.zeros(0, dtype=torch.int16)
+        classes = np.array(dataset.classes, str)
+        write_tokens(path, run, tokens.indices, labels=tokens.labels, segmentation=maps,
+                     classes=classes, key=key)
     return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
 
 
 def kept_tokens(run, rows, key, path, stored):
-    """Tokens from their files, or None where these are missing, damaged, or of another key or size."""
+    """Tokens from their files, or None if these are missing, damaged, or of another key."""
     try:
-        arrays, features = dict(np.load(path)), stored and np.load(stored, mmap_mode="r")
+        arrays, features = dict(np.load(path)), None
         indices, labels, maps = (torch.from_numpy(arrays[name]) for name in Tokens._fields[:3])
-        keys, shape = [str(arrays["key"])], (rows, len(run.model.sizes), *run.model.grid)
-        if stored:  # behind the array, where numpy does not read
+        fits = str(arrays["key"]) == key and len(labels) == rows and len(maps) in (0, rows)
+        fits = fits and indices.shape == (rows, len(run.model.sizes), *run.model.grid)
+        if stored:
+            features = np.load(stored, mmap_mode="r")
             with open(stored, "rb") as file:
                 file.seek(-len(key), os.SEEK_END)
-                keys.append(file.read().decode())
-        fits = indices.shape == shape and len(labels) == rows and len(maps) in (0, rows)
-        if set(keys) != {key} or not fits or stored and features.shape != features_shape(run, rows):
-            return None
-    except Exception:  # of whatever kind a damaged file raises
+                fits = fits and file.read() == key.encode()
+            fits = fits and features.shape == features_shape(run, rows)
+    except Exception:  # of any kind that a damaged file raises
         return None
-    return Tokens(indices.long(), labels, maps if len(maps) else None, features)
+    maps = maps if len(maps) else None
+    return Tokens(indices.long(), labels, maps, features) if fits else None
+
+
+def write_tokens(path, run, indices, **arrays):
+    """Write a token file: indices, the words of each codebook, and more arrays by name."""
+    words = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
+    with atomic_write(path) as part, open(part, "wb") as file:
+        np.savez_compressed(file, indices=indices.int().cpu(), tokenizer=run.tokenizer, **words,
+                            **arrays)
+
+
+def read_tokens(run, path):
+    """(N, M, h, w) indices of a token file. Raises UserError if it is not of this run."""
+    with user_error(f"'{path}' is no token file of this run: {{}}"):
+        arrays, shape = dict(np.load(path)), (len(run.model.sizes), *run.model.grid)
+        if arrays["indices"].dtype.kind not in "iu" or arrays["indices"].shape[1:] != shape:
+            raise ValueError(f"its indices are not whole numbers of shape {('images', *shape)}")
+        indices = torch.from_numpy(arrays["indices"]).long()
+        sizes = torch.tensor(run.model.sizes)[:, None, None]
+        if arrays["tokenizer"] != run.tokenizer or (indices < 0).any() or (indices >= sizes).any():
+            raise ValueError("it was made by another tokenizer")
+    return indices
 
 
 def features_shape(run, rows):
@@ -209,15 +378,17 @@ def features_shape(run, rows):
 @torch.no_grad()
 def decode_tokens(run, indices):
     """(N, M, h, w) indices → (N, 3, H, W) images in [-1, 1], on the CPU."""
-    parts = indices.split(run.config.batch_size)
-    return torch.cat([run.model.decode(part.to(run.device)).float().cpu() for part in parts])
+    batches = indices.split(run.config.batch_size)
+    return torch.cat([run.model.decode(part.to(run.device)).float().cpu() for part in batches])
 
 
 # ======== The second stage of a run
 
 def send(x, device):
-    """A tensor to the device, asynchronously."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """A tensor on the device, sent asynchronously."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def known_of(config, tokens, rows, device, count):
@@ -226,34 +397,38 @@ def known_of(config, tokens, rows, device, count):
         return None
     if config.condition == "class":
         return send(tokens.labels[rows], device)
-    maps, (height, width) = send(tokens.segmentation[rows], device).long(), tokens.indices.shape[2:]
-    cells = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1)).transpose(2, 3).flatten(3)  # (B, h, w, S²)
+    height, width = tokens.indices.shape[2:]
+    maps = send(tokens.segmentation[rows], device).long()
+    cells = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1))
+    cells = cells.transpose(2, 3).flatten(3)  # (B, h, w, S²)
     cells = cells.where((cells >= 0) & (cells < count), count)
     shares = torch.zeros(*cells.shape[:3], count + 1, device=device)
     shares.scatter_add_(3, cells, torch.ones_like(cells).float())
     return shares[..., :count].permute(0, 3, 1, 2) / cells.shape[3]
 
 
-def check_condition(config, run):
-    """Raise UserError for a condition that a run's data set lacks, before anything is encoded."""
-    records = run.dataset("train").records if config.condition != "none" else ()
-    if config.condition == "class" and all(record.label < 0 for record in records):
-        raise UserError("--condition class: the data set has no classes (with --dataset folder, sub-folders are)")
-    if config.condition == "segmentation" and all(record.segmentation is None for record in records):
-        advice = "with --dataset folder, --labels DIR names them"
-        raise UserError(f"--condition segmentation: the data set has no label maps ({advice})")
+def check_condition(condition, run, *splits, most=4096):
+    """How many classes or labels a condition has in the Tokens of some splits.
 
-
-def condition_count(config, *splits, most=4096):
-    """Classes, or labels, of all splits. Raises UserError for none, or more than `most`."""
-    if config.condition == "none":
+    Raises UserError if the data set or a split has none, or more than `most`.
+    Without splits, only the data set is checked, before it is encoded.
+    """
+    if condition == "none":
         return 0
-    values = [tokens.labels if config.condition == "class" else tokens.segmentation for tokens in splits]
-    if any(part is None or part.max() < 0 for part in values):
-        raise UserError(f"--condition {config.condition}: this run's data set has none")
-    count = max(int(part.max()) for part in values) + 1
+    if condition == "class":
+        name, advice = "classes", "with --dataset folder, sub-folders are classes"
+        there = any(record.label >= 0 for record in run.dataset("train").records)
+        labels = [tokens.labels for tokens in splits]
+    else:
+        name, advice = "label maps", "with --dataset folder, --labels DIR names them"
+        there = any(record.segmentation is not None for record in run.dataset("train").records)
+        labels = [tokens.segmentation for tokens in splits]
+    if not there or any(values is None or values.max() < 0 for values in labels):
+        raise UserError(f"--condition {condition}: the data set has no {name} ({advice})")
+    count = max([int(values.max()) + 1 for values in labels], default=0)
     if count > most:
-        raise UserError(f"--condition {config.condition}: there are {count:,} labels, more than {most:,}")
+        raise UserError(f"--condition {condition}: these images have {count:,} labels, "
+                        f"more than {most:,}")
     return count
 
 
@@ -261,7 +436,8 @@ def make_network(config, run, count):
     """The network that a SynthesisConfig names, for a tokenizer."""
     model, codes = run.model, run.model.codebook()
     condition = Condition(config.condition, count, model.grid, config.width, config.heads)
-    shape = dict(width=config.width, depth=config.depth, heads=config.heads, dropout=config.dropout)
+    shape = dict(width=config.width, depth=config.depth, heads=config.heads,
+                 dropout=config.dropout)
     if config.model == "gpt":
         codes = model.per_token(codes)
         network = TokenTransformer(model.sizes, model.grid, condition, **shape, codes=codes)
@@ -271,22 +447,23 @@ def make_network(config, run, count):
 
 
 def stage_folder(run, config, root=None):
-    """Where a second stage lies, in its run or below another root."""
+    """The folder of a second stage, in its run or below another root."""
     return (root or run.path) / "synthesis" / f"{config.model}-{config.condition}"
 
 
 def load_stage(run, folder):
-    """A second stage that can draw → network (of the best averaged weights), SynthesisConfig, count of classes, step.
+    """Network (of the best averaged weights), SynthesisConfig, count of labels, and step.
 
-    Raises UserError where there is none, or one of another tokenizer.
+    Raises UserError if there is none, or one of another tokenizer or of other
+    classes.
     """
     if not (folder / "best.pt").is_file():
-        there = ", ".join(sorted(path.parent.name for path in folder.parent.glob("*/best.pt"))) or "none"
-        raise UserError(f"no second stage '{folder.name}' in '{run.path}' (there: {there}); train makes one")
+        raise UserError(f"no second stage '{folder.name}' in '{run.path}'; train makes one")
     state = load_checkpoint(folder / "best.pt")
     check_stage(run, state, folder)
     if state["config"]["condition"] == "class" and state["classes"] != run.dataset("val").classes:
-        raise UserError(f"'{folder}' was trained with other classes than '{run.config.data}' has; see --data")
+        raise UserError(f"'{folder}' was trained with other classes than '{run.config.data}' has; "
+                        "see --data")
     with fitting(folder / "best.pt"):
         config = SynthesisConfig(**state["config"])
         network = make_network(config, run, state["count"])
@@ -297,34 +474,37 @@ def load_stage(run, folder):
 def check_stage(run, state, folder):
     """Raise UserError for a second stage of other tokens than the run's."""
     if state.get("tokenizer") != run.tokenizer:
-        raise UserError(f"'{folder}' was trained on tokens of other weights of '{run.path}'; train it with --overwrite")
+        raise UserError(f"'{folder}' was trained on tokens of other weights of '{run.path}'; "
+                        "train it with --overwrite")
 
 
 def losses_of(config, run, count, network, tokens, rows, drop=None, generator=None):
-    """What is minimised (in nats, for gpt), and losses by name: bits per token, or mean squared error of the noise."""
-    known, ldm = known_of(config, tokens, rows, run.device, count), config.model == "ldm"
-    data = torch.from_numpy(tokens.features[np.asarray(rows)]).float() if ldm else tokens.indices[rows]
-    losses = network.loss(send(data, run.device), known, drop, generator)
-    if ldm:
-        return losses[0], {"loss": losses[0], "noise": losses[0]}
+    """What is minimised, and by name bits per token (gpt) or the noise's error (ldm)."""
+    known = known_of(config, tokens, rows, run.device, count)
+    if config.model == "ldm":
+        features = torch.from_numpy(tokens.features[np.asarray(rows)]).float()
+        (loss,) = network.loss(send(features, run.device), known, drop, generator)
+        return loss, {"loss": loss, "noise": loss}
+    losses = network.loss(send(tokens.indices[rows], run.device), known, drop, generator)
     bits = {name: part / math.log(2) for name, part in zip(run.token_names, losses)}
     return sum(losses), {"loss": sum(bits.values()), **bits}
 
 
 @torch.no_grad()
 def validation(config, run, count, network, tokens, images):
-    """Mean `losses_of` over some images, with the same noise each time → dict of floats."""
+    """Mean losses by name of `losses_of` over some images, with the same noise each time."""
     totals, generator = {}, torch.Generator(run.device).manual_seed(0)
     for rows in torch.tensor(images).split(config.batch_size):
-        _, parts = losses_of(config, run, count, network, tokens, rows, None, generator)
-        add_up(totals, parts, len(rows) / len(images))
+        _, losses = losses_of(config, run, count, network, tokens, rows, None, generator)
+        add_up(totals, losses, len(rows) / len(images))
     return {name: float(value) for name, value in totals.items()}
 
 
 class StageTrainer:
-    """State of a second stage's training and its step, for `fit`.
+    """The state of a second stage's training and its step, for `fit`.
 
-    config: SynthesisConfig; run: Run; count: classes or labels; train_set: Tokens; chosen: rows that choose best.pt.
+    config: SynthesisConfig; run: Run; count: classes or labels; train_set: Tokens;
+    chosen: rows that choose best.pt.
     """
 
     def __init__(self, config, run, count, train_set, chosen):
@@ -332,38 +512,44 @@ class StageTrainer:
         dataset = run.dataset("train")
         self.data, self.classes = identity(dataset, run.config.data), dataset.classes
         self.config, self.run, self.device, self.count = config, run, run.device, count
-        self.step, self.best, self.train_set, self.chosen = 0, -math.inf, train_set, chosen
+        self.train_set, self.chosen = train_set, chosen
+        self.step, self.best = 0, -math.inf
         self.network = make_network(config, run, count)
         if config.model == "ldm":
-            some = torch.from_numpy(train_set.features[spread_indices(len(train_set.features), 4096)]).float()
-            self.network.mean.copy_(some.mean(dim=(0, 2, 3)).view(-1, 1, 1))
-            self.network.std.copy_(some.std(dim=(0, 2, 3)).clamp_min(1e-6).view(-1, 1, 1))
+            rows = spread_indices(len(train_set.features), 4096)
+            features = torch.from_numpy(train_set.features[rows]).float()
+            std = features.std(dim=(0, 2, 3)).clamp_min(1e-6)
+            self.network.mean.copy_(features.mean(dim=(0, 2, 3)).view(-1, 1, 1))
+            self.network.std.copy_(std.view(-1, 1, 1))
         self.ema = copy.deepcopy(self.network).requires_grad_(False).eval()
         parameters = list(self.network.parameters())
-        groups = [{"params": [parameter for parameter in parameters if parameter.dim() > 1]}]
-        groups += [{"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0}]
-        decay = config.weight_decay
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), weight_decay=decay, fused=True)
+        groups = [
+            {"params": [x for x in parameters if x.dim() > 1]},
+            {"params": [x for x in parameters if x.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95),
+                                           weight_decay=config.weight_decay, fused=True)
 
     def parts(self):
         """The networks and optimizer that a checkpoint holds, by name."""
         return {"network": self.network, "ema": self.ema, "optimizer": self.optimizer}
 
     def notes(self):
-        """What a checkpoint holds beside them."""
-        known = dict(count=self.count, data=self.data, classes=self.classes)
-        return {"tokenizer": self.run.tokenizer, **known}
+        """What else a checkpoint holds, by name."""
+        return {"tokenizer": self.run.tokenizer, "count": self.count, "data": self.data,
+                "classes": self.classes}
 
     def usage(self):
-        """No codes are learned here."""
+        """An empty list: no codes are learned here."""
         return []
 
     def train_step(self, batches):
-        """One step on a list of lists of rows → dict of () tensors."""
+        """Metrics by name, () tensors, of one step on a list of lists of rows."""
         config, metrics = self.config, {}
-        warm = min(1.0, (self.step + 1) / max(1, config.warmup))
+        rise = min(1.0, (self.step + 1) / max(1, config.warmup))
+        fall = 0.55 + 0.45 * math.cos(math.pi * self.step / config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * warm * (0.55 + 0.45 * math.cos(math.pi * self.step / config.steps))
+            group["lr"] = config.lr * rise * fall
         self.network.train()
         self.optimizer.zero_grad()
         for rows in batches:
@@ -371,63 +557,73 @@ class StageTrainer:
             if config.condition != "none":
                 drop = torch.rand(len(rows), device=self.device) < config.drop_condition
             with autocast(self):
-                loss, parts = losses_of(config, self.run, self.count, self.network, self.train_set, rows, drop)
+                loss, parts = losses_of(config, self.run, self.count, self.network,
+                                        self.train_set, rows, drop)
             (loss / len(batches)).backward()
             add_up(metrics, parts, 1 / len(batches))
         metrics["gradient"] = average_gradients(self.network)
-        torch.nn.utils.clip_grads_with_norm_(self.network.parameters(), 1.0, metrics["gradient"])
+        parameters = list(self.network.parameters())
+        torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, metrics["gradient"])
         self.optimizer.step()
         self.step += 1
         decay = min(config.ema, (1 + self.step) / (10 + self.step))  # averages less at first
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.network.parameters()), 1 - decay)
+            torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - decay)
         return metrics
 
     def validate(self):
-        """The averaged weights' loss over the held-out images → score, {name: float}, no picture."""
-        values = validation(self.config, self.run, self.count, self.ema, self.train_set, self.chosen)
+        """Score, losses by name, and no picture, of averaged weights on held-out images."""
+        values = validation(self.config, self.run, self.count, self.ema, self.train_set,
+                            self.chosen)
         return -values["loss"], values, ()
 
 
 def train_stage(run, given, resume, overwrite):
-    """The sub-command train: a run's images become tokens (or features), whose model is trained."""
+    """The command train: encode a run's images, and train a model of their tokens."""
     config = SynthesisConfig(**{**(TINY if run.config.preset != "f16" else {}), **given})
     refuse_idle(config, given, MATTERS)
     if config.width % (2 * config.heads):
-        raise UserError(f"--width {config.width} must be a multiple of twice the {config.heads} heads")
-    folder, state, ldm = stage_folder(run, config), None, config.model == "ldm"
+        raise UserError(f"--width {config.width} must be a multiple of twice the "
+                        f"{config.heads} heads")
+    folder, state = stage_folder(run, config), None
     if resume:
         state, choices = resumed_choices(SynthesisConfig, given, CHANGEABLE, folder)
         config = SynthesisConfig(**choices)
         check_stage(run, state, folder)
     elif not rank():
-        check_folder(folder, overwrite)  # before images are encoded
-    check_condition(config, run)
+        check_folder(folder, overwrite)
+    check_condition(config.condition, run)
     with first_process_first():
-        train_set, val_set = tokens_of(run, "train", config.views, ldm), tokens_of(run, "val", 1, ldm)
-    count = state["count"] if state else condition_count(config, train_set, val_set)
+        train_set = tokens_of(run, "train", config.views, config.model == "ldm")
+        val_set = tokens_of(run, "val", 1, config.model == "ldm")
+    count = check_condition(config.condition, run, train_set, val_set)
+    if state:
+        count = state["count"]
     images = len(train_set.labels) // config.views  # rows go through all images view by view
     trained, chosen = hold_out(images, run.config.eval_images)
-    kept = [view * images + row for view in range(config.views) for row in trained]
+    rows = [view * images + row for view in range(config.views) for row in trained]
     trainer = StageTrainer(config, run, count, train_set, chosen)
     if state:
         restore(trainer, state, folder)
     steps = trainer.step * config.accumulate, config.steps * config.accumulate
-    order = train_batches(kept, config.batch_size, *steps, config.seed)
+    order = train_batches(rows, config.batch_size, *steps, config.seed)
+    batches = ([row for row, _ in batch] for batch in order)
     with open_run(folder, trainer, overwrite, state) as journal:
         weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
-        print(f"{folder}: {weights:.1f} M weights on {run.device}, {len(kept):,} grids of tokens")
-        fit(trainer, ([row for row, _ in batch] for batch in order), trainer.validate, folder, journal)
-    which = f"--model {config.model} --condition {config.condition}"
-    print(f"done: look at samples with: python synthesize.py {shlex.quote(str(run.path))} sample {which}")
+        print(f"{folder}: {weights:.1f} M weights on {run.device}, {len(rows):,} grids of tokens")
+        fit(trainer, batches, trainer.validate, folder, journal)
+    name = f"--model {config.model} --condition {config.condition}"
+    path = shlex.quote(str(run.path))
+    print(f"done: look at samples with: python synthesize.py {path} sample {name}")
 
 
 # ======== Sampling
 
 def draw_images(run, stage, tokens, rows, choices, seed, given=None):
-    """Samples for the conditions of some images → (B, M, h, w) indices, a batch at a time.
+    """(B, M, h, w) samples for the conditions of some images.
 
-    stage: of load_stage; tokens: Tokens of the images, with features where `ldm` keeps some; rows: their indices.
+    stage: of `load_stage`; rows: indices of the images among tokens, a Tokens,
+    which have features if `ldm` keeps some; choices: Sampling.
     given: (B, M, h, w) int64 tokens to keep, −1 where they are to be drawn.
     """
     network, config, count, _ = stage
@@ -436,30 +632,41 @@ def draw_images(run, stage, tokens, rows, choices, seed, given=None):
         known = known_of(config, tokens, rows[part], run.device, count)
         kept = None if given is None else given[part].to(run.device)
         if config.model == "gpt":
-            how = dict(temperature=choices.temperature, top_k=choices.top_k, top_p=choices.top_p)
-            drawn.append(sample_tokens(network, len(part), known, kept, choices.guidance, generator, **how).cpu())
-            continue
-        features, mask = (None, None) if kept is None else given_features(run, tokens, rows[part], kept)
-        how = (choices.guidance, choices.sampling_steps, generator)
-        z = sample_features(network, len(part), known, features, mask, *how)
-        indices = run.model.nearest_indices(z.chunk(len(run.model.codebook.sizes), dim=1))
-        drawn.append((indices if kept is None else torch.where(kept >= 0, kept, indices)).cpu())
+            indices = sample_tokens(
+                network, len(part), known, kept, choices.guidance, generator,
+                temperature=choices.temperature, top_k=choices.top_k, top_p=choices.top_p)
+        else:
+            features = mask = None
+            if kept is not None:
+                features, mask = given_features(run, tokens, rows[part], kept)
+            z = sample_features(network, len(part), known, features, mask, choices.guidance,
+                                choices.sampling_steps, generator)
+            indices = run.model.nearest_indices(z.chunk(len(run.model.codebook.sizes), dim=1))
+            if kept is not None:
+                indices = torch.where(kept >= 0, kept, indices)
+        drawn.append(indices.cpu())
     return torch.cat(drawn)
 
 
 def given_features(run, tokens, rows, given):
-    """What a denoiser is to keep: an image's own features where its tokens are given, codes where words are put.
+    """What a denoiser is to keep: (B, C, h, w) features, and a mask of the same shape.
 
-    Returns (B, C, h, w) features and a mask of the same shape.
-    Raises UserError for a word put before Gumbel-VQ, whose codes do not lie among its features.
+    These are an image's own features where its tokens are given, and codes where
+    words are put.
+    Raises UserError for a word put before Gumbel-VQ, whose codes are not among its
+    features.
     """
-    features = torch.from_numpy(tokens.features[np.asarray(rows)]).to(run.device).float().chunk(len(run.names), dim=1)
-    own, kept, masks = run.model.by_codebook(tokens.indices[rows].to(run.device)), [], []
-    for z, codebook, index, true in zip(features, run.model.codebook(), run.model.by_codebook(given), own):
+    features = torch.from_numpy(tokens.features[np.asarray(rows)]).to(run.device).float()
+    features = features.chunk(len(run.names), dim=1)
+    true = run.model.by_codebook(tokens.indices[rows].to(run.device))
+    kept, masks = [], []
+    for z, codebook, index, own in zip(features, run.model.codebook(),
+                                       run.model.by_codebook(given), true):
         mask = (index >= 0).all(dim=1, keepdim=True)
-        put = ((index >= 0) & (index != true)).any(dim=1, keepdim=True)
+        put = ((index >= 0) & (index != own)).any(dim=1, keepdim=True)
         if run.config.quantizer == "gumbel" and put.any():
-            raise UserError("--pin with --model ldm is not possible with Gumbel-VQ, whose codes are no features")
+            raise UserError("--pin with --model ldm is not possible with Gumbel-VQ, "
+                            "whose codes are no features")
         vectors = codebook[index.clamp_min(0)].mean(dim=1).permute(0, 3, 1, 2)  # (B, D, h, w)
         kept.append(torch.where(put, vectors, z))
         masks.append(mask.expand_as(z))
@@ -467,18 +674,16 @@ def given_features(run, tokens, rows, given):
 
 
 def known_part(part, grid):
-    """(h, w) bool: "top", "bottom", "left", "right", or the white pixels of a PNG; nothing for ""."""
-    height, width = grid
-    known = torch.zeros(height, width, dtype=torch.bool)
-    halves = {"top": (slice(0, height // 2), slice(None)), "bottom": (slice(height // 2, None), slice(None))}
-    halves |= {"left": (slice(None), slice(0, width // 2)), "right": (slice(None), slice(width // 2, None))}
-    if part in halves:
-        known[halves[part]] = True
-    elif part:
-        if not Path(part).exists():
-            raise UserError(f"--part {part}: neither top, bottom, left or right, nor a picture")
-        picture = read_image(part).convert("L").resize((width, height), Image.Resampling.BOX)
-        known = torch.from_numpy(np.asarray(picture) > 127)
+    """(h, w) bool, True in one half; part: "top", "bottom", "left", "right", or "" for none."""
+    (height, width), known = grid, torch.zeros(grid, dtype=torch.bool)
+    if part == "top":
+        known[: height // 2] = True
+    elif part == "bottom":
+        known[height // 2 :] = True
+    elif part == "left":
+        known[:, : width // 2] = True
+    elif part == "right":
+        known[:, width // 2 :] = True
     return known
 
 
@@ -486,86 +691,122 @@ def pin_words(run, given, pins):
     """(B, M, h, w) given tokens, −1 elsewhere, with words put in their places.
 
     pins: list of "row,column=adjective,noun"; a word may be left out.
-    Raises UserError for a position or a word that is not there.
+    Raises UserError for a position or a word that does not exist.
     """
     (height, width), given, names = run.model.grid, given.clone(), run.token_names
     lists = run.model.per_token(run.words)
     for pin in pins:
         place, _, text = pin.partition("=")
         words = [word.strip().lower() for word in text.split(",")]
-        with user_error(f"--pin {pin}: expected row,column={','.join(names)} of a grid of {height} by {width}, from 0"):
+        form = f"row,column={','.join(names)} of a grid of {height} by {width}, from 0"
+        with user_error(f"--pin {pin}: expected {form}"):
             row, column = map(int, place.split(","))
-            if not (0 <= row < height and 0 <= column < width and len(words) <= len(lists) and any(words)):
+            inside = 0 <= row < height and 0 <= column < width
+            if not (inside and any(words) and len(words) <= len(lists)):
                 raise ValueError
-        for i, word in enumerate(words):
-            if word and word not in lists[i]:
-                near = ", ".join(difflib.get_close_matches(word, lists[i], 3)) or "none like it"
-                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this run's codebook; spelled alike: {near}")
+        for i, (word, listed) in enumerate(zip(words, lists)):
+            if word and word not in listed:
+                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this codebook")
             if word:
-                given[:, i, row, column] = lists[i].index(word)
+                given[:, i, row, column] = listed.index(word)
     return given
 
 
-def draw_samples(runs, choices, part=""):
-    """The sub-commands sample and complete: Fig. 8's grid, a column for each image → PNG.
+def draw_samples(runs, choices, part, words):
+    """The commands sample and complete: a PNG with a column for each image.
 
-    Rows: label maps and originals, and what each run makes of them: its tokens decoded, completions, samples.
+    Rows are label maps, originals, and for each run its tokens decoded, completions
+    and samples.
+    part: half that is kept, or ""; words: as in `print_words`.
     """
-    path = stage_folder(runs[0], choices, runs[0].results) / ("completions.png" if part else "samples.png")
-    path, rows, legend, ldm = Path(choices.output or path), [], [], choices.model == "ldm"
-    images_of = lambda run: (run.config.resolution, run.config.dataset, Path(run.config.data).resolve())
-    if part and choices.output == part:
-        raise UserError(f"--output {part} is the picture of --part; name another")
+    folder = stage_folder(runs[0], choices, runs[0].results)
+    path = Path(choices.output or folder / ("completions.png" if part else "samples.png"))
+    dataset, rows, legend = runs[0].dataset("val"), [], {}
+    images = torch.tensor(choices.images or spread_indices(len(dataset), choices.count))
+    if images.max() >= len(dataset) or images.min() < 0:
+        raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
     for run in runs:
         if images_of(run) != images_of(runs[0]):
-            raise UserError(f"'{run.path}' is of another resolution or data set than '{runs[0].path}'")
+            raise UserError(f"'{run.path}' is of another resolution or data set "
+                            f"than '{runs[0].path}'")
         stage = load_stage(run, stage_folder(run, choices))
         count = stage[2]
-        tokens, dataset = tokens_of(run, "val", 1, ldm and bool(part or choices.pin)), run.dataset("val")
-        condition_count(choices, tokens, most=count)
-        images = torch.tensor(choices.images or spread_indices(len(dataset), choices.count))
-        if images.max() >= len(dataset) or images.min() < 0:
-            raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
+        tokens = tokens_of(run, "val", 1, choices.model == "ldm" and bool(part or choices.pin))
+        check_condition(choices.condition, run, tokens, most=count)
         if not rows and choices.condition == "segmentation":
             maps = tokens.segmentation[images].long()
-            rows.append(("label map", F.interpolate(colours_of_labels(maps, count), size=run.config.resolution)))
-            there = maps.unique()
-            names = [dataset.labels.get(label, str(label)) for label in there.tolist()]
-            legend = [("labels", colours_of_labels(there[:, None, None], count), names)]
+            pictures = F.interpolate(colours_of_labels(maps, count), size=run.config.resolution)
+            rows.append(("label map", pictures))
+            labels = maps.unique()
+            names = [dataset.labels.get(label, str(label)) for label in labels.tolist()]
+            legend = dict(zip(names, colours_of_labels(labels[:, None, None], count)))
         if run is runs[0]:
             originals = [dataset[index]["image"] / 127.5 - 1 for index in images.tolist()]
             rows.append(("original", originals, list(map(str, images.tolist()))))
         if choices.label:
-            if choices.label not in dataset.classes[:count]:
-                raise UserError(f"--label {choices.label}: classes are {', '.join(dataset.classes[:count])}")
-            tokens = tokens._replace(labels=torch.full_like(tokens.labels, dataset.classes.index(choices.label)))
-        rows += rows_of_run(run, stage, tokens, images, choices, part)
-    draw_grid(rows, path, legend=legend)
+            tokens = with_label(tokens, choices.label, dataset.classes[:count])
+        rows += rows_of_run(run, stage, tokens, images, choices, part, words)
+    draw_grid(rows, path)
+    if legend:
+        add_legend(path, legend)
     print(f"{path}: images {', '.join(map(str, images.tolist()))} from left to right")
 
 
-def rows_of_run(run, stage, tokens, images, choices, part):
-    """What a run makes of some images: a list of (label, pictures)."""
+def with_label(tokens, label, classes):
+    """Tokens that are all of one class. Raises UserError for a class that does not exist."""
+    if label not in classes:
+        raise UserError(f"--label {label}: classes are {', '.join(classes)}")
+    return tokens._replace(labels=torch.full_like(tokens.labels, classes.index(label)))
+
+
+def images_of(run):
+    """What tells the images of two runs apart."""
+    return run.config.resolution, run.config.dataset, Path(run.config.data).resolve()
+
+
+def rows_of_run(run, stage, tokens, images, choices, part, words):
+    """A list of (label, pictures): what a run makes of some images."""
     name, own = run.path.name, tokens.indices[images]
     known = known_part(part, run.model.grid)
-    decoded, pinned = decode_tokens(run, own), pin_words(run, torch.full_like(own, -1), choices.pin)
+    decoded = decode_tokens(run, own)
+    pinned = pin_words(run, torch.full_like(own, -1), choices.pin)
     rows = [(f"{name}: tokens decoded", decoded)]
-    ways = {choices.label or "sample": pinned}
+    draws = {choices.label or "sample": pinned}
     if part:
         mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
         rows.append((f"{name}: known", decoded * mask))
-        ways = {"completed": pin_words(run, torch.where(known, own, -1), choices.pin), **ways}
-    if choices.model == "gpt" and (choices.pin or (known.flatten().int().diff() > 0).any()):
-        print("gpt draws from the top left: positions before a given token do not see it (--model ldm sees all)")
-    for way, given in ways.items():
+        completed = pin_words(run, torch.where(known, own, -1), choices.pin)
+        draws = {"completed": completed, **draws}
+    if choices.model == "gpt" and (choices.pin or part in ("bottom", "left", "right")):
+        print("gpt draws from the top left: positions before a given token do not see it "
+              "(--model ldm sees all)")
+    for title, given in draws.items():
         for repeat in range(choices.repeat):
-            seed = choices.seed + repeat
-            drawn = draw_images(run, stage, tokens, images, choices, seed, given if (given >= 0).any() else None)
-            label = "\n".join([f"{name}: {way} {repeat + 1}", *choices.pin])
-            rows.append((label, framed(decode_tokens(run, drawn), (pinned >= 0).any(1, True))))
-            for index, indices in zip(images.tolist(), drawn) if choices.words else ():
-                print(f"\n{way} {repeat + 1} for image {index}\n{run.spell(indices)}\n")
+            kept = given if (given >= 0).any() else None
+            drawn = draw_images(run, stage, tokens, images, choices, choices.seed + repeat, kept)
+            label = "\n".join([f"{name}: {title} {repeat + 1}", *choices.pin])
+            pictures = framed(decode_tokens(run, drawn), (pinned >= 0).any(1, True))
+            rows.append((label, pictures))
+            titles = {i: f"{title} {repeat + 1} for image {i}" for i in images.tolist()}
+            print_words(run, titles, drawn, words)
     return rows
+
+
+def add_legend(path, colours, columns=6, size=14):
+    """Add to a PNG, below its rows, names beside small squares of their colours."""
+    height, font = size + 6, ImageFont.load_default(size)
+    with Image.open(path) as image:
+        lines, width = math.ceil(len(colours) / columns), image.width // columns
+        picture = Image.new("RGB", (image.width, image.height + lines * height + 8), "white")
+        picture.paste(image)
+        bottom = image.height + 4
+    draw = ImageDraw.Draw(picture)
+    for number, (name, colour) in enumerate(colours.items()):
+        x, y = 8 + number % columns * width, bottom + number // columns * height
+        ink = tuple(to_bytes(colour).flatten().tolist())
+        draw.rectangle((x, y, x + size, y + size), ink, "black")
+        draw.text((x + size + 6, y + size / 2), name, "black", font, anchor="lm")
+    save_png(picture, path)
 
 
 def framed(images, cells):
@@ -587,52 +828,71 @@ def colours_of_labels(maps, count):
 
 @torch.no_grad()
 def likelihood(run, stage, tokens):
-    """Bits of each image's tokens under a transformer → (N, M) float64."""
+    """(N, M) float64 bits of each image's tokens under a transformer."""
     network, config, count, _ = stage
     bits = []
     for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
         known = known_of(config, tokens, rows, run.device, count)
         images = tokens.indices[rows].to(run.device)
-        logits = [part.float().mT for part in network(images, known)]
-        losses = [F.cross_entropy(part, images[:, i].flatten(1), reduction="none") for i, part in enumerate(logits)]
+        losses = [F.cross_entropy(logits.float().mT, images[:, i].flatten(1), reduction="none")
+                  for i, logits in enumerate(network(images, known))]
         bits.append(torch.stack(losses, dim=1).cpu().double().sum(2) / math.log(2))
     return torch.cat(bits)
 
 
 def evaluate_stage(run, stage, choices, inception):
-    """One row of Table 6 → dict, also in evaluation.json."""
+    """The row of Table 6 of a second stage, a dict, which evaluation.json keeps."""
     network, config, count, step = stage
-    val_set, positions = tokens_of(run, "val", 1, config.model == "ldm"), math.prod(run.model.grid)
-    condition_count(config, val_set, most=count)
-    result = {"run": str(run.path), "model": config.model, "condition": config.condition, "step": step}
+    val_set = tokens_of(run, "val", 1, config.model == "ldm")
+    check_condition(config.condition, run, val_set, most=count)
+    result = dict(run=str(run.path), model=config.model, condition=config.condition, step=step)
     if config.model == "gpt":
-        bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", config.views)
-        result["bits"] = dict(zip(run.token_names, (bits.mean(0) / positions).tolist()))
-        result["bits_image"] = float(bits.sum(1).mean())
-        result["bits_uniform"] = sum(map(math.log2, run.model.sizes)) * positions
-        result["bits_unigram"] = 0.0  # of the training split's frequencies, one added to each code
-        for i, size in enumerate(run.model.sizes):
-            counts = torch.bincount(train_set.indices[:, i].flatten(), minlength=size).double() + 1
-            bits_of_codes = -(counts / counts.sum()).log2()
-            result["bits_unigram"] += float(bits_of_codes[val_set.indices[:, i].flatten()].mean()) * positions
-        result["bits_per_bit"] = result["bits_image"] / result["bits_uniform"]
+        result.update(bits_of(run, stage, val_set))
     else:
-        result["noise"] = validation(config, run, count, network, val_set, range(len(val_set.labels)))["noise"]
+        every = range(len(val_set.labels))
+        result["noise"] = validation(config, run, count, network, val_set, every)["noise"]
     scores, features, done = [], ([], []), 0
-    if inception is not None:  # as many samples as there are evaluation images
-        drawn = draw_images(run, stage, val_set, torch.arange(len(val_set.labels)), choices, choices.seed)
+    if inception is not None:  # a sample for each evaluation image
+        every = torch.arange(len(val_set.labels))
+        drawn = draw_images(run, stage, val_set, every, choices, choices.seed)
     for x, batch in run.batches(run.dataset("val")):
         rows = torch.arange(done, done + len(x))
         scores.append(psnr(decode_tokens(run, val_set.indices[rows]), x.cpu()))
         if inception is not None:
-            for kept, images in zip(features, (batch["image"], to_bytes(decode_tokens(run, drawn[rows])))):
+            samples = to_bytes(decode_tokens(run, drawn[rows]))
+            for kept, images in zip(features, (batch["image"], samples)):
                 kept.append(inception(images.to(run.device)).cpu().double())
         done += len(x)
     result["psnr"] = torch.cat(scores).mean().item()
-    result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features)) if inception is not None and done > 1 else None
+    result["fid"] = None
+    if inception is not None and done > 1:
+        result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features))
     with atomic_write(stage_folder(run, config, run.results) / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=1))
     return result
+
+
+def bits_of(run, stage, val_set):
+    """Bits of the tokens under a transformer, by position and image, and under two baselines.
+
+    The unigram is of the training split's frequencies, with one added to each code.
+    """
+    positions = math.prod(run.model.grid)
+    bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", stage[1].views)
+    unigram = 0.0
+    for i, size in enumerate(run.model.sizes):
+        counts = torch.bincount(train_set.indices[:, i].flatten(), minlength=size).double() + 1
+        bits_of_codes = -(counts / counts.sum()).log2()
+        unigram += float(bits_of_codes[val_set.indices[:, i].flatten()].mean()) * positions
+    image = float(bits.sum(1).mean())
+    uniform = sum(map(math.log2, run.model.sizes)) * positions
+    return {
+        "bits": dict(zip(run.token_names, (bits.mean(0) / positions).tolist())),
+        "bits_image": image,
+        "bits_uniform": uniform,
+        "bits_unigram": unigram,
+        "bits_per_bit": image / uniform,
+    }
 
 
 COLUMNS = {  # of Table 6: name in evaluation.json → title, format
@@ -647,128 +907,32 @@ COLUMNS = {  # of Table 6: name in evaluation.json → title, format
 
 
 def print_table(runs, choices, path=""):
-    """The sub-command evaluate: a table of every second stage of every run; path: of Inception's weights."""
-    (inception, reason), results = load_or_reason(load_inception, path), []
+    """The command evaluate: print Table 6; path: of Inception's weights."""
+    inception, reason = load_or_reason(load_inception, path)
+    titles = [title for title, _ in COLUMNS.values()]
+    table = [["run", "model", "condition", "bits per position ↓", *titles]]
     for run in runs:
+        network = inception and inception.to(run.device)
         for best in sorted((run.path / "synthesis").glob("*/best.pt")):
-            network = inception and inception.to(run.device)
             try:
-                results.append(evaluate_stage(run, load_stage(run, best.parent), choices, network))
+                result = evaluate_stage(run, load_stage(run, best.parent), choices, network)
             except UserError as error:
                 print(f"not in the table: {error}")
-    if not results:
-        raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; train makes one")
-    rows = [["run", "model", "condition", "bits per position ↓", *(title for title, _ in COLUMNS.values())]]
-    for result in results:
-        parts = " + ".join(f"{value:.3f}" for value in result.get("bits", {}).values()) or "–"
-        cells = ["–" if result.get(name) is None else format(result[name], form) for name, (_, form) in COLUMNS.items()]
-        rows.append([result["run"], result["model"], result["condition"], parts, *cells])
-    print(as_markdown(rows) + "\n")
+                continue
+            bits = " + ".join(f"{value:.3f}" for value in result.get("bits", {}).values()) or "–"
+            row = [result["run"], result["model"], result["condition"], bits]
+            for name, (_, form) in COLUMNS.items():
+                value = result.get(name)
+                row.append("–" if value is None else format(value, form))
+            table.append(row)
+    if len(table) == 1:
+        raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; "
+                        "train makes one")
+    print(as_markdown(table) + "\n")
     if reason:
         print(f"FID: – ({reason})")
     else:
         warn_of_fid(min(len(run.dataset("val")) for run in runs))
-
-
-# ======== Command line
-
-def convert(run, photographs, split, decode, output, words):
-    """The sub-command tokens: encode photographs or a split, or decode a file."""
-    if photographs:
-        path = Path(output or run.path / "photographs.png")
-        x = torch.cat([run.read(photograph) for photograph in photographs])
-        indices, words = run.model.encode(x), words or range(len(x))
-        draw_grid([("original", x, photographs), ("from its tokens", run.model.decode(indices))], path)
-        print(f"{path}: each image above what its tokens give")
-    elif decode:
-        with user_error(f"'{decode}' is no token file of this run: {{}}"):
-            arrays, shape = dict(np.load(decode)), (len(run.model.sizes), *run.model.grid)
-            if arrays["indices"].dtype.kind not in "iu" or arrays["indices"].shape[1:] != shape:
-                raise ValueError(f"its indices are not whole numbers of shape {('images', *shape)}")
-            indices, sizes = torch.from_numpy(arrays["indices"]).long(), torch.tensor(run.model.sizes)[:, None, None]
-            if arrays["tokenizer"] != run.tokenizer or (indices < 0).any() or (indices >= sizes).any():
-                raise ValueError("it was made by another tokenizer")
-        folder = Path(output or run.path / "decoded")
-        images = (image for part in indices.split(run.config.batch_size) for image in decode_tokens(run, part))
-        for index, image in enumerate(images):
-            save_png(TF.to_pil_image(to_bytes(image)), folder / f"{index:06d}.png")
-        print(f"{folder}: {len(indices):,} images")
-    else:
-        if output and not output.endswith(".npz"):
-            raise UserError(f"--output {output} must end in .npz")
-        indices, path = tokens_of(run, split).indices, run.results / f"tokens-{split}.npz"
-        if output:
-            with atomic_write(output) as part:
-                part.write_bytes(path.read_bytes())
-        print(f"{output or path}: {len(indices):,} images of {run.model.grid} positions, {' + '.join(run.token_names)}")
-    for index in words:
-        if not 0 <= index < len(indices):
-            raise UserError(f"--words {index}: there are images 0 … {len(indices) - 1}")
-        print(f"\n{photographs[index] if photographs else f'image {index}'}\n{run.spell(indices[index])}")
-
-
-def parse(argv=None):
-    """Command line → dict: `command`, `runs`, and its flags."""
-    argv = sys.argv[1:] if argv is None else argv
-    starts = (i for i, word in enumerate(argv) if word in COMMANDS or word.startswith("-"))
-    at = next(starts, min(1, len(argv[1:])))  # runs come before it
-    parser = Parser(description=__doc__, usage="%(prog)s RUN [RUN ...] COMMAND ...; train and tokens take one RUN")
-    commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
-    for name, (kind, what) in COMMANDS.items():
-        sub = commands.add_parser(name, help=what, description=what, prog=f"{parser.prog} RUN {name}")
-        sub.add_argument("--data", default="", help="where the data set lies now, under its old name, or another one")
-        sub.add_argument("--labels", default="", help="folder of label maps, of a run with --dataset folder")
-        sub.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
-        if kind:
-            sub.add_fields(kind)
-        if name == "train":
-            start = sub.add_mutually_exclusive_group()
-            start.add_argument("--resume", action="store_true", help="go on from its last checkpoint")
-            start.add_argument("--overwrite", action="store_true", help="replace one of the same name")
-        elif name == "complete":
-            sub.add_argument("--part", default="top", help="known: top, bottom, left, right, or a picture's white")
-        elif name == "evaluate":
-            sub.add_argument("--inception", default="", help="local copy of FID's weights; without any, FID is a dash")
-        elif name == "tokens":
-            what = sub.add_mutually_exclusive_group()
-            what.add_argument("photographs", nargs="*", default=(), metavar="PHOTO", help="images to read as words")
-            what.add_argument("--split", default="val", choices=("train", "val"), help="split to encode")
-            what.add_argument("--decode", default="", help="token file to turn back into images")
-            sub.add_argument("--output", default="", help="PNG of photographs, token file, or folder of --decode")
-            sub.add_argument("--words", default=(), nargs="+", type=int, help="images to print as words, by number")
-    if argv[:1] and argv[0] in COMMANDS and not {"-h", "--help"} & set(argv):
-        parser.error(f"name a run of train.py before {argv[0]}")
-    return {**vars(parser.parse_args(argv[at:])), "runs": argv[:at]}
-
-
-COMMANDS = {  # sub-command → its flags' dataclass, what it does
-    "train": (SynthesisConfig, f"Train a second stage on a run's tokens; for tokenizers of the tiny preset {TINY}."),
-    "sample": (Drawing, "Draw images for conditions, or with words in their places."),
-    "complete": (Drawing, "Keep a part of images and draw the rest: Fig. 8."),
-    "evaluate": (Sampling, "Table 6: FID and likelihood of every second stage."),
-    "tokens": (None, "Images to tokens and words, and back."),
-}
-
-
-def main(argv=None):
-    """Run a sub-command on some runs, whose tokenizers do not change."""
-    args = parse(argv)
-    torch.backends.cudnn.allow_tf32 = False  # so that tokens are those of a CPU
-    name, where = args.pop("command"), [args.pop(flag) for flag in ("device", "data", "labels")]
-    runs = [Run(path, *where) for path in args.pop("runs")]
-    if name in ("train", "tokens") and len(runs) > 1:
-        raise UserError(f"{name} takes one run, not {len(runs)}")
-    if name == "train":
-        resume, overwrite = args.pop("resume"), args.pop("overwrite")
-        train_stage(runs[0], args, resume, overwrite)
-    elif name == "tokens":
-        convert(runs[0], **args)
-    elif name == "evaluate":
-        inception = args.pop("inception")
-        print_table(runs, Sampling(**args), inception)
-    else:
-        part = args.pop("part", "")
-        draw_samples(runs, refuse_idle(Drawing(**args), args, MATTERS), part)
 
 
 if __name__ == "__main__":

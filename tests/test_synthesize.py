@@ -16,18 +16,27 @@ from torch.utils._pytree import tree_leaves
 
 from evaluate import fid
 from prior import UserError
-from synthesize import Drawing, StageTrainer, SynthesisConfig, Tokens, draw_images, evaluate_stage, known_of, known_part
-from synthesize import likelihood, load_stage, losses_of, main, pin_words, stage_folder, tokens_of, validation
+from synthesize import (Drawing, StageTrainer, SynthesisConfig, Tokens, draw_images,
+                        evaluate_stage, known_of, known_part, likelihood, load_stage, losses_of,
+                        main, pin_words, stage_folder, tokens_of, validation)
 from test_evaluate import FEW, QUARTERS, own_folder, trained
 from train import DemoDataset, Run, psnr, to_bytes, to_images
 
-SMALL = "--device=cpu --steps=3 --width=16 --depth=1 --heads=2 --batch-size=8 --eval-every=2 --log-every=1".split()
-RUNS = {"vqct": "--method=vqct", "vqgan": "--method=vqgan", "official": "--recipe=official --code-dim=16"}
+SMALL = """--device=cpu --steps=3 --width=16 --depth=1 --heads=2 --batch-size=8
+    --eval-every=2 --log-every=1""".split()
+RUNS = {
+    "vqct": "--method=vqct",
+    "vqgan": "--method=vqgan",
+    "official": "--recipe=official --code-dim=16",
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each kind of tokenizer; the official one, with three tokens a position, has a second stage."""
+    """A run of each kind of tokenizer; the official one has a second stage.
+
+    The official one has three tokens a position.
+    """
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DemoDataset, "SIZES", FEW)
@@ -66,12 +75,18 @@ def images_of(run):
 @every_run
 def test_tokens_decode_to_the_reconstruction(run, capsys):
     go("tokens", "--words=1")
-    here, printed, file = Run(run, "cpu"), capsys.readouterr().out, np.load("run/tokens-val.npz", allow_pickle=False)
+    here, printed = Run(run, "cpu"), capsys.readouterr().out
+    file = np.load("run/tokens-val.npz", allow_pickle=False)
     tokens = {"vqgan": 1, "vqct": 2}[here.config.method] + (here.config.recipe == "official")
-    assert file["indices"].shape == (11, tokens, 8, 8) and file["classes"].tolist() == here.dataset("val").classes
+    assert file["indices"].shape == (11, tokens, 8, 8)
+    assert file["classes"].tolist() == here.dataset("val").classes
     assert file["labels"].tolist() == [item["label"] for item in here.dataset("val")]
     words = here.model.per_token([file[f"{name}_words"] for name in here.names])
-    spell = lambda row, column: " ".join(listed[i] for listed, i in zip(words, file["indices"][1, :, row, column]))
+
+    def spell(row, column):
+        codes = file["indices"][1, :, row, column]
+        return " ".join(listed[i] for listed, i in zip(words, codes))
+
     cells = [re.split("  +", line) for line in printed.split("image 1\n")[1].splitlines()]
     assert cells == [[spell(row, column) for column in range(8)] for row in range(8)]
     go("tokens", "--decode=run/tokens-val.npz", "--output=images")
@@ -95,11 +110,13 @@ def test_foreign_token_files_are_named(run):
 def test_views_are_crops_and_flips_with_their_maps(run):
     here = Run(run, "cpu")
     one, three, dataset = tokens_of(here, "val"), tokens_of(here, "val", 3), here.dataset("val")
-    assert torch.equal(three.indices[:11], one.indices) and torch.equal(three.labels, one.labels.repeat(3))
+    assert torch.equal(three.indices[:11], one.indices)
+    assert torch.equal(three.labels, one.labels.repeat(3))
     dataset.with_segmentation = True
     item = dataset[2, 11 + 2]  # the second view of image 2
     assert torch.equal(three.segmentation[13].long(), item["segmentation"])
-    assert torch.equal(three.indices[13], here.model.encode(to_images(item["image"][None], here.device))[0])
+    image = to_images(item["image"][None], here.device)
+    assert torch.equal(three.indices[13], here.model.encode(image)[0])
     assert any(torch.equal(three.segmentation[11 + i], one.segmentation[i].flip(-1)) for i in range(11))
 
 
@@ -116,7 +133,7 @@ def test_features_are_encoded_once_and_belong_to_their_tokens(run):
 
 
 def rewritten(run, change):
-    """Replace the features that a run keeps by what `change` makes of them, without the key behind them or with it."""
+    """Path and key of a run's features, which `change` has replaced; the key is lost."""
     path = run / "features-val.npy"
     features, key = np.load(path), path.read_bytes()[-64:]
     np.save(path, change(features))
@@ -138,8 +155,8 @@ def one_row_less(run):
 
 
 SPOILED = {
-    "cut tokens": lambda run: (run / "tokens-val.npz").write_bytes((run / "tokens-val.npz").read_bytes()[:500]),
-    "cut features": lambda run: (run / "features-val.npy").write_bytes((run / "features-val.npy").read_bytes()[:500]),
+    "cut tokens": lambda run: os.truncate(run / "tokens-val.npz", 500),
+    "cut features": lambda run: os.truncate(run / "features-val.npy", 500),
     "zeros": lambda run: rewritten(run, np.zeros_like),
     "another run's": of_another_run,
     "one row less": one_row_less,
@@ -175,7 +192,8 @@ def test_a_tokenizer_is_the_checkpoint_that_was_read(run, monkeypatch):
 
 def test_label_shares_are_those_of_each_positions_pixels():
     maps = torch.tensor([[[0, 0, 1, 1], [0, 2, 1, 1], [-1, 0, 2, 9], [0, 0, 2, 2]]], dtype=torch.int16)
-    tokens, config = Tokens(torch.zeros(1, 1, 2, 2), torch.zeros(1), maps), SynthesisConfig(condition="segmentation")
+    tokens = Tokens(torch.zeros(1, 1, 2, 2), torch.zeros(1), maps)
+    config = SynthesisConfig(condition="segmentation")
     shares = known_of(config, tokens, torch.tensor([0]), torch.device("cpu"), count=3)
     assert (4 * shares[0]).tolist() == [[[3, 0], [3, 0]], [[0, 4], [0, 0]], [[1, 0], [0, 3]]]
 
@@ -190,9 +208,13 @@ def test_every_second_stage_trains_and_completes(run, model, condition):
     choices.guidance = 1.5
     draw = lambda seed, rows: draw_images(here, trained, tokens, torch.tensor(rows), choices, seed, given[rows])
     drawn = draw(0, [0, 1, 2, 3])
-    assert torch.equal(drawn[given >= 0], given[given >= 0]) and torch.equal(draw(0, [3])[:, :, :4], given[3:, :, :4])
-    assert torch.equal(drawn, draw(0, [0, 1, 2, 3])) and not torch.equal(drawn, draw(1, [0, 1, 2, 3]))  # by its seed
-    assert len({str(validation(trained[1], here, trained[2], trained[0], tokens, range(4))) for _ in range(2)}) == 1  # one noise
+    assert torch.equal(drawn[given >= 0], given[given >= 0])
+    assert torch.equal(draw(0, [3])[:, :, :4], given[3:, :, :4])
+    assert torch.equal(drawn, draw(0, [0, 1, 2, 3]))  # as its seed says
+    assert not torch.equal(drawn, draw(1, [0, 1, 2, 3]))
+    network, config, count, _ = trained
+    once, again = (validation(config, here, count, network, tokens, range(4)) for _ in range(2))
+    assert once == again  # one noise
     trained[0].loss = lambda x, *_: [torch.tensor(float(len(x)))]
     assert losses_of(trained[1], here, trained[2], trained[0], tokens, torch.tensor([3]))[0] == 1  # one image
     here.tokenizer = "0" * 64
@@ -223,13 +245,15 @@ def test_averaged_weights_follow_without_a_graph(run):
     trainer = StageTrainer(config, here, count, tokens, range(4))
     vector = lambda network: torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
     start, _ = vector(trainer.network), trainer.train_step([[0, 1]])
-    torch.testing.assert_close(vector(trainer.ema), start.lerp(vector(trainer.network), 9 / 11))  # a decay of 2 / 11
+    expected = start.lerp(vector(trainer.network), 9 / 11)  # a decay of 2 / 11
+    torch.testing.assert_close(vector(trainer.ema), expected)
     assert not any(average.requires_grad for average in trainer.ema.parameters())
 
 
 def test_likelihood_adds_up_and_has_its_baselines(run, capsys, monkeypatch):
     here, trained, tokens, choices = stage(run, condition="segmentation")
-    bits, (network, config, count, _), (images, x) = likelihood(here, trained, tokens), trained, images_of(here)
+    bits, (images, x) = likelihood(here, trained, tokens), images_of(here)
+    network, config, count, _ = trained
     known = known_of(config, tokens, torch.tensor([2]), here.device, count)
     for i, part in enumerate(network(tokens.indices[2:3], known)):
         chosen = part[0].double().log_softmax(-1)[torch.arange(64), tokens.indices[2, i].flatten()]
@@ -246,13 +270,16 @@ def test_likelihood_adds_up_and_has_its_baselines(run, capsys, monkeypatch):
     assert result["psnr"] == pytest.approx(psnr(here.model(x).x_hat, x).mean().item(), rel=1e-5)
     drawn = draw_images(here, trained, tokens, torch.arange(11), choices, 0)
     drawn = to_bytes(here.model.decode(drawn).detach())
-    assert result["fid"] == pytest.approx(fid(*(QUARTERS(part).double().numpy() for part in (images, drawn))), rel=1e-3)
+    features = (QUARTERS(part).double().numpy() for part in (images, drawn))
+    assert result["fid"] == pytest.approx(fid(*features), rel=1e-3)
     assert json.loads(Path("run/synthesis/gpt-segmentation/evaluation.json").read_text()) == result
     go("evaluate")
-    assert re.search(r"\n\| run \| gpt \| segmentation \|.*\n\nFID: – .missing: FID", capsys.readouterr().out)
+    row = r"\n\| run \| gpt \| segmentation \|.*\n\nFID: – .missing: FID"
+    assert re.search(row, capsys.readouterr().out)
     monkeypatch.setattr("synthesize.load_or_reason", lambda *_: (QUARTERS, ""))
     go("evaluate")
-    assert "FID over 11 images is biased upward, as the covariance of 2,048 features has no" in capsys.readouterr().out
+    warning = "FID over 11 images is biased upward: 2,048 features have no"
+    assert warning in capsys.readouterr().out
 
 
 @every_run
@@ -269,30 +296,31 @@ def test_a_word_in_its_place_stays(run, model):
 def test_words_are_pinned_and_parts_completed(run, capsys):
     adjectives, nouns = Run(run, "cpu").words
     flags = ["--condition=segmentation", "--words", "--output=s.png"]
-    go("sample", *flags, "--pin", f"3,4={adjectives[3]},{adjectives[5]},{nouns[4]}", "--count=1", "--repeat=1")
+    pin = f"3,4={adjectives[3]},{adjectives[5]},{nouns[4]}"
+    go("sample", *flags, "--pin", pin, "--count=1", "--repeat=1")
     grid = capsys.readouterr().out.split("sample 1 for image 0\n")[1].splitlines()
     assert f"{adjectives[3]} {adjectives[5]} {nouns[4]}" in grid[3]
-    sample = np.array(Image.open("s.png"))[3 * 132 :, 150:][:128:4, :128:4]  # 32 pixels a side, four of a cell
+    sample = np.array(Image.open("s.png"))[3 * 132 :, 150:]
+    sample = sample[:128:4, :128:4]  # 32 pixels a side, four of a cell
     cell = sample[12:16, 16:20]
-    assert (cell[[0, 3]] == 255).all() and (cell[:, [0, 3]] == 255).all() and not (cell[1:3, 1:3] == 255).all()
+    assert (cell[[0, 3]] == 255).all() and (cell[:, [0, 3]] == 255).all()
+    assert not (cell[1:3, 1:3] == 255).all()
     assert not (sample[8:12, 16:20] == 255).all(axis=(1, 2)).any()  # the cell above has no frame
-    Image.fromarray(np.uint8(255 * (np.indices((32, 32))[1] < 8))).save("mask.png")
-    assert known_part("mask.png", (4, 4)).tolist() == [[True] + [False] * 3] * 4
-    Image.open("mask.png").save("mask.eps")  # to read it, Pillow would run Ghostscript
-    os.mkfifo("pipe.png")
-    for name, message in {"mask.eps": "cannot identify", "pipe.png": "not a regular file"}.items():
-        with pytest.raises(UserError, match=f"image '{name}' cannot be read: .*{message}"):
-            known_part(name, (4, 4))
-    go("complete", *flags, "--part=mask.png", "--count=3")
+    left = [[True, True, False, False]] * 4
+    assert known_part("left", (4, 4)).tolist() == left
+    assert known_part("right", (4, 4)).tolist() == (~np.array(left)).tolist()
+    assert known_part("bottom", (4, 2)).tolist() == [[False] * 2] * 2 + [[True] * 2] * 2
+    go("complete", *flags, "--part=left", "--count=3")
     labels = stage(run, condition="segmentation")[2].segmentation[[0, 5, 10]].unique()
-    rows = 8 + math.ceil(len(labels) / 8)  # maps, originals, decoded, known; twice two drawn; what colours mean
-    assert Image.open("s.png").size == (150 + min(8, len(labels)) * 132, rows * 132)
+    legend = 8 + 20 * math.ceil(len(labels) / 6)  # below maps, originals, decoded, known, 2 × 2 drawn
+    assert Image.open("s.png").size == (150 + 3 * 132, 8 * 132 + legend)
 
 
 def test_a_class_is_drawn_instead_of_an_images_own(run, capsys):
     here, trained, tokens, choices = stage(run, condition="class")
     go("sample", "--condition=class", "--label=jay", "--images", "3", "1", "--words", "--repeat=1")
-    drawn = draw_images(here, trained, tokens._replace(labels=torch.full((11,), 2)), torch.tensor([3, 1]), choices, 0)
+    jays = tokens._replace(labels=torch.full((11,), 2))
+    drawn = draw_images(here, trained, jays, torch.tensor([3, 1]), choices, 0)
     assert f"\njay 1 for image 1\n{here.spell(drawn[1])}\n" in capsys.readouterr().out
     with pytest.raises(UserError, match="--label eagle: classes are robin, cardinal, jay"):
         go("sample", "--condition=class", "--label=eagle")
@@ -324,14 +352,46 @@ def test_photographs_are_read_as_they_are(run, capsys):
     assert Image.open("seen.png").size == (150 + 2 * 132, 2 * 132)
 
 
+def test_photographs_become_a_token_file_and_images_again(run, capsys):
+    for name in "ab":
+        Image.effect_noise((48, 40), 80).convert("RGB").save(f"{name}.png")
+    go("tokens", "a.png", "b.png", "--output=x.npz", "--words", "1")
+    here, printed = Run(run, "cpu"), capsys.readouterr().out
+    x = torch.cat([here.read(f"{name}.png") for name in "ab"])
+    indices = here.model.encode(x)
+    assert torch.equal(torch.from_numpy(np.load("x.npz")["indices"]).long(), indices)
+    assert f"\nb.png\n{here.spell(indices[1])}\n" in printed and "\na.png\n" not in printed
+    go("tokens", "--decode=x.npz", "--output=images")
+    expected = to_bytes(here.model.decode(indices).detach()).permute(0, 2, 3, 1).numpy()
+    decoded = np.stack([np.array(Image.open(path)) for path in sorted(Path("images").iterdir())])
+    assert np.abs(decoded.astype(int) - expected).max() <= 1
+
+
+def test_the_only_second_stage_needs_no_name(run, capsys):
+    flags = ["--count=2", "--repeat=1", "--output=s.png"]
+    go("sample", *flags, "--words", "10")
+    printed = capsys.readouterr().out
+    assert "sample 1 for image 10" in printed and "for image 0" not in printed
+    shutil.copytree("run/synthesis/gpt-segmentation", "run/synthesis/ldm-segmentation")
+    with pytest.raises(UserError, match="several second stages in 'run' .there: gpt-seg.*, ldm-seg"):
+        go("sample", *flags)
+    go("sample", *flags, "--model=gpt")
+
+
 def test_sub_commands_have_their_own_page(capsys):
     for words in (["train", "--help"], ["run", "train", "--help"]):
         with pytest.raises(SystemExit):
             main(words)
-        assert "--weight-decay" in capsys.readouterr().out
+        page = capsys.readouterr().out
+        assert "--weight-decay" in page and "--width 192" in page and "{'" not in page
     with pytest.raises(SystemExit):
         main(["train", "run", "--steps=3"])
     assert "name a run of train.py before train" in capsys.readouterr().err
+    for words in (["runs/demo-vqct"], ["runs/demo-vqct", "complte"]):
+        with pytest.raises(SystemExit):
+            main(words)
+        message = "name a command after the run: train, sample, complete, evaluate, tokens"
+        assert message in capsys.readouterr().err
 
 
 REFUSED = """
@@ -343,13 +403,13 @@ train --condition segmentation --resume --lr 1 → --resume cannot change --lr f
 train --condition segmentation --resume --steps 2 → is at step 3 already
 train --dropout 1.5 → 2 error: argument --dropout
 sample --label robin → --label changes nothing
-sample --guidance 2 → --guidance changes nothing
+complete --words 77 --repeat 1 → --words 77: these are images 0 … 10
 sample --sampling-steps 5 → --sampling-steps changes nothing
 sample --count 3 --images 1 2 → --count changes nothing
-sample → no second stage 'gpt-none' in 'run' .there: gpt-segmentation.
+sample --condition none → no such second stage in 'run' .there: gpt-segmentation.
 complete --condition segmentation --pin 3,99=red → --pin 3,99=red: expected row,column=adjective1,adjective2,noun
-complete --condition segmentation --pin 3,4=,,zqxv → 'zqxv' is no noun of this run's codebook; spelled alike: none
-complete --condition segmentation --part nowhere → --part nowhere: neither top, bottom
+complete --condition segmentation --pin 3,4=,,zqxv → 'zqxv' is no noun of this codebook
+complete --part nowhere → argument --part: invalid choice: 'nowhere'
 complete --condition segmentation --images 77 → images 0 … 10
 tokens --words 11 → images 0 … 10
 """

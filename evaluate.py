@@ -435,7 +435,10 @@ def contents_of(run, dataset):
             value = np.sort(value, axis=0)
         prior.update(value.tobytes())
     images = identity(dataset, run.config.data)
-    return {"prior": prior.hexdigest(), "data": run.data, "images": images, "code": run.code}
+    return {
+        "prior": prior.hexdigest(), "data": run.data, "images": images,
+        "code": run.code, "processes": run.processes,
+    }
 
 
 @torch.no_grad()

@@ -94,6 +94,8 @@ def read_captions(path):
 
 def captions_of(text):
     """The captions of a file's text in one of FORMS → list. Raises ValueError for damaged JSON."""
+    if "\0" in text:
+        raise ValueError("it is text of another encoding than UTF-8, or UTF-16 with its mark")
     lines = [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if re.match(r'\s*[\[{]\s*[\[{"\]}]', text):
         try:
@@ -452,6 +454,8 @@ def glove_vectors(words, weights, dim, counts):
     with user_error(f"vectors '{weights}' cannot be read: {{}}"):
         for number, line in enumerate(glove_lines(weights, dim), 1):
             line = line.rstrip()
+            if number == 1 and re.fullmatch(r"\d+ \d+", line):  # word2vec's header
+                continue
             width = width or line.count(" ")
             word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
             if len(values) != width or not width:
@@ -474,8 +478,9 @@ def glove_lines(weights, dim):
             yield from stream
         return
     with zipfile.ZipFile(weights) as archive:
-        members = [name for name in archive.namelist() if name.endswith(f".{dim or 100}d.txt")]
-        members = [name for name in members if not is_hidden(name)]
+        members = [name for name in archive.namelist() if name.endswith(".txt") and not is_hidden(name)]
+        if len(members) > 1:
+            members = [name for name in members if name.endswith(f".{dim or 100}d.txt")]
         if len(members) != 1:
             raise ValueError(f"{len(members)} files of {dim or 100} dimensions inside; give --dim")
         with archive.open(members[0]) as stream:
@@ -649,7 +654,7 @@ CLIP_FILES = {  # name → size, sha256
 
 def clip_needs():
     """CLIP's vocabulary and weights → list of PublishedFile."""
-    local = "python prior.py CORPUS --weights DIR"
+    local = "--prior FILE.npz, made by python prior.py CORPUS --weights DIR --out FILE.npz"
     cached = "clip-vit-base-patch32-"
     return [
         PublishedFile(f"CLIP's {name}", size, CLIP_URL + name, local, cached + name, sha256)
@@ -696,6 +701,10 @@ class Prior:
             arrays["provenance"] = json.loads(str(arrays["provenance"]))
             prior = cls(**arrays)
             prior.check()
+            kinds = {"_vectors": np.float32, "edges": np.int64, "_counts": np.int64}
+            for name, kind in itertools.product(arrays, kinds):
+                if name.endswith(kind):
+                    setattr(prior, name, arrays[name].astype(kinds[kind]))
             return prior
 
     def check(self):
@@ -704,6 +713,8 @@ class Prior:
             words, vectors = self[f"{part}_words"], self[f"{part}_vectors"]
             if words.dtype.kind != "U" or words.ndim != 1 or not 0 < len(words) == len(np.unique(words)):
                 raise ValueError(f"its {part}s are not words, each once")
+            if not all(re.search(r"[^\W\d_]", word) for word in words.tolist()):
+                raise ValueError(f"one of its {part}s has no letter")
             if vectors.dtype.kind != "f" or vectors.shape != (len(words), self.noun_vectors.shape[-1]):
                 raise ValueError(f"its {part}s do not have a vector each, of one length")
             if not (vectors.any(axis=1) & (np.abs(vectors) < 1e6).all(axis=1)).all():
@@ -758,16 +769,26 @@ def build_prior(
     provenance = {
         "corpus": name,
         "captions": counts.captions,
-        "captions_sha256": text_checksum(captions),
+        "made_from": made_from(captions, embeddings, min_count),
         "vectors": {"name": embeddings, "file": Path(weights).name, "sha256": sha256},
         "dim": arrays["noun_vectors"].shape[1],
-        "min_count": min_count,
         "without_vector": {part: len(seen[part]) - len(words[part]) for part in PARTS},
         "part_of_speech": speech.name,
         "plurals": getattr(speech, "plurals", {}),
     }
     edges, edge_counts = edges_between(words, counts.pairs)
     return Prior(**arrays, edges=edges, edge_counts=edge_counts, provenance=provenance)
+
+
+def made_from(captions, embeddings, min_count):
+    """What decides a prior's words and edges: it is made again where this differs → dict."""
+    rules = [*map(str, RULES), *map(str, EDGES)]
+    return {
+        "captions_sha256": text_checksum(captions),
+        "embeddings": embeddings,
+        "min_count": min_count,
+        "rules_sha256": text_checksum(rules),
+    }
 
 
 def frequent_words(counts, min_count):
@@ -897,7 +918,7 @@ def show_word(prior, part, word):
 def show_caption(prior, caption):
     """Print what a caption becomes: tags, parts of speech, nodes and modifying pairs."""
     words = {part: prior[f"{part}_words"].tolist() for part in PARTS}
-    if prior.provenance["part_of_speech"] == WordListSpeech.name:
+    if prior.provenance.get("part_of_speech") == WordListSpeech.name:
         speech = WordListSpeech(*words.values(), prior.provenance["plurals"])
     else:
         speech = WordNetSpeech()
@@ -1218,8 +1239,11 @@ def text_checksum(lines):
 
 def checksum(path, kind="sha256"):
     """The checksum of a file, in hexadecimal digits."""
+    digest = hashlib.new(kind)
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # ======== Helpers for all scripts: downloads and progress
@@ -1235,6 +1259,8 @@ def download(url, path, digest):
     print(f"downloading {url}", file=sys.stderr, flush=True)
     with user_error(f"{url} is unavailable: {{}}; run the command again"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f"{path.name}.*.partial"):  # of a download that was killed
+            stale.unlink()
         torch.hub.download_url_to_file(url, str(path), hash_prefix=None if md5 else digest)
         if md5 and checksum(path, "md5") != digest:
             path.unlink()

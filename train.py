@@ -29,6 +29,7 @@ import textwrap
 import threading
 import time
 import zipfile
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -48,9 +49,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (
     CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech,
-    atomic_write, build_prior, command, describe_codebook, download, is_hidden,
-    language_needs, list_files, load_tensors, provide, read_captions, read_corpora,
-    read_tensors, regular, save_png, shuffled, text_checksum, user_error)
+    atomic_write, build_prior, checksum, command, describe_codebook, download,
+    is_hidden, language_needs, list_files, load_tensors, made_from, provide,
+    read_captions, read_corpora, read_tensors, regular, save_png, shuffled, user_error,
+)
 from vqct import (
     LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce,
     distributed, hinge_loss, load_taming, needs_prior, option)
@@ -209,6 +211,9 @@ def resolve(given, stored=None):
         config.data = f"data/{DATASETS[config.dataset].folder}"
     config.data = os.path.expanduser(config.data)
     config.labels = os.path.expanduser(config.labels)
+    if config.prior and not config.prior.endswith(".npz"):
+        raise UserError("--prior takes a .npz; make one with: python prior.py "
+                        f"{shlex.quote(config.prior)} --out NAME.npz")
     config.out = config.out or run_name(
         config, given, {**asdict(Config()), **usual, "preset": usual_preset})
 
@@ -967,15 +972,17 @@ def celebahq_records(root, split):
 
 
 def coco_records(root, split):
-    """MS-COCO 2017.
+    """MS-COCO 2017, or 2014 if its folders are there instead.
 
         coco/train2017/, val2017/
         coco/annotations/captions_train2017.json, captions_val2017.json
         coco/stuffthingmaps/train2017/, val2017/   label maps, if wanted
     """
-    require(root, "train2017", "val2017")
-    table = root / "annotations" / f"captions_{split}2017.json"
-    maps = root / "stuffthingmaps" / f"{split}2017"
+    older = (root / "train2014").is_dir() and not (root / "train2017").is_dir()
+    year = 2014 if older else 2017
+    require(root, f"train{year}", f"val{year}")
+    table = root / "annotations" / f"captions_{split}{year}.json"
+    maps = root / "stuffthingmaps" / f"{split}{year}"
     captions = defaultdict(list)
     if table.is_file():
         with user_error(f"'{table}' is not COCO's captions file: {{}}"):
@@ -985,7 +992,7 @@ def coco_records(root, split):
                 text = " ".join(annotation["caption"].split())
                 captions[names[annotation["image_id"]]].append(text)
     records = []
-    for path in list_files(root / f"{split}2017", [".jpg"]):
+    for path in list_files(root / f"{split}{year}", [".jpg"]):
         label_map = maps / f"{path.stem}.png" if maps.is_dir() else None
         records.append(Record(path, -1, captions[path.name], label_map))
     return records, []
@@ -1046,7 +1053,7 @@ class Archive(Need):
         return self.path.exists() and not self.file.exists()
 
     def download_and_unpack(self):
-        if not self.file.is_file():
+        if not self.file.is_file() or checksum(self.file, "md5") != self.md5:
             download(self.source, self.file, self.md5)
         print(f"unpacking {self.file}", file=sys.stderr, flush=True)
         with user_error(f"'{self.file}' cannot be unpacked: {{}}; "
@@ -1059,10 +1066,12 @@ class Archive(Need):
 def archives(name, root):
     """The Archives of a data set, or of COCO's captions, whose folder is `root`."""
     folder = DATASETS["coco" if name == "captions" else name].folder
-    inside = ARCHIVES[name][0][-1] == ".."  # the archive holds the folder
-    if inside and root.name != folder and not root.exists():
+    *_, md5, _, into = ARCHIVES[name][0]
+    if md5 and into == ".." and root.name != folder and not root.exists():
         raise UserError(f"no folder '{root}'; a download makes one named {folder}: "
                         f"give --data {root.parent / folder}")
+    if name == "coco" and (root / "train2014").is_dir():
+        return []
     local = f"{root}/annotations" if name == "captions" else "--data DIR"
     return [Archive(*texts, local, md5, root / made, Path(os.path.normpath(root / into)))
             for *texts, md5, made, into in ARCHIVES[name]]
@@ -1070,9 +1079,12 @@ def archives(name, root):
 
 def needs(config, with_prior):
     """What a run needs that this repository lacks, photographs last → list of Need."""
+    if config.dataset == "folder" and config.data:
+        check_given(config.data, config.labels)
     listed = []
     if with_prior and takes_default_prior(config):
-        listed += [] if prior_path(config).is_file() else language_needs("clip")
+        kept = any(prior_path(config, own).is_file() for own in (True, False))
+        listed += [] if kept else language_needs("clip")
         listed += archives("captions", captions_folder(config))
     if config.perceptual_weight > 0:
         local = config.trunk_weights, config.lpips_weights
@@ -1106,19 +1118,27 @@ SPLITS = {"train": ("train", "training"),
 def split_folders(root, maps):
     """The folders train and val, by any name of SPLITS; [root] if there are none.
 
-    Raises UserError for train/ beside other folders, except label maps.
+    Raises UserError for one split beside other folders (except label maps), or two train/.
     """
-    folders = {path.name.lower(): path for path in sorted(root.iterdir())
-               if path.is_dir() and not is_hidden(path.name) and path.resolve() != maps}
-    train, val = ([folders[name] for name in names if name in folders]
+    folders = [path for path in sorted(root.iterdir())
+               if path.is_dir() and not is_hidden(path.name) and path.resolve() != maps]
+    train, val = ([path for name in names for path in folders if path.name.lower() == name]
                   for names in SPLITS.values())
-    if train and val:
+    if len(train) == 1 and val:
         return [train[0], val[0]]
-    if train and len(folders) > 1:
-        others = ", ".join(f"'{path.name}'" for path in folders.values())
-        raise UserError(f"'{root}' holds {others}: which one evaluates? "
-                        "Name it val, or give train another name")
+    if train or val and len(folders) > 1:
+        others = ", ".join(f"'{path.name}'" for path in folders)
+        if len(folders) > 1:
+            raise UserError(f"'{root}' holds {others}: which one trains and which one evaluates? "
+                            "Name them train and val, or neither of them so")
     return [root]
+
+
+def check_given(root, labels):
+    """Raise UserError if the folder of --data or of --labels is missing."""
+    for name, folder in (("data", root), ("labels", labels)):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"--{name}: no such folder: '{folder}'")
 
 
 def folder_records(root, labels="", whole=False):
@@ -1132,9 +1152,7 @@ def folder_records(root, labels="", whole=False):
     whole: hold none out; then both lists are the same.
     Raises UserError for a folder that is missing.
     """
-    for name, folder in (("data", root), ("labels", labels)):
-        if folder and not Path(folder).is_dir():
-            raise UserError(f"--{name}: no such folder: '{folder}'")
+    check_given(root, labels)
     maps = Path(labels).resolve() if labels else None
 
     @functools.cache
@@ -1188,7 +1206,7 @@ def make_prior(config, dataset):
     if not needs_prior(config):
         return None
     if takes_default_prior(config):
-        prior, name = default_prior(config, dataset), prior_path(config)
+        prior, name = default_prior(config, dataset)
     elif config.prior:
         prior, name = Prior.load(config.prior), config.prior
     else:
@@ -1218,8 +1236,13 @@ def captions_folder(config):
     return Path(config.data if config.dataset == "coco" else "data/coco")
 
 
-def prior_path(config):
-    """Where the default prior of a data set is kept: data/cub-clip.npz."""
+def prior_path(config, own):
+    """Where a default prior is kept: data/cub-clip.npz.
+
+    own: whether the data set has captions of its own; otherwise all share one prior.
+    """
+    if not own:
+        return Path("data/coco-clip.npz")
     folder = config.dataset == "folder"
     name = Path(config.data).resolve().name if folder else config.dataset
     return Path(f"data/{name}-clip.npz")
@@ -1228,26 +1251,26 @@ def prior_path(config):
 def default_prior(config, dataset):
     """CLIP's vectors of the words in COCO 2017's captions and the data set's own.
 
-    It is kept, and made again if the checksum of the captions differs.
+    Returns the Prior and its path. It is kept, and made again if it would differ.
     """
-    path, folder = prior_path(config), captions_folder(config)
     own = [] if config.dataset == "coco" else all_captions(dataset)
+    path, folder = prior_path(config, bool(own)), captions_folder(config)
     captions = [*read_corpora(folder / name for name in COCO_CAPTIONS), *own]
     if path.is_file():
-        prior = Prior.load(path)
-        if prior.provenance.get("captions_sha256") == text_checksum(captions):
-            return prior
-        print(f"'{path}' is of other captions; it is made anew")
-    else:
-        layout = DATASETS.get(config.dataset)
-        where = layout.captions if layout else "x.txt beside x.jpg"
-        print(f"making '{path}' once: {len(captions):,} captions, {len(own):,} of them "
-              f"of {config.dataset} itself" + (f" (in {where})" if where else ""), flush=True)
+        with contextlib.suppress(UserError):  # damaged, so it is made again
+            prior = Prior.load(path)
+            if prior.provenance.get("made_from") == made_from(captions, "clip", 10):
+                return prior, path
+        print(f"'{path}' is of other captions, rules or options, or damaged; it is made again")
+    layout = DATASETS.get(config.dataset)
+    where = layout.captions if layout else "x.txt beside x.jpg"
+    from_own = f", {len(own):,} of them its own (from {where})" if own else ""
+    print(f"making '{path}' once, of {len(captions):,} captions{from_own}", flush=True)
     provide(language_needs("clip"), config.download, "add --download")
     prior = build_prior(captions, workers=max(1, CORES // processes()),
                         name=f"MS-COCO 2017 and {config.dataset}")
     prior.save(path)
-    return prior
+    return prior, path
 
 
 def hold_out(length, count):
@@ -1313,12 +1336,16 @@ RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz evaluation.js
 
 
 def identity(dataset, root):
-    """sha256 of labels, and of the images' sizes and names below `root`."""
+    """sha256 of labels, and of the images' names below `root`, sizes and some bytes."""
     images = []
-    for record in dataset.records:
-        path = record.path and [os.path.relpath(record.path, root),
-                                record.path.stat().st_size]
-        images.append((record.label, path))
+    for label, path in ((record.label, record.path) for record in dataset.records):
+        images.append([label])
+        if path:
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(size // 2)
+                middle = zlib.crc32(file.read(4096))  # uncompressed images have equal sizes
+            images[-1] += [os.path.relpath(path, root), size, middle]
     return hashlib.sha256(json.dumps(images).encode()).hexdigest()
 
 
@@ -1392,19 +1419,15 @@ def empty_folder(out, overwrite, journal):
 def cut_journal(journal, step):
     """Cut lines later than a step from metrics.jsonl; unreadable lines stay."""
     journal.seek(0)
-    lines, first, later = journal.readlines(), None, 0
-    for number, line in enumerate(lines):
-        match = re.search(r'"step": (\d+),', line)
-        if int(match[1]) > step if match else not line.endswith("\n"):
-            later += 1
-            if first is None:
-                first = number
-                start = "".join(lines[:number])
-                journal.truncate(len(start.encode("utf-8", "surrogateescape")))
-        elif first is not None:
-            journal.write(line)
-    if later:
-        print(f"{journal.name}: {later:,} lines later than step {step:,} are cut")
+    lines = journal.read().splitlines(keepends=True)
+    steps = [re.search(r'"step": (\d+),', line) for line in lines]
+    kept = [line for line, match in zip(lines, steps) if not match or int(match[1]) <= step]
+    text = "".join(kept)
+    if len(kept) < len(lines) or text and not text.endswith("\n"):
+        journal.truncate(0)
+        journal.write(text if text.endswith("\n") or not text else text + "\n")
+    if len(kept) < len(lines):
+        print(f"{journal.name}: {len(lines) - len(kept):,} lines later than step {step:,} are cut")
 
 
 def read_journal(path):
@@ -1413,7 +1436,7 @@ def read_journal(path):
     for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
         with contextlib.suppress(ValueError):  # damaged, or cut by a kill
             lines.append(json.loads(text))
-    return lines
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def check_there(journal):
@@ -1533,6 +1556,7 @@ class Run:
             self.config = Config(**state["config"])
             self.prior, self.step = state["prior"], state["step"]
             self.start, self.data, self.code = state["start"], state["data"], state["code"]
+            self.processes = state["processes"]
             self.model = VQModel(self.config, self.prior)
             self.model.load_state_dict(state["model"])
         self.model.to(self.device).eval().requires_grad_(False).codebook.freeze()
@@ -1557,12 +1581,14 @@ class Run:
             raise UserError(f"--data or --labels changes nothing for '{self.path}', a run of "
                 f"{config.dataset} (synthesize.py RUN tokens PHOTO reads any photograph)")
         self.results = self.path  # those on another data set have their own folder
-        name = Path(data).resolve().name
-        if data and name != Path(config.data).resolve().name:
-            self.results, config.labels = self.path / "other" / name, ""
-        elif not os.path.isdir(config.labels):  # most commands need no label maps
-            config.labels = ""
-        config.data, config.labels = data or config.data, labels or config.labels
+        if labels or not os.path.isdir(config.labels):  # most commands need no label maps
+            config.labels = labels
+        if data:
+            config.data = os.path.expanduser(data)
+            self.datasets = make_datasets(config)
+            if identity(self.datasets[0], config.data) != self.data:
+                self.results = self.path / "other" / Path(data).resolve().name
+                config.labels, self.datasets = labels, None
 
     def dataset(self, split):
         """The "train" or "val" images of the run's data set, or of another one."""

@@ -1053,13 +1053,10 @@ def test_a_users_error_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, s
     )
 
 
-def test_a_reader_that_leaves_is_no_error(show):
-    script = [
-        sys.executable,
-        "-E",
-        ROOT / "prior.py",
-        *show,
-    ]  # with print's buffer, whatever PYTHONUNBUFFERED says
+@pytest.mark.parametrize("help", [False, True])
+def test_a_reader_that_leaves_is_no_error(show, help):
+    # -E: with print's buffer, whatever PYTHONUNBUFFERED says
+    script = [sys.executable, "-E", ROOT / "prior.py", *(["--help"] if help else show)]
     process = subprocess.Popen(script, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 141

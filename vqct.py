@@ -902,7 +902,7 @@ class ModelConfig:
 
     resolution: int = option(256, "pixels per side (paper: 256)", least=24)
     channels: int = option(128, "width of the first level of encoder and decoder")
-    multipliers: tuple = option((1, 1, 2, 2, 4), "relative width of each level; n levels: f2^(n-1)")
+    multipliers: tuple = option((1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
     blocks: int = option(2, "residual blocks per level")
     z_channels: int = option(256, "channels between the network and the codes")
     code_dim: int = option(256, "channels of all codebooks together")

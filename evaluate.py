@@ -4,13 +4,14 @@
     python evaluate.py runs/cub-vqct runs/cub-vqgan --data CUB_200_2011 --figures
     python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
-Each run gets evaluation.json and reconstructions.png, and by --figures Fig. 1, 3, 5, 6, 7 and
-curves.png; for another data set, in RUN/other/NAME. Comparisons are in comparison/ beside the
-first run. Runs that differ only in their seeds share a row: mean ± standard deviation, with p
-of Welch's test against the first row and after Holm's correction over the table.
+Each run gets evaluation.json and reconstructions.png, with --figures also Fig. 1, 3,
+5, 6, 7 and curves.png. Results on another data set are in RUN/other/NAME, comparisons
+of runs in comparison/ beside the first. Runs that differ only in their seeds share a
+row: mean ± standard deviation, p of Welch's test against the first row, and p after
+Holm's correction over the table.
 
-ℓ1 and ℓ2 are of images in [-1, 1], not clamped. PSNR, SSIM and LPIPS are of clamped images and
-averaged over images. FID is of images rounded to 8 bits.
+ℓ1 and ℓ2 are of images in [-1, 1], not clamped. PSNR, SSIM and LPIPS are of clamped
+images and averaged over images. FID is of images rounded to 8 bits.
 """
 
 import functools
@@ -158,7 +159,10 @@ def load_inception(path=""):
 
 
 def load_or_reason(load, *paths):
-    """A network and "", or None and the reason; raises UserError for a local copy that is wrong."""
+    """A network and "", or None and the reason why there is none.
+
+    Raises UserError for a local copy that cannot be loaded.
+    """
     try:
         return load(*paths), ""
     except UserError as error:
@@ -177,9 +181,10 @@ def warn_of_fid(images, features=2048):
 def code_statistics(counts, names, images):
     """Dict of usage, perplexity and bits of codebooks, from how often each code was chosen.
 
-    counts: list of (K,) arrays over the whole split; names: of the codebooks. bits
-    is of an image by a fixed-length code, log2 K a token; bits_entropy by an ideal
-    code.
+    bits are of an image by a fixed-length code, log2 K a token; bits_entropy by an
+    ideal code for these frequencies.
+
+    counts: list of (K,) arrays over the whole split; names: of the codebooks.
     """
     by_codebook = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
     bits = bits_entropy = 0.0
@@ -278,8 +283,9 @@ class EvaluationConfig:
                              choices=("last", "best"))
     download: bool = option(False, "download missing weights of FID and LPIPS (91 and 5 MB)")
     inception: str = option("", "local copy of FID's weights; without any, FID is –")
-    perceptual_trunk: str = option("squeeze", "LPIPS network: SqueezeNet 1.1, or VGG-16 as in papers",
-                                   choices=("squeeze", "vgg"))
+    perceptual_trunk: str = option(
+        "squeeze", "LPIPS network: SqueezeNet 1.1, or VGG-16 as in papers",
+        choices=("squeeze", "vgg"))
     trunk_weights: str = option("", "local copy of that network's torchvision weights")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
     figures: bool = option(False, "draw Fig. 1, 3, 5, 6, 7 and curves; Fig. 4 of several runs")
@@ -300,13 +306,15 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
     """Scores, indices and features of every image of a dataset through a run's model.
 
     Each process of torchrun takes its share of the images.
+
     Returns scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr, and lpips
-    if given;
-    indices: (N, M, h, w) int32; features: of originals and reconstructions, (2, N,
-    2048), or [].
+        if there is a network for it;
+    indices: (N, M, h, w) int32;
+    features: of originals and reconstructions, (2, N, 2048), or [].
     """
     scores, indices, features = {}, [], []
-    share = range(rank(), len(dataset), processes()) or range(1)  # with few images, the first again
+    share = range(rank(), len(dataset), processes())
+    share = share or range(1)  # with fewer images than processes, the first again
     for x, batch in run.batches(dataset, share, "reconstructing"):
         output = run.model(x)
         x_hat = output.x_hat.float()
@@ -347,7 +355,7 @@ def save_images(folder, indices, images):
 
 
 def of_all_processes(rows, total):
-    """(total, …) rows in order, of which each of n processes has every n-th."""
+    """(total, …) rows in order; each of n processes has every n-th of them."""
     share = math.ceil(total / processes())
     rows = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
     return all_gather(rows).unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:total]
@@ -480,8 +488,11 @@ def rows_of(results):
         if result["config"]["seed"] in [other["config"]["seed"] for other in rows.get(key, ())]:
             key += result["run"]  # a copy of a run has a row of its own
         rows.setdefault(key, []).append(result)
-    names = (row[0]["run"] + (f" ({len(row)} seeds)" if len(row) > 1 else "") for row in rows.values())
-    return list(zip(names, rows.values()))
+    named = []
+    for row in rows.values():
+        seeds = f" ({len(row)} seeds)" if len(row) > 1 else ""
+        named.append((row[0]["run"] + seeds, row))
+    return named
 
 
 def spread(values, form):
@@ -581,7 +592,7 @@ def draw_figures(evaluation, dataset, folder):
 
 
 def compare(evaluations, folder):
-    """Draw Fig. 4, Fig. 5, curves and rates of several runs into a folder, with their table."""
+    """Draw Fig. 4, Fig. 5, curves and rates of runs into a folder with their table."""
     results = [evaluation.result for evaluation in evaluations]
     rows = []
     for run, result, _ in evaluations:
@@ -918,7 +929,10 @@ def ticks(low, high, log):
 
 
 def free_box(point, length, taken, right):
-    """The (left, top, right, bottom) of a text, nearest to a point and free of taken boxes, (n, 4)."""
+    """The (left, top, right, bottom) of a text near a point, free of taken boxes.
+
+    length: width of the text; taken: (n, 4) boxes; right: where the text has to end.
+    """
     ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]
     for reach, (across, down) in itertools.product(range(0, 306, 6), ways):
         x = point[0] + across * (7 + reach) + (across - 1) * length / 2
@@ -932,7 +946,7 @@ def free_box(point, length, taken, right):
 # ======== Command line
 
 def report(results, reasons):
-    """Print the tables of some results, and notes on FID and LPIPS, or reasons for their lack."""
+    """Print tables of results, and how FID and LPIPS were measured or why not."""
     print(f"\n{markdown(results)}\n")
     baselines = ("{dataset}: {images:,} evaluation images; the mean image of {baseline} gives "
                  "{baseline_psnr:.2f} dB\n".format(**result) for result in results)

@@ -34,6 +34,7 @@ from train import (
     cub_sentences,
     folder_records,
     hold_out,
+    identity,
     make_datasets,
     make_loader,
     make_prior,
@@ -476,7 +477,7 @@ def test_folder_with_splits_of_its_own(tmp_path, held_out):
     assert folder_records(tmp_path)[1] == val
     (tmp_path / held_out).rename(tmp_path / "held back")
     with pytest.raises(
-        UserError, match="holds 'held back', 'train', 'unlabeled': which one evaluates"
+        UserError, match="holds 'held back', 'train', 'unlabeled': which one trains and which"
     ):
         folder_records(tmp_path)
 
@@ -917,3 +918,20 @@ def test_a_failed_download_is_a_line_and_succeeds_when_it_is_tried_again(
     server.cuts_after, server.files = None, {"/0.tgz": content}
     provide(archives("cub", root), True, "")
     assert files_in(tmp_path) == set(CUB_FILES)
+
+
+@pytest.mark.parametrize("folders", [("photos", "validation"), ("Train", "train", "val")])
+def test_one_split_beside_other_folders_is_refused(tmp_path, folders):
+    for folder in folders:
+        photograph(tmp_path / folder / "0.png")
+    with pytest.raises(UserError, match="which one trains and which one evaluates"):
+        folder_records(tmp_path)
+
+
+def test_images_of_equal_names_and_sizes_are_told_apart(tmp_path):
+    for seed, folder in enumerate("ab"):
+        for index in range(3):
+            photograph(tmp_path / folder / f"{index}.bmp", seed=10 * seed + index)
+    first, second = (images_at(16, *sorted((tmp_path / folder).iterdir())) for folder in "ab")
+    assert first.records[0].path.stat().st_size == second.records[0].path.stat().st_size
+    assert identity(first, tmp_path / "a") != identity(second, tmp_path / "b")

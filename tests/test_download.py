@@ -300,14 +300,13 @@ def test_the_ordered_command_goes_from_nothing_to_a_run(published, capsys):
 
 
 @pytest.mark.parametrize("dataset", ["ade20k", "coco"])
-def test_the_other_data_sets_are_downloaded_too(published, dataset, capsys):
+def test_the_other_data_sets_share_one_prior(published, dataset, capsys):
     config = download_all(words_of(dataset))
     images, _ = train.make_datasets(config)
     train.make_prior(config, images)
     assert len(images) == 2
-    assert (
-        f"codebook of data/{dataset}-clip.npz: 13 adjectives + 11 nouns" in capsys.readouterr().out
-    )
+    printed = capsys.readouterr().out
+    assert "codebook of data/coco-clip.npz: 13 adjectives + 11 nouns" in printed
 
 
 @pytest.mark.parametrize(
@@ -365,22 +364,31 @@ def test_what_cannot_be_downloaded_is_named_after_the_rest_is_there(published):
 
 
 def test_any_photographs_take_the_papers_prior(published, tmp_path, capsys):
+    holiday = tmp_path / "holiday"
+    holiday.mkdir()
     for index in range(20):
-        (tmp_path / "holiday" / f"{index}.jpg").parent.mkdir(exist_ok=True)
-        (tmp_path / "holiday" / f"{index}.jpg").write_bytes(jpeg(index))
-    config = download_all(words_of("folder", "--data", str(tmp_path / "holiday")))
-    for expected in (
-        "making 'data/holiday-clip.npz' once: 429 captions, 0 of them of folder itself (in x.txt beside",
-        "codebook of data/holiday-clip.npz: 13 adjectives + 11 nouns",
-        "'data/holiday-clip.npz' is of other captions; it is made anew",
-    ):
+        (holiday / f"{index}.jpg").write_bytes(jpeg(index))
+    config = download_all(words_of("folder", "--data", str(holiday)))
+
+    def printed():
         train.make_prior(config, train.make_datasets(config)[0])
-        assert expected in capsys.readouterr().out
-        if expected.startswith("codebook"):
-            for index in range(12):
-                (tmp_path / "holiday" / f"{index}.txt").write_text(
-                    "a striped bird with a purple throat\n"
-                )
+        return capsys.readouterr().out
+
+    assert "making 'data/coco-clip.npz' once, of 429 captions\n" in printed()
+    assert printed().startswith("codebook of data/coco-clip.npz: 13 adjectives + 11 nouns")
+    for index in range(12):
+        (holiday / f"{index}.txt").write_text("a striped bird with a purple throat\n")
+    assert "of 440 captions, 11 of them its own (from x.txt beside x.jpg)" in printed()
+    path = train.prior_path(config, own=True)
+    assert printed().startswith(f"codebook of {path}: ")
+
+    other = Prior.load(path)  # of another option
+    other.provenance["made_from"]["min_count"] = 100
+    other.save(path)
+    assert f"'{path}' is of other captions, rules or options" in printed()
+    path.write_bytes(b"cut")
+    assert "or damaged; it is made again" in printed()
+    assert printed().startswith(f"codebook of {path}: ")
 
 
 def test_prior_downloads_without_a_corpus_and_evaluate_its_weights(published, monkeypatch):
@@ -411,3 +419,17 @@ def test_a_small_codebook_is_said_to_be_small(prior):
     sizes, warning = text.split("\n")
     assert sizes.startswith("7 adjectives + 9 nouns, 6.0 bits per position (the authors: 1,949 ")
     assert sizes.endswith(", 23.0 bits)") and warning.startswith("warning: ")
+
+
+def test_the_folders_of_photographs_are_looked_for_before_anything_is_downloaded(published):
+    with pytest.raises(UserError, match="--data: no such folder: 'absent'"):
+        train.main(words_of("folder", "--data", "absent"))
+    assert not published.requests
+
+
+def test_an_archive_that_lies_there_is_verified_too(published):
+    (archive,) = train.archives("cub", ROOT.cwd() / "data" / "CUB_200_2011")
+    archive.file.parent.mkdir()
+    archive.file.write_bytes(b"half of it")
+    archive.fetch()
+    assert archive.present() and len(published.requests) == 1

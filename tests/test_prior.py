@@ -857,7 +857,7 @@ def test_prior_keeps_frequent_words_in_their_order():
     edges = pairs("white wing, orange wing, orange bird, red wing, red bird")
     assert edges_of(prior) == {**dict.fromkeys(edges, 1), ("white", "wing"): 3}
     assert (
-        dict(corpus="by hand", captions=8, dim=3, min_count=2).items() <= prior.provenance.items()
+        dict(corpus="by hand", captions=8, dim=3).items() <= prior.provenance.items()
     )
     with pytest.raises(UserError, match="no adjective is left: 0 are seen at least 4 times"):
         build_prior(captions, SPEECH, "random", min_count=4, workers=1)
@@ -1175,3 +1175,46 @@ def test_an_error_becomes_the_users(kinds, error, message):
     ):
         raise error
     assert str(raised.value) == message
+
+
+def test_what_decides_a_prior_is_noted(monkeypatch):
+    captions = ["a red bird", "a white wing"]
+    made_from = build_prior(captions, SPEECH, "random", min_count=1, workers=1).provenance["made_from"]
+    assert made_from == prior_module.made_from(captions, "random", 1)
+    assert made_from != prior_module.made_from(captions, "clip", 1)
+    assert made_from != prior_module.made_from(captions, "random", 2)
+    assert made_from != prior_module.made_from(captions[:1], "random", 1)
+    monkeypatch.setattr(prior_module, "RULES", prior_module.RULES[1:])
+    assert made_from != prior_module.made_from(captions, "random", 1)
+
+
+@pytest.mark.parametrize("kind", [">f4", "f8", "f2", np.longdouble])
+def test_vectors_of_any_floating_type_become_float32(tmp_path, prior, kind):
+    vectors = prior.noun_vectors.astype(kind)
+    arrays = {**vars(prior), "noun_vectors": vectors, "edges": prior.edges.astype(">i4")}
+    np.savez(tmp_path / "p.npz", **{**arrays, "provenance": "{}"})
+    loaded = Prior.load(tmp_path / "p.npz")
+    assert loaded.tensors()["noun_vectors"].dtype == torch.float32
+    assert loaded.tensors()["edges"].dtype == torch.int64
+    assert np.allclose(loaded.noun_vectors, prior.noun_vectors, atol=1e-2)
+
+
+@pytest.mark.parametrize("word", ["", "1.5", "-3"])
+def test_a_word_of_a_prior_has_a_letter(tmp_path, prior, word):
+    words = np.array([word, *prior.noun_words[1:]])
+    np.savez(tmp_path / "p.npz", **{**vars(prior), "noun_words": words, "provenance": "{}"})
+    with pytest.raises(UserError, match="one of its nouns has no letter"):
+        Prior.load(tmp_path / "p.npz")
+
+
+def test_text_of_another_encoding_is_refused(tmp_path):
+    (tmp_path / "c.txt").write_bytes("a red bird\n".encode("utf-16-le"))
+    with pytest.raises(UserError, match="text of another encoding"):
+        list(read_captions(tmp_path / "c.txt"))
+
+
+def test_what_a_killed_download_left_goes(server, tmp_path):
+    server.files["/w.pt"] = b"weights"
+    (tmp_path / "w.pt.0123456789abcdef.partial").write_bytes(b"half")
+    download(f"{server.url}/w.pt", tmp_path / "w.pt", hashlib.sha256(b"weights").hexdigest())
+    assert [path.name for path in tmp_path.iterdir()] == ["w.pt"]

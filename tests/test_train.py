@@ -1087,3 +1087,29 @@ def test_a_new_run_of_the_demo_is_like_the_reference(tmp_path):
         abs(last[1][name] / last[0][name] - 1) < 0.1
         for name in ("loss", "pixel", "quantizer")
     )
+
+
+def test_other_data_are_told_by_their_contents_not_by_their_name(tmp_path, prior):
+    prior.save("prior.npz")
+    for seed, folder in ((0, "a"), (1, "moved"), (7, "other")):
+        for index in range(20):
+            image = np.random.default_rng(index + 100 * (seed > 1)).integers(0, 256, (40, 40, 3), np.uint8)
+            (tmp_path / folder / "birds").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(tmp_path / folder / "birds" / f"{index:02}.bmp")
+    data = dict(dataset="folder", preset="tiny", data="a/birds", prior="prior.npz", eval_images=4)
+    out = run_tiny("run", steps=1, eval_every=1, **data)
+    moved = Run(out, "cpu", data="moved/birds")
+    assert moved.results == out and len(moved.dataset("val")) == 2
+    other = Run(out, "cpu", data="other/birds")
+    assert other.results == out / "other" / "birds" and len(other.dataset("val")) == 20
+
+
+def test_a_journal_without_its_last_newline_goes_on_in_a_line_of_its_own(tmp_path):
+    out = run_tiny("run", steps=4)
+    journal = out / "metrics.jsonl"
+    journal.write_text(journal.read_text().rstrip("\n"))
+    before = len(read_journal(journal))
+    train_module.main(["--out", "run", "--resume", "--steps", "6"])
+    assert [line["step"] for line in read_journal(journal)][before:][:1] == [5]
+    journal.write_text("5\n" + journal.read_text())
+    assert all(isinstance(line, dict) for line in read_journal(journal))

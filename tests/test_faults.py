@@ -1003,6 +1003,7 @@ def test_results_of_other_data_lie_apart(photographs, run, tmp_path, monkeypatch
         shutil.copytree(photographs / "images", tmp_path / "others"),
         files_of(run),
     )
+    (data / "train" / "3.png").rename(data / "train" / "3a.png")
     evaluate.main([str(run), f"--data={data}"])
     synthesize.main([str(run), "tokens", f"--data={data}"])
     other = run / "other" / "others"

@@ -5,8 +5,8 @@ import ast
 import builtins
 import dis
 import doctest
-import itertools
 import json
+import math
 import re
 import shlex
 import sys
@@ -109,53 +109,89 @@ def test_every_flag_named_exists(capsys):
 
 # ======== Results
 
-RESULTS = defaultdict(list)  # row → its seeds' evaluations, without pictures
-for path in sorted((ROOT / "tests" / "reference" / "cub64").glob("*.json")):
-    RESULTS[path.stem.rpartition("-")[0]].append(json.loads(path.read_text(encoding="utf-8")))
-LONG = sorted((ROOT / "tests" / "reference" / "cub64" / "long").glob("*.json"))  # of 9,000 steps
+REFERENCE = ROOT / "tests" / "reference"
+RESULTS_PAGE = (REFERENCE / "README.md").read_text(encoding="utf-8")
 
 
-def against(values, others):
-    """Welch's p in brackets; "" where it cannot be tested."""
-    p = evaluate.welch(values, others)
-    return "" if p is None else f" (p {p:.2g})"
+def evaluations(folder):
+    """The stored evaluations of a table: row → its seeds' results."""
+    results = defaultdict(list)
+    for path in sorted(folder.glob("*.json")):
+        results[path.stem.rpartition("-")[0]].append(json.loads(path.read_text(encoding="utf-8")))
+    return results
 
 
-def cells_of(name):
-    """A row of the README's table: seeds, PSNR, LPIPS, codes used, bits."""
-    group, first, cells = RESULTS[name], RESULTS["vqct"], [str(len(RESULTS[name]))]
-    for column, form in (("psnr", "{:.2f}"), ("lpips", "{:.3f}")):
-        values, others = ([result[column] for result in results] for results in (group, first))
-        cells.append(evaluate.spread(values, form) + ("" if group is first else against(values, others)))
-    codes = [evaluate.spread([result["codes_used"][part] for result in group], "{:,.0f}") for part in group[0]["codes"]]
-    cells += [" + ".join(codes), evaluate.spread([result["bits_entropy"] for result in group], "{:,.0f}")]
-    return [cell.replace(" ± ", "±").replace("(p ", "(p=") for cell in cells]
+SHORT, LONG = evaluations(REFERENCE / "cub64"), evaluations(REFERENCE / "cub64" / "long")
 
 
-def test_the_table_of_results_is_that_of_its_evaluations():
-    section = README.split("\n## Results")[1].split("\n## ")[0]
-    rows = {re.sub("^vqct --(.*) ", r"\1-", name): cells.split(" | ")
-            for name, cells in re.findall(r"(?m)^\| `(.*?)`[^|]*\| (\d \|.*) \|$", section)}
-    assert rows.keys() == RESULTS.keys()
-    for name, cells in rows.items():
-        seeds = [result["seed"] for result in RESULTS[name]]
-        assert cells == cells_of(name) and seeds == list(range(len(seeds))) and len(evaluate.rows_of(RESULTS[name])) == 1
-    for name, part in itertools.product(("vqct", "shuffle-vectors", "matched-cvq"), prior.PARTS):
-        said = [result["alignment"][part]["ratio"] for result in RESULTS[name]]
-        assert evaluate.spread(said, "{:.2f}").replace(" ± ", "±") in section, (name, part)
-    means = [[np.mean([result[name] for result in group]) for group in RESULTS.values()] for name in ("bits_entropy", "psnr")]
-    words = [[result["psnr"] for result in RESULTS[name]] for name in ("multi-mlp", "random-mlp")]
-    ratios = {name: [[result["alignment"][part]["ratio"] for part in prior.PARTS] for result in RESULTS[name]]
-              for name in ("vqct", "shuffle-vectors", "matched-cvq")}
-    tests = (scipy.stats.ttest_ind(ratios["vqct"], ratios[name], equal_var=False) for name in list(ratios)[1:])
-    assert f"(p ≥ {min(test.pvalue.min() for test in tests):.3f})" in section
-    for name in {path.stem.rpartition("-")[0] for path in LONG}:
-        group = [json.loads(path.read_text(encoding="utf-8")) for path in LONG if path.stem.rpartition("-")[0] == name]
-        assert {result["step"] for result in group} == {9000} and {result["method"] for result in group} == {name}
-        psnr = evaluate.spread([result["psnr"] for result in group], "{:.2f}").replace(" ± ", "±")
-        assert f"{psnr} (`{name}`)" in " ".join(section.split()), (name, psnr)
-    assert f"ρ={scipy.stats.spearmanr(*means).statistic:.2f}" in section
-    assert against(*words).replace("(p ", "(p=").strip() in section
+def mean_and_deviation(results, column, form):
+    return evaluate.spread([result[column] for result in results], form).replace(" ± ", "±")
+
+
+def p_values(results):
+    """Welch's p of every comparison with `vqct`, and after Holm's correction over the table: (row, column) → both."""
+    compared = [(row, column) for row in results if row != "vqct" for column in ("psnr", "lpips")]
+    samples = lambda row, column: [result[column] for result in results[row]]
+    p = [scipy.stats.ttest_ind(samples(*pair), samples("vqct", pair[1]), equal_var=False).pvalue for pair in compared]
+    return dict(zip(compared, zip(p, evaluate.holm(p))))
+
+
+def cells_of(results):
+    """Every row of a table, as its page prints it: row → list of cells."""
+    tested, rows = p_values(results), {}
+    for row, seeds in results.items():
+        cells = [str(len(seeds))]
+        for column, form in (("psnr", "{:.2f}"), ("lpips", "{:.3f}")):
+            p = " ({:.2g}, {:.2g})".format(*tested[row, column]) if row != "vqct" else ""
+            cells.append(mean_and_deviation(seeds, column, form) + p)
+        codes = ([result["codes_used"][part] for result in seeds] for part in seeds[0]["codes"])
+        cells.append(" + ".join(evaluate.spread(used, "{:,.0f}").replace(" ± ", "±") for used in codes))
+        rows[row] = [*cells, mean_and_deviation(seeds, "bits_entropy", "{:,.0f}")]
+    return rows
+
+
+def table_in(text):
+    """The rows of a page's table: name of the evaluations → list of cells."""
+    found = re.findall(r"(?m)^\| `(.*?)` \| (\d \|.*) \|$", text)
+    return {re.sub("^vqct --(.*) ", r"\1-", name): cells.split(" | ") for name, cells in found}
+
+
+def test_the_tables_of_results_are_those_of_their_evaluations():
+    short, long = RESULTS_PAGE.split("\n## 9,000 steps")
+    assert table_in(short) == cells_of(SHORT) and table_in(long) == cells_of(LONG)
+    for results in (SHORT, LONG):
+        for row, seeds in results.items():
+            assert [result["seed"] for result in seeds] == list(range(len(seeds))), row
+            assert len(evaluate.rows_of(seeds)) == 1, row
+    assert {result["step"] for seeds in LONG.values() for result in seeds} == {9000}
+    six = table_in(README.split("\n## What was found")[1].split("\n## ")[0])
+    assert len(six) == 6 and six.items() <= cells_of(SHORT).items()
+
+
+def test_the_sentences_of_results_are_those_of_their_evaluations():
+    page = " ".join(RESULTS_PAGE.split())
+    differ = {(row, column) for (row, column), (_, corrected) in p_values(SHORT).items()
+              if corrected < 0.01 and len(SHORT[row]) == 5}
+    assert differ == {("matched", "psnr"), ("matched", "lpips"), ("matched-l2", "psnr")}
+    for row in ("codes-random", "shuffle-vectors", "shuffle-edges"):
+        assert f"{p_values(SHORT)[row, 'psnr'][1]:.2g} for `--{row.replace('-', ' ', 1)}`" in page
+    mean = lambda column: [np.mean([result[column] for result in seeds]) for seeds in SHORT.values()]
+    assert f"ρ={scipy.stats.spearmanr(mean('bits_entropy'), mean('psnr')).statistic:.2f}" in page
+    ratios = {row: [[result["alignment"][part]["ratio"] for part in prior.PARTS] for result in SHORT[row]]
+              for row in ("vqct", "shuffle-vectors", "matched-cvq")}
+    for row, seeds in ratios.items():
+        words = [evaluate.spread(list(column), "{:.2f}").replace(" ± ", "±") for column in zip(*seeds)]
+        assert " and ".join(words) in page, row
+    tests = (scipy.stats.ttest_ind(ratios["vqct"], ratios[row], equal_var=False) for row in list(ratios)[1:])
+    assert f"(p ≥ {min(test.pvalue.min() for test in tests):.3f})" in page
+    apart = [abs(np.mean([result["psnr"] for result in SHORT[row]]) - np.mean([result["psnr"] for result in SHORT["vqct"]]))
+             for row in ("multi-mlp", "random-mlp", "simvq", "matched-cvq")]
+    assert f"within {math.ceil(100 * max(apart)) / 100:.2f} dB" in page
+    gap = np.mean([result["psnr"] for result in SHORT["vqct"]]) - np.mean([result["psnr"] for result in SHORT["matched"]])
+    found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
+    assert f"by {gap:.1f} dB" in found
+    for row in ("matched-cvq", "simvq", "vqct", "multi-mlp"):
+        assert f"{np.mean([result['psnr'] for result in LONG[row]]):.2f}" in found, row
 
 
 @pytest.fixture

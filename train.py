@@ -1585,10 +1585,13 @@ class Run:
             config.labels = labels
         if data:
             config.data = os.path.expanduser(data)
-            self.datasets = make_datasets(config)
-            if identity(self.datasets[0], config.data) != self.data:
+            with contextlib.suppress(UserError):  # of a folder without splits
+                datasets = make_datasets(config)
+                if identity(datasets[0], config.data) == self.data:
+                    self.datasets = datasets
+            if self.datasets is None:
                 self.results = self.path / "other" / Path(data).resolve().name
-                config.labels, self.datasets = labels, None
+                config.labels = labels
 
     def dataset(self, split):
         """The "train" or "val" images of the run's data set, or of another one."""

@@ -74,7 +74,11 @@ class SynthesisConfig(Stage):
 
 
 TINY = dict(views=1, width=192, depth=4, heads=4, steps=800, lr=1e-3, warmup=50, ema=0.99,
-            eval_every=200)  # defaults for tokenizers of the other presets
+            eval_every=200)
+SMALL = {  # preset of the tokenizer → defaults in place of SynthesisConfig's
+    "tiny": TINY,
+    "demo": {**TINY, "width": 128, "steps": 500, "batch_size": 16, "eval_every": 100},
+}
 CHANGEABLE = "steps log_every eval_every deterministic".split()
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
     "temperature top_k top_p": lambda config: config.model == "gpt",
@@ -147,8 +151,11 @@ def parse(argv=None):
 
 def add_own_flags(train, complete, evaluate, tokens, **others):
     """Add the flags that one command alone has to the parsers of these commands."""
-    small = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in TINY.items())
-    train.epilog = f"Defaults for tokenizers of presets other than f16:\n{small}"
+    lines = []
+    for preset, defaults in SMALL.items():
+        flags = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in defaults.items())
+        lines.append(f"Defaults for a tokenizer of the preset {preset}:\n{flags}")
+    train.epilog = "\n".join(lines)
     start = train.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     start.add_argument("--overwrite", action="store_true", help="replace the second stage")
@@ -580,7 +587,7 @@ class StageTrainer:
 
 def train_stage(run, given, resume, overwrite):
     """The command train: encode a run's images, and train a model of their tokens."""
-    config = SynthesisConfig(**{**(TINY if run.config.preset != "f16" else {}), **given})
+    config = SynthesisConfig(**{**SMALL.get(run.config.preset, {}), **given})
     refuse_idle(config, given, MATTERS)
     if config.width % (2 * config.heads):
         raise UserError(f"--width {config.width} must be a multiple of twice the "

@@ -329,7 +329,7 @@ def test_help_names_every_flag_with_its_default(capsys):
             "--data photos",
             "--data photos needs --dataset too: folder for any photographs",
         ),
-        ("--prior corpus.txt", "'corpus.txt' is no prior: "),
+        ("--prior corpus.txt", "--prior takes a .npz; make one with: python prior.py corpus.txt --out NAME.npz"),
         (
             "--resume",
             "no run 'runs/demo-vqct' to resume: it has no last.pt; --out names a run",

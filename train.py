@@ -1633,17 +1633,17 @@ def to_bytes(x):
     return x.float().clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8)
 
 
-def draw_grid(rows, path, size=128, columns=8, legend=()):
+def draw_grid(rows, path, size=128, columns=8):
     """Draw labelled rows of pictures as a PNG; long rows continue below.
 
-    rows, and legend, which stands last: lists of (label, images (3, H, W) in [-1, 1]),
-    or with names of files to write over the images; size: pixels a side at least.
+    rows: list of (label, images (3, H, W) in [-1, 1]), maybe with the images' files, whose
+    names are written over them; size: pixels a side at least.
     """
     size = max(size, rows[0][1][0].shape[-1])
-    length = max(len(images) for _, images, *_ in (*rows, *legend))
+    length = max(len(images) for _, images, *_ in rows)
     lines = [(label, *(items[first : first + columns] for items in row))
-             for group in (rows, legend) for first in range(0, length, columns)
-             for label, *row in group if first < len(row[0])]
+             for first in range(0, length, columns)
+             for label, *row in rows if first < len(row[0])]
     pitch, margin, font = size + 4, 150, ImageFont.load_default(14)
     width = margin + min(length, columns) * pitch
     grid = Image.new("RGB", (width, len(lines) * pitch), "white")

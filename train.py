@@ -1070,7 +1070,7 @@ def archives(name, root):
     if md5 and into == ".." and root.name != folder and not root.exists():
         raise UserError(f"no folder '{root}'; a download makes one named {folder}: "
                         f"give --data {root.parent / folder}")
-    if name == "coco" and (root / "train2014").is_dir():
+    if name == "coco" and (root / "train2014").is_dir():  # the older year is used instead
         return []
     local = f"{root}/annotations" if name == "captions" else "--data DIR"
     return [Archive(*texts, local, md5, root / made, Path(os.path.normpath(root / into)))
@@ -1126,11 +1126,10 @@ def split_folders(root, maps):
                   for names in SPLITS.values())
     if len(train) == 1 and val:
         return [train[0], val[0]]
-    if train or val and len(folders) > 1:
-        others = ", ".join(f"'{path.name}'" for path in folders)
-        if len(folders) > 1:
-            raise UserError(f"'{root}' holds {others}: which one trains and which one evaluates? "
-                            "Name them train and val, or neither of them so")
+    if (train or val) and len(folders) > 1:
+        names = ", ".join(f"'{path.name}'" for path in folders)
+        raise UserError(f"'{root}' holds {names}: which one trains and which one evaluates? "
+                        "Name them train and val, or neither of them so")
     return [root]
 
 
@@ -1417,17 +1416,22 @@ def empty_folder(out, overwrite, journal):
 
 
 def cut_journal(journal, step):
-    """Cut lines later than a step from metrics.jsonl; unreadable lines stay."""
+    """Cut lines later than a step, and half a last line, from metrics.jsonl.
+
+    Other lines that cannot be read stay.
+    """
     journal.seek(0)
-    lines = journal.read().splitlines(keepends=True)
-    steps = [re.search(r'"step": (\d+),', line) for line in lines]
-    kept = [line for line, match in zip(lines, steps) if not match or int(match[1]) <= step]
-    text = "".join(kept)
-    if len(kept) < len(lines) or text and not text.endswith("\n"):
-        journal.truncate(0)
-        journal.write(text if text.endswith("\n") or not text else text + "\n")
-    if len(kept) < len(lines):
-        print(f"{journal.name}: {len(lines) - len(kept):,} lines later than step {step:,} are cut")
+    lines = journal.readlines()
+    half = bool(lines) and not lines[-1].endswith(("}", "\n"))  # a kill cut it
+    kept = []
+    for line in lines[: len(lines) - half]:
+        match = re.search(r'"step": (\d+),', line)
+        if match is None or int(match[1]) <= step:
+            kept.append(line if line.endswith("\n") else line + "\n")
+    journal.truncate(0)
+    journal.writelines(kept)
+    if later := len(lines) - len(kept):
+        print(f"{journal.name}: {later:,} lines later than step {step:,} are cut")
 
 
 def read_journal(path):

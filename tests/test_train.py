@@ -1111,5 +1111,10 @@ def test_a_journal_without_its_last_newline_goes_on_in_a_line_of_its_own(tmp_pat
     before = len(read_journal(journal))
     train_module.main(["--out", "run", "--resume", "--steps", "6"])
     assert [line["step"] for line in read_journal(journal)][before:][:1] == [5]
+    whole = journal.read_text()
+    journal.write_text(whole + '{"step": 6, "lo')  # half a line, as a kill leaves it
+    with open(journal, "a+", encoding="utf-8") as file:
+        train_module.cut_journal(file, 6)
+    assert journal.read_text() == whole
     journal.write_text("5\n" + journal.read_text())
     assert all(isinstance(line, dict) for line in read_journal(journal))

@@ -17,6 +17,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -1422,16 +1423,19 @@ def cut_journal(journal, step):
     """
     journal.seek(0)
     lines = journal.readlines()
-    half = bool(lines) and not lines[-1].endswith(("}", "\n"))  # a kill cut it
-    kept = []
-    for line in lines[: len(lines) - half]:
+    stays = []
+    for line in lines:
         match = re.search(r'"step": (\d+),', line)
-        if match is None or int(match[1]) <= step:
-            kept.append(line if line.endswith("\n") else line + "\n")
-    journal.truncate(0)
-    journal.writelines(kept)
-    if later := len(lines) - len(kept):
-        print(f"{journal.name}: {later:,} lines later than step {step:,} are cut")
+        half = not line.endswith(("}", "\n"))  # the last one, which a kill cut
+        stays.append(not half and (match is None or int(match[1]) <= step))
+    # What comes before the first cut line is not written again, as a kill may come now too.
+    first = stays.index(False) if False in stays else len(lines)
+    journal.truncate(len("".join(lines[:first]).encode("utf-8", "surrogateescape")))
+    journal.writelines(itertools.compress(lines[first:], stays[first:]))
+    if stays and stays[-1] and not lines[-1].endswith("\n"):
+        journal.write("\n")
+    if False in stays:
+        print(f"{journal.name}: {stays.count(False):,} lines later than step {step:,} are cut")
 
 
 def read_journal(path):

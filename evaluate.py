@@ -10,8 +10,8 @@ of runs in comparison/ beside the first. Runs that differ only in their seeds sh
 row: mean ± standard deviation, p of Welch's test against the first row, and p after
 Holm's correction over the table.
 
-ℓ1 and ℓ2 are of images in [-1, 1], not clamped. PSNR, SSIM and LPIPS are of clamped
-images and averaged over images. FID is of images rounded to 8 bits.
+ℓ1 and ℓ2 are of images in [-1, 1], not clamped. PSNR and LPIPS are of clamped images
+and averaged over images. FID is of images rounded to 8 bits.
 """
 
 import functools
@@ -43,33 +43,6 @@ from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantiz
 
 
 # ======== Metrics
-
-def ssim(x, y):
-    """Structural similarity of each image (Wang et al. 2004), (B,), at most 1.
-
-    The Gaussian window has 11 × 11 pixels and σ = 1.5; the data range is 2. Each
-    value is the mean over colours and the positions where the window fits.
-
-    x, y: (B, 3, H, W) in [-1, 1], at least 11 pixels per side; clamped to that
-    range.
-
-    >>> ssim(torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 32, 32))
-    tensor([1., 1.])
-    """
-    x, y = x.clamp(-1, 1), y.clamp(-1, 1)
-
-    def window(image):
-        return TF.gaussian_blur(image, [11, 11], [1.5, 1.5])[..., 5:-5, 5:-5]
-
-    mean_x, mean_y = window(x), window(y)
-    variance_x = window(x * x) - mean_x**2
-    variance_y = window(y * y) - mean_y**2
-    covariance = window(x * y) - mean_x * mean_y
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
-    similarity = similarity / ((mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2))
-    return similarity.mean(dim=(1, 2, 3))
-
 
 def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
     """Squared Fréchet distance of two Gaussians, a float (Heusel et al. 2017).
@@ -200,12 +173,6 @@ def code_statistics(counts, names, images):
     return {**by_codebook, "bits": bits, "bits_entropy": bits_entropy}
 
 
-def words_said(dataset, index, speech):
-    """The set of (part of speech, word) in an image's captions; a regular plural is its noun."""
-    return {(token.part, token.lemma) for caption in dataset.captions_of(index)
-            for sentence in speech(caption) for token in sentence}
-
-
 def caption_alignment(run, indices, dataset, permutations=999):
     """How often captions mention the words of an image's codes, relative to chance.
 
@@ -213,29 +180,31 @@ def caption_alignment(run, indices, dataset, permutations=999):
     both frequencies predict. For p, words are assigned to codes at random.
 
     indices: list of (N, n, h, w) arrays, one for each codebook.
-    Returns dict part of speech → {"ratio": to chance, "p": share of assignments at
-    least as good, with the true one, "images": with captions}; empty without words
-    or captions.
+    Returns dict part of speech → {"ratio": to chance, or None if no word of a code
+    is mentioned, "p": share of assignments at least as good, with the true one,
+    "images": with captions}; empty without words or captions.
     """
     captioned = [index for index in range(len(dataset)) if dataset.captions_of(index)]
     if run.prior is None or not captioned:
         return {}
     words = {part: run.prior[f"{part}_words"] for part in PARTS}
-    speech = WordListSpeech(*words.values())
-    mentioned = [words_said(dataset, index, speech) for index in captioned]
-    codes, start = [], 0  # numbered through all codebooks: adjectives, then nouns
-    for chosen, listed in zip(indices, run.words):
-        codes.append(start + chosen[captioned].reshape(len(captioned), -1))
-        start += len(listed)
-    counts = count_matrix(np.concatenate(codes, axis=1), start)
+    pairs = [(part, word) for part, listed in words.items() for word in listed]
+    number = {pair: i for i, pair in enumerate(pairs)}  # of a word's code, through all codebooks
+    speech, mentioned = WordListSpeech(*words.values()), []
+    for index in captioned:
+        said = {(token.part, token.lemma) for caption in dataset.captions_of(index)
+                for sentence in speech(caption) for token in sentence}
+        mentioned.append([number[pair] for pair in number.keys() & said])
+    starts = np.cumsum([0, *map(len, run.words)])
+    codes = [chosen[captioned].reshape(len(captioned), -1) + start
+             for chosen, start in zip(indices, starts)]
+    counts = count_matrix(np.concatenate(codes, axis=1), len(pairs))
+    spoken = count_matrix(mentioned, len(pairs))
 
     alignment, rng, start = {}, np.random.default_rng(0), 0
     for part, listed in words.items():
-        column = {(part, word): i for i, word in enumerate(listed)}
-        spoken = [[column[pair] for pair in pairs if pair in column] for pairs in mentioned]
-        spoken = count_matrix(spoken, len(listed))
-        of_part = counts[:, start : start + len(listed)]
-        ratio, p = alignment_of(of_part, spoken, rng, permutations)
+        columns = slice(start, start + len(listed))
+        ratio, p = alignment_of(counts[:, columns], spoken[:, columns], rng, permutations)
         alignment[part] = {"ratio": ratio, "p": p, "images": len(captioned)}
         start += len(listed)
     return alignment
@@ -244,12 +213,10 @@ def caption_alignment(run, indices, dataset, permutations=999):
 def alignment_of(counts, spoken, rng, permutations):
     """Mentions over chance (None if no word of a code is mentioned), and p.
 
-    counts, spoken: sparse (images, K) whole numbers: of codes, of words in
-    captions. Of the K² pairs of a code and a word, only those that occur in an
-    image are kept.
+    counts, spoken: sparse (images, K) whole numbers: of codes, of words in captions.
     """
     images, codes = counts.shape[0], np.arange(counts.shape[1])
-    together = (counts.T @ spoken).tocsr()
+    together = counts.T @ spoken  # sparse: of the K² pairs, only those that occur in an image
     of_codes, of_words = counts.sum(0).A1, spoken.sum(0).A1
 
     def excess(words):
@@ -264,10 +231,10 @@ def alignment_of(counts, spoken, rng, permutations):
 
 def count_matrix(rows, columns):
     """A sparse int64 matrix of how often each column number is in each row's list."""
-    row = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
-    column = np.array([number for row in rows for number in row], dtype=np.int64)
-    ones = np.ones(len(row), np.int64)
-    return scipy.sparse.coo_matrix((ones, (row, column)), (len(rows), columns)).tocsr()
+    ends = np.cumsum([0, *map(len, rows)])
+    numbers = np.concatenate(rows).astype(np.int64)
+    shape = len(rows), columns
+    return scipy.sparse.csr_matrix((np.ones_like(numbers), numbers, ends), shape)
 
 
 # ======== One run
@@ -307,8 +274,8 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
 
     Each process of torchrun takes its share of the images.
 
-    Returns scores: dict of (N,) arrays psnr, l1, l2, ssim, baseline_psnr, and lpips
-        if there is a network for it;
+    Returns scores: dict of (N,) arrays psnr, l1, l2, baseline_psnr, and lpips if
+        there is a network for it;
     indices: (N, M, h, w) int32;
     features: of originals and reconstructions, (2, N, 2048), or [].
     """
@@ -322,7 +289,6 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
             "psnr": psnr(x_hat, x),
             "l1": (x_hat - x).abs().mean(dim=(1, 2, 3)),
             "l2": (x_hat - x).square().mean(dim=(1, 2, 3)),
-            "ssim": ssim(x_hat, x),
             "baseline_psnr": psnr(baseline.expand_as(x), x),
         }
         if lpips is not None:
@@ -468,7 +434,6 @@ COLUMNS = {  # in the paper's order, then ours
     "psnr": ("PSNR ↑", "{:.2f}"),
     "l1": ("ℓ1 ↓", "{:.4f}"),
     "l2": ("ℓ2 ↓", "{:.4f}"),
-    "ssim": ("SSIM ↑", "{:.4f}"),
     "lpips": ("LPIPS ↓", "{:.4f}"),
     "codes_used": ("codes used", "{:,.0f}"),
     "usage": ("usage", "{:.1%}"),
@@ -488,15 +453,18 @@ def rows_of(results):
         if result["config"]["seed"] in [other["config"]["seed"] for other in rows.get(key, ())]:
             key += result["run"]  # a copy of a run has a row of its own
         rows.setdefault(key, []).append(result)
-    named = []
-    for row in rows.values():
-        seeds = f" ({len(row)} seeds)" if len(row) > 1 else ""
-        named.append((row[0]["run"] + seeds, row))
-    return named
+    return [(row[0]["run"] + f" ({len(row)} seeds)" * (len(row) > 1), row)
+            for row in rows.values()]
 
 
 def spread(values, form):
-    """Text of a mean, ± the standard deviation of several values; "–" if one is None."""
+    """Text of a mean, ± the standard deviation of several values; "–" if one is None.
+
+    For values that are a dict with one for each codebook, the texts are joined by +.
+    """
+    if isinstance(values[0], dict):
+        codebooks = ([value[name] for value in values] for name in values[0])
+        return " + ".join(spread(of_one, form) for of_one in codebooks)
     if None in values:
         return "–"
     mean = form.format(np.mean(values))
@@ -527,32 +495,20 @@ def holm(p_values):
     return corrected.tolist()
 
 
-def by_codebook(group, column, form):
-    """Text of a row's cell with a value for each codebook, joined by pluses."""
-    cells = []
-    for name, size in group[0]["codes"].items():
-        cell = spread([result[column][name] for result in group], form)
-        cells.append(f"{cell}/{size:,} {name}s" if column == "codes_used" else cell)
-    return " + ".join(cells)
-
-
 def markdown(results):
     """The table of some results, with p and Holm's p against the first row."""
     rows, tests = rows_of(results), {}
     for number, (_, group) in enumerate(rows[1:], 1):
         for column in ("psnr", "lpips"):
             values, others = ([result[column] for result in of] for of in (group, rows[0][1]))
-            tests[number, column] = welch(values, others)
-    tests = {key: p for key, p in tests.items() if p is not None}
+            if (p := welch(values, others)) is not None:
+                tests[number, column] = p
     corrected = dict(zip(tests, holm(list(tests.values()))))
     table = [["run", *(title for title, _ in COLUMNS.values())]]
     for number, (name, group) in enumerate(rows):
         table.append([name])
         for column, (_, form) in COLUMNS.items():
-            if isinstance(group[0][column], dict):
-                cell = by_codebook(group, column, form)
-            else:
-                cell = spread([result[column] for result in group], form)
+            cell = spread([result[column] for result in group], form)
             if p := tests.get((number, column)):
                 cell += f" (p {p:.2g}, Holm {corrected[number, column]:.2g})"
             table[-1].append(cell)
@@ -592,23 +548,18 @@ def draw_figures(evaluation, dataset, folder):
 
 
 def compare(evaluations, folder):
-    """Draw Fig. 4, Fig. 5, curves and rates of runs into a folder with their table."""
-    results = [evaluation.result for evaluation in evaluations]
+    """Draw Fig. 4, Fig. 5, curves and rates of several runs into a folder."""
     rows = []
     for run, result, _ in evaluations:
         originals, (_, images) = reconstructed(run, run.dataset("val"), 8)
-        if not rows:
-            rows.append(originals)
+        rows = rows or [originals]
         rows.append((f"{run.path.name}\n{result['psnr']:.2f} dB", images))
     draw_grid(rows, folder / "fig4_reconstructions.png")
     draw_usage(evaluations, folder / "fig5_usage.png")
     draw_curves(evaluations, folder / "curves.png")
+    results = [evaluation.result for evaluation in evaluations]
     draw_rate_distortion(results, folder / "rate_distortion.png")
-    with atomic_write(folder / "table.md") as part:
-        tables = f"{markdown(results)}\n\n{alignment_table(results)}\n"
-        part.write_text(tables, encoding="utf-8")
-    print(f"{folder}: table.md, fig4_reconstructions.png, fig5_usage.png, curves.png, "
-          "rate_distortion.png")
+    print(f"{folder}: fig4_reconstructions.png, fig5_usage.png, curves.png, rate_distortion.png")
 
 
 def draw_codebook_space(prior, path, neighbours=4):

@@ -209,7 +209,7 @@ def test_evaluation_waits_only_for_its_results(small):
     inception = evaluate.InceptionFeatures(state).to(CUDA)
     lpips = vqct.LPIPS("squeeze").to(CUDA)
     mean = torch.zeros(3, 32, 32, device=CUDA)
-    with Unwaiting(waits=8):  # six scores, indices and features leave at the end
+    with Unwaiting(waits=7):  # five scores, indices and features leave at the end
         scores, indices, features = evaluate.reconstruct(run, images, mean, inception, lpips)
-    assert len(scores) == 6
+    assert len(scores) == 5
     assert {len(x) for x in (*scores.values(), indices, *features)} == {2}

@@ -1,6 +1,6 @@
 """The same numbers as well-known packages. A test is skipped if its package is missing.
 
-The packages are torch_geometric, pytorch-fid, lpips, scikit-image, transformers and
+The packages are torch_geometric, pytorch-fid, lpips, transformers and
 vector-quantize-pytorch. Trunks have random weights and lpips brings its heads, so nothing
 is downloaded.
 """
@@ -102,25 +102,6 @@ def test_perceptual_distance_is_lpips(trunk):
             and theirs.norm() > 0
             and (mine - theirs).norm() < 1e-5 * theirs.norm()
         )
-
-
-def test_ssim_is_scikit_images():
-    peer = pytest.importorskip("skimage.metrics").structural_similarity
-    x = (
-        torch.nn.functional.avg_pool2d(torch.rand(3, 3, 52, 45), 5, 1) * 2 - 1
-    )  # (3, 3, 48, 41), smooth
-    y = (x + torch.tensor([0.02, 0.1, 0.5]).view(3, 1, 1, 1) * torch.randn_like(x)).clamp(-1, 1)
-    how = dict(
-        gaussian_weights=True,
-        sigma=1.5,
-        use_sample_covariance=False,
-        data_range=2,
-        channel_axis=0,
-    )
-    theirs = [
-        peer(a, b, **how) for a, b in zip(x.double().numpy(), y.double().numpy())
-    ]  # it crops the borders too
-    assert_close(evaluate.ssim(x, y).double(), torch.tensor(theirs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("learnable, beta", [(True, 1.0), (False, 0.25)])

@@ -2,21 +2,16 @@
 
     python evaluate.py runs/demo-vqct --figures
     python evaluate.py runs/cub-vqct runs/cub-vqgan --data CUB_200_2011 --figures
-    python evaluate.py runs/cub-vqct --inception pt_inception-2015-12-05-6726825d.pth --save out
 
-Each run gets evaluation.json and reconstructions.png, with --figures also Fig. 1, 3,
-5, 6, 7 and curves.png. Results on another data set are in RUN/other/NAME, comparisons
-of runs in comparison/ beside the first. Runs that differ only in their seeds share a
-row: mean ± standard deviation, p of Welch's test against the first row, and p after
-Holm's correction over the table.
+Results on another data set are in RUN/other/NAME, comparisons of runs in comparison/
+beside the first. Runs that differ only in their seeds share a row: mean ± standard
+deviation, p of Welch's test against the first row, and p after Holm's correction.
 
 ℓ1 and ℓ2 are of images in [-1, 1], not clamped. PSNR and LPIPS are of clamped images
 and averaged over images. FID is of images rounded to 8 bits.
 """
 
-import functools
 import hashlib
-import itertools
 import json
 import math
 from dataclasses import asdict, dataclass
@@ -25,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import scipy.linalg
+import scipy.ndimage
 import scipy.sparse
 import scipy.stats
 import torch
@@ -39,7 +35,7 @@ from prior import (PARTS, Parser, PublishedFile, UserError, WordListSpeech, atom
 from train import (Run, draw_grid, first_process_first, identity, launch, load_lpips, lpips_files,
                    processes, psnr, rank, read_journal, spread_indices, to_bytes)
 from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, all_gather,
-                  nearest_code, option)
+                  option)
 
 
 # ======== Metrics
@@ -49,12 +45,10 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
 
     ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½)
 
-    With Rᵀ R = Σ_a, the symmetric R Σ_b Rᵀ has the eigenvalues of Σ_a Σ_b. The root
-    is therefore real, and two symmetric eigenvalue problems replace a general
-    matrix root.
+    With Rᵀ R = Σ_a, the symmetric R Σ_b Rᵀ has the eigenvalues of Σ_a Σ_b, so the
+    root is real.
 
-    mean: (d,); covariance: (d, d) symmetric and positive semi-definite, of any
-    rank.
+    mean: (d,); covariance: (d, d), of any rank.
 
     >>> frechet_distance(np.zeros(3), np.eye(3), np.ones(3), 4 * np.eye(3))
     6.0
@@ -89,9 +83,8 @@ class OtherPool(nn.Module):
 class InceptionFeatures(nn.Module):
     """pool3 features of the Inception-v3 that FID was defined with (ported from TensorFlow).
 
-    The network is torchvision's with two changes. The pooling branches of blocks A,
-    C and the first E average without the padding. That of the last E takes the
-    maximum.
+    It is torchvision's, but blocks A, C and the first E average without the padding,
+    and the last E takes the maximum.
 
     state: state dict of pt_inception-2015-12-05, 1,008 classes.
     """
@@ -132,10 +125,7 @@ def load_inception(path=""):
 
 
 def load_or_reason(load, *paths):
-    """A network and "", or None and the reason why there is none.
-
-    Raises UserError for a local copy that cannot be loaded.
-    """
+    """A network and "", or None and why. Raises UserError for a damaged local copy."""
     try:
         return load(*paths), ""
     except UserError as error:
@@ -144,45 +134,43 @@ def load_or_reason(load, *paths):
         return None, str(error)
 
 
-def warn_of_fid(images, features=2048):
-    """Print a warning if images are too few for the covariance of so many features."""
-    if images <= features:
-        print(f"FID over {images:,} images is biased upward: {features:,} features have no "
-              "covariance of full rank. Compare it only over the same images.")
+def warn_of_fid(images):
+    """Print a warning if images are too few for the covariance of 2,048 features."""
+    if images <= 2048:
+        print(f"FID over {images:,} images is biased upward: 2,048 features have no covariance "
+              "of full rank. Compare it only over the same images.")
 
 
 def code_statistics(counts, names, images):
-    """Dict of usage, perplexity and bits of codebooks, from how often each code was chosen.
+    """Dict of usage, perplexity and bits of codebooks, from (K,) counts of each one's codes.
 
-    bits are of an image by a fixed-length code, log2 K a token; bits_entropy by an
-    ideal code for these frequencies.
-
-    counts: list of (K,) arrays over the whole split; names: of the codebooks.
+    bits are of an image, log2 K a token; bits_entropy by an ideal code for these
+    frequencies.
     """
-    by_codebook = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
-    bits = bits_entropy = 0.0
+    result = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
+    result |= {"bits": 0.0, "bits_entropy": 0.0}
     for name, count in zip(names, counts):
         share = count[count > 0] / count.sum()
         entropy = float(-(share * np.log2(share)).sum())
-        by_codebook["codes_used"][name] = len(share)
-        by_codebook["codes"][name] = len(count)
-        by_codebook["usage"][name] = len(share) / len(count)
-        by_codebook["perplexity"][name] = 2.0**entropy
-        bits += float(count.sum() / images * math.log2(len(count)))
-        bits_entropy += float(count.sum() / images * entropy)
-    return {**by_codebook, "bits": bits, "bits_entropy": bits_entropy}
+        result["codes_used"][name] = len(share)
+        result["codes"][name] = len(count)
+        result["usage"][name] = len(share) / len(count)
+        result["perplexity"][name] = 2.0**entropy
+        result["bits"] += float(count.sum() / images * math.log2(len(count)))
+        result["bits_entropy"] += float(count.sum() / images * entropy)
+    return result
 
 
 def caption_alignment(run, indices, dataset, permutations=999):
     """How often captions mention the words of an image's codes, relative to chance.
 
-    Frequent codes meet frequent words by chance, so the count is divided by what
-    both frequencies predict. For p, words are assigned to codes at random.
+    Chance is what the frequencies of codes and of words predict. For p, words are
+    assigned to codes at random.
 
     indices: list of (N, n, h, w) arrays, one for each codebook.
-    Returns dict part of speech → {"ratio": to chance, or None if no word of a code
-    is mentioned, "p": share of assignments at least as good, with the true one,
-    "images": with captions}; empty without words or captions.
+    Returns dict part of speech → {"ratio": to chance, "p": share of assignments at
+    least as good, with the true one, "images": with captions}; empty without words
+    or captions.
     """
     captioned = [index for index in range(len(dataset)) if dataset.captions_of(index)]
     if run.prior is None or not captioned:
@@ -211,10 +199,7 @@ def caption_alignment(run, indices, dataset, permutations=999):
 
 
 def alignment_of(counts, spoken, rng, permutations):
-    """Mentions over chance (None if no word of a code is mentioned), and p.
-
-    counts, spoken: sparse (images, K) whole numbers: of codes, of words in captions.
-    """
+    """Mentions over chance (None if there is none), and p, from two sparse (images, K)."""
     images, codes = counts.shape[0], np.arange(counts.shape[1])
     together = counts.T @ spoken  # sparse: of the K² pairs, only those that occur in an image
     of_codes, of_words = counts.sum(0).A1, spoken.sum(0).A1
@@ -256,10 +241,9 @@ class EvaluationConfig:
     trunk_weights: str = option("", "local copy of that network's torchvision weights")
     lpips_weights: str = option("", "local copy of LPIPS v0.1's heads for it")
     figures: bool = option(False, "draw Fig. 1, 3, 5, 6, 7 and curves; Fig. 4 of several runs")
-    save: str = option("", "folder for all originals and reconstructions as PNG")
+    save: str = option("", "folder for originals and reconstructions of each run as PNG")
 
 
-@torch.no_grad()
 def mean_image(run, limit=10_000):
     """(3, R, R) mean of at most `limit` training images, the best constant prediction."""
     dataset = run.dataset("train")
@@ -272,10 +256,7 @@ def mean_image(run, limit=10_000):
 def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
     """Scores, indices and features of every image of a dataset through a run's model.
 
-    Each process of torchrun takes its share of the images.
-
-    Returns scores: dict of (N,) arrays psnr, l1, l2, baseline_psnr, and lpips if
-        there is a network for it;
+    Returns scores: dict of (N,) arrays psnr, l1, l2, baseline_psnr, maybe lpips;
     indices: (N, M, h, w) int32;
     features: of originals and reconstructions, (2, N, 2048), or [].
     """
@@ -336,14 +317,7 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None, save=None):
-    """The Evaluation of one run, or None in all processes of torchrun except the first.
-
-    It writes evaluation.json, reconstructions.png and figures into the folder of
-    results.
-
-    inception: InceptionFeatures or None; lpips: LPIPS or None; save: folder for
-    images, or None.
-    """
+    """The Evaluation of one run, or None in all processes of torchrun except the first."""
     run = Run(path, choices.device, choices.data, choices.labels, choices.checkpoint)
     dataset, baseline = run.dataset("val"), mean_image(run)
     networks = [network and network.to(run.device) for network in (inception, lpips)]
@@ -355,15 +329,14 @@ def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None, save=
               for codes, words in zip(indices, run.words)]
     whole = dataset.records is run.dataset("train").records  # without a split, all images evaluate
     result = {
-        "run": str(path), "split": "val", "checkpoint": choices.checkpoint, "step": run.step,
+        "run": str(path), "checkpoint": choices.checkpoint, "step": run.step,
         "checkpoint_sha256": run.tokenizer,
         "images": len(dataset),
         "baseline": "these images themselves" if whole else "its train split",
-        **{name: getattr(run.config, name) for name in ("method", "dataset", "seed", "resolution")},
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
         "fid": fid(*features) if len(features) and len(dataset) > 1 else None,
-        "fid_note": "Inception-v3 pool3 of pt_inception-2015-12-05, images bilinearly to 299²",
+        "fid_note": "Inception-v3 pool3 of pt_inception-2015-12-05",
         "lpips_note": f"LPIPS v0.1, {choices.perceptual_trunk}",
         **code_statistics(counts, run.names, len(dataset)),
         "alignment": caption_alignment(run, indices, dataset),
@@ -382,10 +355,7 @@ def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None, save=
 
 
 def keep_earlier(result, folder):
-    """Add to a result FID and LPIPS that an earlier evaluation of the same checkpoint has.
-
-    Figures of another checkpoint are removed.
-    """
+    """Add FID and LPIPS measured earlier; remove figures of another checkpoint."""
     path = folder / "evaluation.json"
     earlier = json.loads(path.read_text()) if path.exists() else {}
     if earlier.get("checkpoint_sha256") != result["checkpoint_sha256"]:
@@ -398,31 +368,25 @@ def keep_earlier(result, folder):
 
 
 def contents_of(run, dataset):
-    """Checksums of a run's prior, of its images, and of the code that trained it.
-
-    What `--shuffle` permutes is sorted first, as each seed permutes it differently.
-    """
+    """Checksums of a run's prior, of its images, and of the code that trained it."""
     prior = hashlib.sha256()
     for name, value in (run.prior or {}).items():
         value = np.asarray(value)
-        if run.config.shuffle in name:
+        if run.config.shuffle in name:  # each seed permutes it differently
             value = np.sort(value, axis=0)
         prior.update(value.tobytes())
     images = identity(dataset, run.config.data)
-    return {
-        "prior": prior.hexdigest(), "data": run.data, "images": images,
-        "code": run.code, "processes": run.processes,
-    }
+    return {"prior": prior.hexdigest(), "data": run.data, "images": images,
+            "code": run.code, "processes": run.processes}
 
 
 @torch.no_grad()
 def reconstructed(run, dataset, count):
     """Two rows for `draw_grid`: some originals, and their reconstructions."""
-    originals, reconstructions = [], []
-    for x, _ in run.batches(dataset, spread_indices(len(dataset), count)):
-        originals.append(x)
-        reconstructions.append(run.model(x).x_hat)
-    return [("original", torch.cat(originals)), ("reconstruction", torch.cat(reconstructions))]
+    batches = run.batches(dataset, spread_indices(len(dataset), count))
+    pairs = [(x, run.model(x).x_hat) for x, _ in batches]
+    originals, reconstructions = map(torch.cat, zip(*pairs))
+    return [("original", originals), ("reconstruction", reconstructions)]
 
 
 # ======== Tables
@@ -458,10 +422,7 @@ def rows_of(results):
 
 
 def spread(values, form):
-    """Text of a mean, ± the standard deviation of several values; "–" if one is None.
-
-    For values that are a dict with one for each codebook, the texts are joined by +.
-    """
+    """Text of a mean ± standard deviation, of each codebook for dicts; "–" if one is None."""
     if isinstance(values[0], dict):
         codebooks = ([value[name] for value in values] for name in values[0])
         return " + ".join(spread(of_one, form) for of_one in codebooks)
@@ -471,18 +432,8 @@ def spread(values, form):
     return f"{mean} ± {form.format(np.std(values, ddof=1))}" if len(values) > 1 else mean
 
 
-def welch(values, others):
-    """The p value of Welch's test, or None if a row has one seed or lacks a value."""
-    if min(len(values), len(others)) < 2 or None in (*values, *others):
-        return None
-    return float(scipy.stats.ttest_ind(values, others, equal_var=False).pvalue)
-
-
 def holm(p_values):
     """The p values after Holm's correction for being several (1979), in the same order.
-
-    The k-th smallest of n is multiplied by n − k + 1; the results are made to rise,
-    to at most 1.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -498,32 +449,18 @@ def holm(p_values):
 def markdown(results):
     """The table of some results, with p and Holm's p against the first row."""
     rows, tests = rows_of(results), {}
-    for number, (_, group) in enumerate(rows[1:], 1):
-        for column in ("psnr", "lpips"):
-            values, others = ([result[column] for result in of] for of in (group, rows[0][1]))
-            if (p := welch(values, others)) is not None:
-                tests[number, column] = p
-    corrected = dict(zip(tests, holm(list(tests.values()))))
-    table = [["run", *(title for title, _ in COLUMNS.values())]]
-    for number, (name, group) in enumerate(rows):
-        table.append([name])
-        for column, (_, form) in COLUMNS.items():
-            cell = spread([result[column] for result in group], form)
-            if p := tests.get((number, column)):
-                cell += f" (p {p:.2g}, Holm {corrected[number, column]:.2g})"
-            table[-1].append(cell)
-    return as_markdown(table)
-
-
-def alignment_table(results):
-    """The table of `caption_alignment`; "" if no run has captions and words."""
-    table = [["run", "codes", "captions mention their words, relative to chance", "p of each seed"]]
-    for name, group in rows_of(results):
-        for part in group[0]["alignment"]:
-            seeds = [result["alignment"][part] for result in group]
-            ratio = spread([seed["ratio"] for seed in seeds], "{:.2f}")
-            table.append([name, part, ratio, ", ".join(f"{seed['p']:.3f}" for seed in seeds)])
-    return as_markdown(table) if len(table) > 1 else ""
+    columns = [["run", *(name for name, _ in rows)]]
+    for column, (title, form) in COLUMNS.items():
+        values = [[result[column] for result in group] for _, group in rows]
+        for row in range(1, len(rows)) if column in ("psnr", "lpips") else ():
+            pair = values[row], values[0]
+            if all(len(seeds) > 1 and None not in seeds for seeds in pair):
+                welch = scipy.stats.ttest_ind(*pair, equal_var=False)
+                tests[len(columns), row] = float(welch.pvalue)
+        columns.append([title, *(spread(of_row, form) for of_row in values)])
+    for ((column, row), p), corrected in zip(tests.items(), holm(list(tests.values()))):
+        columns[column][row + 1] += f" (p {p:.2g}, Holm {corrected:.2g})"
+    return as_markdown([*zip(*columns)])
 
 
 def as_markdown(table):
@@ -536,11 +473,10 @@ def as_markdown(table):
 
 def draw_figures(evaluation, dataset, folder):
     """Draw a run's curves and the paper's figures of it into a folder."""
-    prior = evaluation.run.prior
-    if prior is not None:
+    if prior := evaluation.run.prior:
         draw_codebook_space(prior, folder / "fig1_space.png")
-    if prior is not None and len(prior["edges"]):
-        draw_toy(prior, folder / "fig3_toy.png")
+        if len(prior["edges"]):
+            draw_toy(prior, folder / "fig3_toy.png")
     draw_usage([evaluation], folder / "fig5_usage.png")
     draw_similarity(evaluation, folder / "fig6_similarity.png")
     draw_regions(evaluation, dataset, folder / "fig7_regions.png")
@@ -557,38 +493,33 @@ def compare(evaluations, folder):
     draw_grid(rows, folder / "fig4_reconstructions.png")
     draw_usage(evaluations, folder / "fig5_usage.png")
     draw_curves(evaluations, folder / "curves.png")
-    results = [evaluation.result for evaluation in evaluations]
-    draw_rate_distortion(results, folder / "rate_distortion.png")
-    print(f"{folder}: fig4_reconstructions.png, fig5_usage.png, curves.png, rate_distortion.png")
+    draw_rate_distortion([result for _, result, _ in evaluations], folder / "rate_distortion.png")
+    print(f"{folder}: figures of all runs")
 
 
 def draw_codebook_space(prior, path, neighbours=4):
     """Fig. 1: the paper's words, or others of the prior, and their nearest neighbours.
 
     Positions are the first two principal components of the words shown. Lines join
-    each chosen word to its nearest neighbours in the full space, whose cosines are
-    listed below.
+    each chosen word to its nearest by cosine in the full space.
     """
     panels = []
     for part in PARTS:
-        words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"].numpy()
-        nearest = {word: nearest_words(words, vectors, word, neighbours)
-                   for word in examples(words, part)}
-        shown = sorted({*nearest, *(word for pairs in nearest.values() for word, _ in pairs)})
-        rows = [words.index(word) for word in shown]
-        points = F.normalize(prior[f"{part}_vectors"][rows].double(), dim=1).numpy()
-        points -= points.mean(axis=0)
+        words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"]
+        chosen = examples(words, part)
+        pairs = [(word, other) for word in chosen
+                 for other, _ in nearest_words(words, vectors.numpy(), word, neighbours)]
+        shown = sorted({word for pair in pairs for word in pair})
+        points = F.normalize(vectors[[words.index(word) for word in shown]].double(), dim=1)
+        points = (points - points.mean(0)).numpy()
         axes = np.linalg.svd(points, full_matrices=False)[2][:2]
         position = dict(zip(shown, points @ axes.T))
-        lines, notes = [], ["Lines join chosen words to their nearest by cosine:"]
-        for word, pairs in nearest.items():
-            lines += [([position[word], position[other]], -1, "") for other, _ in pairs]
-            cosines = ", ".join(f"{other} {cosine:.2f}" for other, cosine in pairs)
-            notes.append(f"{word}: {cosines}")
-        lines += [([position[word]], int(word in nearest), word) for word in shown]
-        panels.append(dict(title=f"{part}s: {len(shown)} of {len(words):,} words", lines=lines,
-                           x="principal component 1 of the words shown", y="principal component 2",
-                           notes=notes, ticked=False))
+        lines = [([position[word], position[other]], -1, "") for word, other in pairs]
+        lines += [([position[word]], int(word in chosen), word) for word in shown]
+        title = f"{part}s: {len(shown)} of {len(words):,} words\nprincipal component 2"
+        notes = ("principal component 1 of the words shown\n"
+                 "Lines join chosen words to their nearest by cosine.")
+        panels.append(dict(title=title, lines=lines, x=notes))
     draw_plots(panels, path)
 
 
@@ -596,8 +527,7 @@ def draw_toy(prior, path, steps=80):
     """Fig. 3: codes in two dimensions pulled to one feature, by VQ-VAE and by VQCT.
 
     The toy is made of a run's prior, not of its weights: the most connected
-    adjective, nouns that it modifies, and adjectives of those. Without the last
-    ReLU, codes fill the plane.
+    adjective, nouns that it modifies, and adjectives of those.
     """
     edges = prior["edges"].numpy()
     hub = np.bincount(edges[:, 0]).argmax()
@@ -619,10 +549,9 @@ def draw_toy(prior, path, steps=80):
     learned = Codebook(start, (len(names),), trained=True)
 
     away = start - start.mean(0)
-    order = away.norm(dim=1).argsort()  # the feature is beyond all codes, in the median direction
-    direction = F.normalize(away[order[len(order) // 2]], dim=0)
-    feature = start.mean(0) + 1.4 * away[order[-1]].norm() * direction
-    nearest = nearest_code(feature[None], start).item()
+    farthest = away.norm(dim=1).argmax()
+    feature = start.mean(0) - 1.5 * away[farthest]
+    nearest = (start - feature).norm(dim=1).argmin().item()
     rate = 1.5 * (feature - start[nearest]).norm().item() / steps
     paths = {
         "VQ-VAE: each code is a parameter": pull(learned, feature, rate, steps),
@@ -631,12 +560,13 @@ def draw_toy(prior, path, steps=80):
     shown = np.concatenate([feature[None].numpy(), *(x.reshape(-1, 2) for x in paths.values())])
     panels = []
     for title, codes in paths.items():
-        lines = [(codes[:, i], int(i == nearest), name) for i, name in enumerate(names)]
+        lines = []
+        for i, name in enumerate(names):
+            colour = int(i == nearest)
+            lines += [(codes[:, i], colour, name), (codes[:1, i], colour, "")]
         lines.append(([feature.numpy()], 2, "feature"))
-        moved = (codes[-1] != codes[0]).any(axis=1).sum()
-        notes = [f"circles: start; dots: after {steps} steps; {moved} of {len(names)} codes moved",
-                 "no ReLU after the last layer, unlike Eq. 3"]
-        panels.append(dict(title=title, lines=lines, notes=notes, starts=True, shown=shown))
+        notes = f"circles: start; dots: after {steps} steps\nno ReLU after the last layer"
+        panels.append(dict(title=title, lines=lines, x=notes, shown=shown))
     draw_plots(panels, path)
 
 
@@ -654,24 +584,20 @@ def pull(codebook, feature, lr, steps):
 
 
 def draw_usage(evaluations, path):
-    """Fig. 5: how often each code was chosen, and how many were used by positions seen."""
+    """Fig. 5: how often each code was chosen, and the share of codes that were."""
     panels = []
     for run, _, indices in evaluations:
-        ranked, growth, total = [], [], 0
+        lines, total = [], 0
         for colour, (codes, words, name) in enumerate(zip(indices, run.words, run.names)):
-            by_position = np.moveaxis(codes, 1, -1).ravel()
-            _, first, counts = np.unique(by_position, return_index=True, return_counts=True)
-            first = np.sort(first) // codes.shape[1]
-            rank_of_code, used = 1 + np.arange(len(counts)), len(counts)
+            counts = np.unique(codes, return_counts=True)[1]
+            used = len(counts)
             label = f"{used:,} of {len(words):,} {name}s ({used / len(words):.1%})"
-            ranked.append((np.stack([rank_of_code, np.sort(counts)[::-1]], axis=1), colour, label))
-            growth.append((np.stack([1 + first, rank_of_code], axis=1), colour, f"{name}s"))
+            points = list(enumerate(np.log10(np.sort(counts)[::-1]), 1))
+            lines.append((points, colour, label))
             total += used
-        title = f"{run.path.name}: {total / sum(map(len, run.words)):.1%} of all codes used"
-        panels.append(dict(title=title, lines=ranked, log="y",
-                           x="codes, most used first", y="times chosen, log scale"))
-        panels.append(dict(title=title, lines=growth, log="x",
-                           x="positions seen, log scale", y="codes used so far"))
+        title = (f"{run.path.name}: {total / sum(map(len, run.words)):.1%} of all codes used\n"
+                 "times chosen, log scale")
+        panels.append(dict(title=title, lines=lines, log=True, x="codes, most used first"))
     draw_plots(panels, path)
 
 
@@ -703,17 +629,14 @@ def draw_rate_distortion(results, path):
             for bar in seeds.std(axis=0, ddof=1) * np.eye(2):
                 lines.append(([mean - bar, mean + bar], colour, ""))
         lines.append(([mean], colour, Path(group[0]["run"]).name))
-    draw_plots([dict(title="rate and distortion", lines=lines, x="bits per image, ideal code",
-                     y="PSNR, dB")], path, size=(900, 600))
+    draw_plots([dict(title="rate and distortion\nPSNR, dB", lines=lines,
+                     x="bits per image, ideal code", size=(900, 600))], path)
 
 
 def draw_similarity(evaluation, path, count=10, side=260):
-    """Fig. 6: cosines between codes in use, at the start and at the end of training.
-
-    The correlation is over all pairs of at most 1,000 codes in use.
-    """
-    run, cell = evaluation.run, side / count
-    image = Image.new("RGB", (2 * side + 260, len(run.names) * (side + 150) + 50), "white")
+    """Fig. 6: cosines between codes in use at start and end; correlation over at most 1,000."""
+    run, pitch = evaluation.run, side + 160
+    image = Image.new("RGB", (2 * side + 140, len(run.names) * pitch + 40), "white")
     draw = ImageDraw.Draw(image)
     for row, (name, codes, words) in enumerate(zip(run.names, run.model.codebook(), run.words)):
         used = np.random.default_rng(0).permutation(np.unique(evaluation.indices[row]))[:1000]
@@ -721,20 +644,19 @@ def draw_similarity(evaluation, path, count=10, side=260):
         cosines = [(x @ x.T).numpy() for x in cosines]
         pairs = np.triu_indices(len(used), 1)
         kept = scipy.stats.pearsonr(*(x[pairs] for x in cosines))[0] if len(used) > 2 else math.nan
-        top, titles = row * (side + 150) + 120, Image.new("RGB", (90, side), "white")
-        for i, code in enumerate(used[:count]):
-            y = (i + 0.5) * cell
-            draw.text((114, top + y), words[code], "black", SMALL, anchor="rm")
-            ImageDraw.Draw(titles).text((2, y), words[code], "black", SMALL, anchor="lm")
-        for x, left in zip(cosines, (120, side + 240)):
-            image.paste(in_colour(x[:count, :count], (side, side)), (left, top))
-            image.paste(titles.rotate(90, expand=True), (left, top - 92))
         title = f"{name}s at the start and at the end of training: correlation {kept:.2f}"
-        draw.text((10, top - 114), title, "black", FONT)
+        draw.text((20, row * pitch + 16), title, "black", FONT)
+        titles, top = Image.new("RGB", (100, side), "white"), row * pitch + 144
+        for i, code in enumerate(used[:count]):
+            place = 4, (i + 0.5) * side / count
+            ImageDraw.Draw(titles).text(place, words[code], "black", FONT, anchor="lm")
+        image.paste(titles, (side + 20, top))  # beside the rows of both
+        for x, left in zip(cosines, (20, side + 120)):
+            image.paste(in_colour(x[:count, :count], (side, side)), (left, top))
+            image.paste(titles.rotate(90, expand=True), (left, top - 100))
     scale = in_colour(np.linspace(-1, 1, 21)[None], (side, 12))
-    image.paste(scale, (120, image.height - 44))
-    for place, cosine in ((0, "-1"), (0.5, "cosine 0"), (1, "1")):
-        draw.text((120 + place * side, image.height - 22), cosine, "black", SMALL, anchor="mm")
+    image.paste(scale, (20, image.height - 30))
+    draw.text((side + 24, image.height - 34), "cosine: -1 (blue) to 1 (red)", "black", FONT)
     save_png(image, path)
 
 
@@ -747,20 +669,18 @@ def in_colour(cosines, size):
 
 
 def regions_of(evaluation, index):
-    """Five regions of an image: a list of (box in pixels, the words of its codes)."""
+    """Five positions of an image: a list of (row, column, the words of its codes)."""
     run, regions = evaluation.run, []
-    (height, width), cell = run.model.grid, run.config.resolution // run.model.grid[0]
     for y, x in ((0.25, 0.25), (0.25, 0.75), (0.5, 0.5), (0.75, 0.25), (0.75, 0.75)):
-        row, column = int(y * height), int(x * width)
-        box = (column * cell, row * cell, (column + 1) * cell, (row + 1) * cell)
+        row, column = int(y * run.model.grid[0]), int(x * run.model.grid[1])
         codes = [torch.from_numpy(part[index, :, row, column]) for part in evaluation.indices]
-        regions.append((box, run.spell(torch.cat(codes)[:, None, None])))
+        regions.append((row, column, run.spell(torch.cat(codes)[:, None, None])))
     return regions
 
 
 def draw_regions(evaluation, dataset, path, columns=4, side=256, margin=160):
     """Fig. 7: regions of eight images, and beside each image the words of their codes."""
-    chosen = spread_indices(len(dataset), 8)
+    chosen, cell = spread_indices(len(dataset), 8), side / evaluation.run.model.grid[0]
     rows = math.ceil(len(chosen) / columns)
     image = Image.new("RGB", (columns * (side + margin), rows * (side + 8) + 28), "white")
     draw = ImageDraw.Draw(image)
@@ -768,142 +688,116 @@ def draw_regions(evaluation, dataset, path, columns=4, side=256, margin=160):
         left, top = number % columns * (side + margin), number // columns * (side + 8)
         picture = TF.to_pil_image(dataset[index]["image"])
         image.paste(picture.resize((side, side), Image.Resampling.NEAREST), (left, top))
-        for i, (box, words) in enumerate(regions_of(evaluation, index), 1):
-            x, y, right, bottom = np.multiply(box, side / picture.width) + (left, top, left, top)
-            draw.rectangle((x - 3, y - 3, right + 2, bottom + 2), outline="black", width=3)
-            draw.rectangle((x - 2, y - 2, right + 1, bottom + 1), outline="white")
+        for i, (row, column, words) in enumerate(regions_of(evaluation, index), 1):
+            x, y = left + column * cell, top + row * cell
+            draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline="black", width=3)
+            draw.rectangle((x - 2, y - 2, x + cell + 1, y + cell + 1), outline="white")
             draw.text((x - 6, y), str(i), "white", FONT, "ra", stroke_width=2, stroke_fill="black")
-            draw.text((left + side + 10, top + 24 * i), f"{i}  {words}", "black", SMALL)
+            draw.text((left + side + 10, top + 24 * i), f"{i}  {words}", "black", FONT)
     note = "Words are names of codes; they need not describe what is seen."
-    draw.text((4, image.height - 22), note, "black", SMALL)
+    draw.text((4, image.height - 22), note, "black", FONT)
     save_png(image, path)
 
 
 # ---- Drawing of plots
 
 INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569",
-       "#b8cbe6")  # the last one is number −1
-SMALL, FONT = (ImageFont.load_default(size) for size in (13, 15))
+       "#8fa3bf")
+FONT = ImageFont.load_default(14)
 
 
-def draw_plots(panels, path, columns=2, size=(520, 400)):
-    """Draw plots in a grid → PNG; each panel is a dict of the arguments of `draw_panel`."""
-    width, height = size
-    height += 20 * max(len(panel.get("notes", ())) for panel in panels)
-    rows = math.ceil(len(panels) / columns)
-    image = Image.new("RGB", (width * min(columns, len(panels)), height * rows), "white")
-    for number, panel in enumerate(panels):
-        left, top = number % columns * width, number // columns * height
-        box = (left + 70, top + 40, width - 110, size[1] - 100)
-        draw_panel(ImageDraw.Draw(image), box, **panel)
-    save_png(image, path)
+def draw_plots(panels, path):
+    """Draw plots of one size, two in a row → PNG; panels: dicts of arguments of `draw_panel`."""
+    images = [draw_panel(**panel) for panel in panels]
+    width, height = images[0].size
+    shape = min(2, len(images)), math.ceil(len(images) / 2)
+    grid = Image.new("RGB", (width * shape[0], height * shape[1]), "white")
+    for number, image in enumerate(images):
+        grid.paste(image, (number % 2 * width, number // 2 * height))
+    save_png(grid, path)
 
 
-def draw_panel(draw, box, title, lines, x="", y="", log="", notes=(), ticked=True, starts=False,
-               shown=None):
-    """Draw one plot in a box of (left, top, width, height) pixels.
+def draw_panel(title, lines, x, log=False, shown=None, size=(520, 400)):
+    """An image of one plot, whose title's second line is that of y.
 
-    lines: list of (points, colour, label). A line with a label ends in a dot.
-    x, y: titles of the axes; log: which of them are logarithmic, "x", "y" or "xy".
-    notes: lines of text below; ticked: whether the axes have numbers.
-    starts: whether circles mark the first points; shown: points to fit, by default
-    those of lines.
+    lines: list of (points, colour, label). A line with a label ends in a dot. One
+    point without a label is a circle. x: title of x, and notes below it; log: whether
+    y is log10 of what the ticks say; shown: points to fit, by default those of lines.
     """
-    left, top, width, height = box
-    scaled = []
-    for points, _, _ in lines:
-        points = np.array(points, dtype=np.float64).reshape(-1, 2)
-        for axis in (axis for axis, name in enumerate("xy") if name in log):
-            points[:, axis] = np.log10(points[:, axis].clip(min=1e-12))
-        scaled.append(points)
-    fitted = np.concatenate(scaled) if shown is None else shown
+    left, top, right, bottom = 70, 40, size[0] - 40, size[1] - 60
+    image = Image.new("RGB", (size[0], size[1] + 20 * x.count("\n")), "white")
+    draw = ImageDraw.Draw(image)
+    lines = [(np.array(points, dtype=np.float64).reshape(-1, 2), INK[colour % len(INK)], label)
+             for points, colour, label in lines]
+    fitted = np.concatenate([points for points, *_ in lines]) if shown is None else shown
     low, high = fitted.min(axis=0), fitted.max(axis=0)
-    margin = np.maximum(0.04 * (high - low), 1e-9)
+    margin = np.where(high > low, 0.04 * (high - low), 0.5)
     low, high = low - margin, high + margin
+    scale = (right - left, top - bottom) / (high - low)
 
-    def pixel(point):
-        across, up = (point - low) / (high - low)
-        return left + across * width, top + (1 - up) * height
+    draw.multiline_text((left, top - 38), title, "black", FONT)
+    draw.multiline_text((left, bottom + 24), x, "black", FONT)
+    for place, text in ticks(low[0], high[0]):
+        across = left + (place - low[0]) * scale[0]
+        draw.line((across, top, across, bottom), "#eef2f7")
+        draw.text((across, bottom + 12), text, "black", FONT, anchor="mm")
+    for place, text in ticks(low[1], high[1], log):
+        down = bottom + (place - low[1]) * scale[1]
+        draw.line((left, down, right, down), "#eef2f7")
+        draw.text((left - 6, down), text, "black", FONT, anchor="rm")
+    draw.rectangle((left, top, right, bottom), outline=INK[-1])
 
-    draw.text((left, top - 36), title, "black", FONT)
-    draw.text((left + width / 2, top + height + 32), x, "black", SMALL, anchor="mm")
-    draw.text((left, top - 8), y, "black", SMALL, anchor="lm")
-    for row, note in enumerate(notes):
-        draw.text((left, top + height + 46 + 20 * row), note, "black", SMALL)
-    for place, text in ticks(low[0], high[0], "x" in log) if ticked else ():
-        across, _ = pixel(np.full(2, place))
-        draw.line((across, top, across, top + height), "#eef2f7")
-        draw.text((across, top + height + 12), text, "black", SMALL, anchor="mm")
-    for place, text in ticks(low[1], high[1], "y" in log) if ticked else ():
-        _, down = pixel(np.full(2, place))
-        draw.line((left, down, left + width, down), "#eef2f7")
-        draw.text((left - 6, down), text, "black", SMALL, anchor="rm")
-    draw.rectangle((left, top, left + width, top + height), outline=INK[-1])
-    draw_lines(draw, [list(map(pixel, points)) for points in scaled], lines, left + width, starts)
-
-
-def draw_lines(draw, pixels, lines, right, starts):
-    """Draw lines, their dots, and above all their labels where these fit."""
-    inks = [INK[-1] if number < 0 else INK[number % (len(INK) - 1)] for _, number, _ in lines]
-    labels = [label for _, _, label in lines]
-    taken = [(x, y, x, y) for points in pixels for x, y in points]
-    for points, ink in zip(pixels, inks):
-        draw.line(points, ink, 2)
-    for points, ink, label in zip(pixels, inks, labels):
-        if label and starts and len(points) > 1:
-            draw.circle(points[0], 5, outline=ink)
+    lines = [((left, bottom) + (points - low) * scale, ink, label) for points, ink, label in lines]
+    for points, ink, label in lines:
+        draw.line(points.ravel().tolist(), ink, 2)
         if label:
             draw.circle(points[-1], 4, ink)
-            x, y = points[-1]
-            taken.append((x - 4, y - 4, x + 4, y + 4))
-    for points, ink, label in zip(pixels, inks, labels):
+        elif len(points) == 1:
+            draw.circle(points[0], 5, outline=ink)
+    for points, ink, label in lines:
         if label:
-            length = draw.textlength(label, SMALL)
-            taken.append(free_box(points[-1], length, np.array(taken), right + 36))
-            draw.text(taken[-1][:2], label, ink, SMALL, stroke_width=2, stroke_fill="white")
+            inside = image.crop((left, top, size[0], bottom))  # away from the ticks
+            x, y = free_place(inside, points[-1] - (left, top), draw.textlength(label, FONT))
+            draw.text((left + x, top + y), label, ink, FONT, "mm",
+                      stroke_width=2, stroke_fill="white")
+    return image
 
 
-def ticks(low, high, log):
+def ticks(low, high, log=False):
     """Round numbers of an axis, a list of (position, text); a log axis has log10 positions."""
-    if log:
-        factors = (1, 2, 5) if high - low < 2 else (1,)
-        powers = range(math.floor(low), math.ceil(high))
-        numbers = [factor * 10.0**power for power in powers for factor in factors]
-        positions = [math.log10(number) for number in numbers]
-    else:
-        least = (high - low) / 7
-        power = 10.0 ** math.floor(math.log10(least))
-        step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
-        numbers = positions = step * np.arange(math.ceil(low / step), high / step)
-    return [(position, f"{number:,.6g}") for position, number in zip(positions, numbers)
-            if low <= position <= high]
+    least = max((high - low) / 7, float(log))  # a log axis has powers of ten
+    power = 10.0 ** math.floor(math.log10(least))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least)
+    positions = step * np.arange(math.ceil(low / step), math.floor(high / step) + 1)
+    return [(place, f"{10**place if log else place:,.6g}") for place in positions]
 
 
-def free_box(point, length, taken, right):
-    """The (left, top, right, bottom) of a text near a point, free of taken boxes.
-
-    length: width of the text; taken: (n, 4) boxes; right: where the text has to end.
-    """
-    ways = [(1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)]
-    for reach, (across, down) in itertools.product(range(0, 306, 6), ways):
-        x = point[0] + across * (7 + reach) + (across - 1) * length / 2
-        y = point[1] - 8 + down * (13 + reach)
-        beside = (x > taken[:, 2]) | (x + length < taken[:, 0])
-        clear = (beside | (y > taken[:, 3]) | (y + 15 < taken[:, 1])).all()
-        if clear and x + length <= right or reach == 300:
-            return x, y, x + length, y + 15
+def free_place(image, point, length, height=18):
+    """The middle of a text of this length, as near to a point as nothing dark is below it."""
+    dark, size = np.array(image).min(axis=-1) < 128, (height, math.ceil(length) + 4)
+    taken = scipy.ndimage.maximum_filter(dark, size, mode="constant", cval=True)
+    down, across = np.indices(dark.shape)
+    apart = abs(across - point[0] - 3) - size[1] / 2  # rather to the right
+    distance = np.hypot(apart.clip(min=0), down - point[1])
+    y, x = np.unravel_index((distance + 1e6 * taken).argmin(), dark.shape)
+    return x, y
 
 
 # ======== Command line
 
 def report(results, reasons):
-    """Print tables of results, and how FID and LPIPS were measured or why not."""
+    """Print the table of results and what it needs to be understood."""
     print(f"\n{markdown(results)}\n")
-    baselines = ("{dataset}: {images:,} evaluation images; the mean image of {baseline} gives "
-                 "{baseline_psnr:.2f} dB\n".format(**result) for result in results)
+    baselines = ("{config[dataset]}: {images:,} evaluation images; the mean image of {baseline} "
+                 "gives {baseline_psnr:.2f} dB\n".format(**result) for result in results)
     print("\n".join(dict.fromkeys(baselines)))
-    if table := alignment_table(results):
-        print(f"{table}\n")
+    for name, group in rows_of(results):
+        for part in group[0]["alignment"]:
+            seeds = [result["alignment"][part] for result in group]
+            ratio = spread([seed["ratio"] for seed in seeds], "{:.2f}")
+            p_values = ", ".join(f"{seed['p']:.3f}" for seed in seeds)
+            print(f"{name}: captions mention words of its {part} codes {ratio} times as often "
+                  f"as chance predicts (p of each seed: {p_values})")
     for name, reason in zip(("fid", "lpips"), reasons):
         notes = [result[f"{name}_note"] for result in results if result[name] is not None]
         print(f"{name.upper()}: " + (notes[0] if notes else f"– ({reason})"))
@@ -920,8 +814,8 @@ def main(argv=None):
     paths, choices = list(dict.fromkeys(given.pop("runs"))), EvaluationConfig(**given)
     for path in paths:
         if not (path / f"{choices.checkpoint}.pt").is_file():
-            missing = f"it has no {choices.checkpoint}.pt"
-            raise UserError(f"'{path}' is not a run of train.py: {missing}")
+            raise UserError(f"'{path}' is not a run of train.py: "
+                            f"it has no {choices.checkpoint}.pt")
     torch.backends.cudnn.allow_tf32 = False  # so that results are those of a CPU
     files = [inception_file(), *lpips_files(choices.perceptual_trunk)]
     local = choices.inception, choices.trunk_weights, choices.lpips_weights
@@ -929,16 +823,17 @@ def main(argv=None):
         if choices.download:
             provide([file for file, path in zip(files, local) if not path], True, "")
         inception, no_fid = load_or_reason(load_inception, choices.inception)
-        load = functools.partial(load_lpips, choices.perceptual_trunk)
-        lpips, no_lpips = load_or_reason(load, *local[1:])
+        lpips, no_lpips = load_or_reason(
+            lambda *paths: load_lpips(choices.perceptual_trunk, *paths), *local[1:])
     evaluations = []
     for path in paths:
-        save = choices.save and Path(choices.save, path.resolve().name if len(paths) > 1 else "")
+        save = choices.save and Path(choices.save, path.resolve().name)
         evaluations.append(evaluate(path, choices, inception, lpips, save))
     if rank():
         return
     results = [evaluation.result for evaluation in evaluations]
-    images = {(result["contents"]["images"], result["resolution"]) for result in results}
+    images = {(result["contents"]["images"], result["config"]["resolution"])
+              for result in results}
     if choices.figures and len(images) > 1:
         print("no comparison drawn: the runs were evaluated on different images")
     elif choices.figures and len(results) > 1:

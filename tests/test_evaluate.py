@@ -18,15 +18,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2 as TF
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, ImageDraw
 
 import train
 from conftest import ROOT
-from evaluate import (INK, Evaluation, EvaluationConfig, InceptionFeatures, alignment_table,
-                      caption_alignment, code_statistics, draw_codebook_space, draw_curves,
-                      draw_plots, draw_rate_distortion, draw_toy, draw_usage, evaluate, fid,
-                      frechet_distance, free_box, holm, load_inception, load_or_reason, main,
-                      markdown, mean_image, regions_of, rows_of, ticks)
+from evaluate import (INK, Evaluation, EvaluationConfig, InceptionFeatures, caption_alignment,
+                      code_statistics, draw_codebook_space, draw_curves, draw_plots,
+                      draw_rate_distortion, draw_toy, draw_usage, evaluate, fid,
+                      frechet_distance, free_place, holm, load_inception, load_or_reason, main,
+                      markdown, mean_image, regions_of, report, rows_of, ticks)
 from prior import UserError
 from test_parity import random_inception
 from train import DemoDataset, ImageDataset, Record, Run, load_lpips, to_bytes, to_images
@@ -216,7 +216,7 @@ def test_evaluation_of_a_run(run, capsys):
     assert result["fid"] is result["lpips"] is None
     for expected in (
         f"| run | – | {result['psnr']:.2f} |",
-        "| run | noun |",
+        "run: captions mention words of its noun codes ",
         "11 evaluation images; the mean image of its train split gives "
         f"{result['baseline_psnr']:.2f} dB",
         "FID: – (missing: FID's Inc",
@@ -282,7 +282,7 @@ def test_results_do_not_depend_on_the_batch_size_or_the_time(run):
     assert all(first[name] == other[name] for name in ("codes_used", "alignment"))
 
 
-def test_table_of_runs_that_differ_by_seed_or_more():
+def test_table_of_runs_that_differ_by_seed_or_more(capsys):
     result = dict(run="run", psnr=20.0, l1=0.1, l2=0.02, lpips=None, fid=None,
                   bits=64.0, bits_entropy=32.0)
     for name in ("codes", "codes_used", "usage", "perplexity"):
@@ -311,10 +311,16 @@ def test_table_of_runs_that_differ_by_seed_or_more():
     for number, seed in enumerate([*worse, *better]):
         seed["lpips"] = 0.5 + 0.1 * (number % 2) + 0.01 * number  # alike
     assert f"| 21.50 ± 0.71 (p {p:.2g}, Holm {2 * p:.2g}) |" in markdown([*worse, *better])
-    rows = alignment_table([*seeds, other]).splitlines()
-    assert rows[2] == "| seed0 (2 seeds) | adjective | 2.00 ± 0.00 | 0.010, 0.010 |"
-    assert len(rows) == 2 + 4
-    assert alignment_table([{**result, "alignment": {}}]) == ""
+    seen = dict(images=9, baseline="its train split", baseline_psnr=13.0)
+    for result in (*seeds, other, result):
+        result.update(seen, config={**result["config"], "dataset": "cub"})
+    report([*seeds, other], ("none", "none"))
+    said = capsys.readouterr().out
+    assert ("seed0 (2 seeds): captions mention words of its adjective codes 2.00 ± 0.00 times as "
+            "often as chance predicts (p of each seed: 0.010, 0.010)") in said
+    assert said.count("captions mention") == 4
+    report([{**result, "alignment": {}}], ("none", "none"))
+    assert "captions mention" not in capsys.readouterr().out
 
 
 def test_holms_correction_by_hand():
@@ -390,7 +396,7 @@ def test_other_systems_are_evaluated_drawn_and_compared(run, capsys):
     picture = Image.open("comparison/fig4_reconstructions.png")
     assert picture.size == (150 + 8 * 132, 4 * 132)  # originals, three runs
     printed = capsys.readouterr().out
-    assert printed.count("\n| official |") == 3
+    assert printed.count("\n| official |") == 1 and printed.count("\nofficial: captions") == 2
     assert len(list(Path("saved/vqgan/reconstructions").iterdir())) == 11
     trained(Path("larger"), "--resolution=64")
     main(["larger", "run", "--figures", "--device=cpu"])
@@ -406,19 +412,18 @@ def seen(monkeypatch):
     return found
 
 
-def test_usage_counts_codes_and_when_they_turned_up(seen):
+def test_usage_counts_codes(seen):
     run = SimpleNamespace(names=("code",), words=[list("abcdef")], path=Path("somewhere/run"))
     # two images of two positions, two codes at each
     codes = np.array([[[[2, 0]], [[2, 2]]], [[[4, 2]], [[0, 2]]]])
     draw_usage([Evaluation(run, {}, [codes])], "usage.png")
-    assert {panel["title"] for panel in seen[0]} == {"run: 50.0% of all codes used"}
-    ((ranked, _, label),), ((growth, _, _),) = (panel["lines"] for panel in seen[0])
-    assert ranked.tolist() == [[1, 5], [2, 2], [3, 1]] and label == "3 of 6 codes (50.0%)"
-    assert growth.tolist() == [[1, 1], [2, 2], [3, 3]]
+    assert seen[0][0]["title"].startswith("run: 50.0% of all codes used\n") and len(seen[0]) == 1
+    ((ranked, _, label),) = seen[0][0]["lines"]
+    assert np.allclose(ranked, [(1, np.log10(5)), (2, np.log10(2)), (3, 0)]) and label == "3 of 6 codes (50.0%)"
     pair = SimpleNamespace(names=("adjective", "noun"), words=[list("abcdef"), list("gh")],
                            path=Path("pair"))
     draw_usage([Evaluation(pair, {}, [codes, codes // 4])], "usage.png")  # three of six and two of two
-    assert seen[1][0]["title"] == "pair: 62.5% of all codes used"
+    assert seen[1][0]["title"].startswith("pair: 62.5% of all codes used\n")
 
 
 def test_regions_are_those_of_their_words(run):
@@ -426,11 +431,10 @@ def test_regions_are_those_of_their_words(run):
     places = ((2, 2), (2, 6), (4, 4), (6, 2), (6, 6))
     for index in (0, 7):
         regions = regions_of(evaluation, index)
-        for (box, words), (row, column) in zip(regions, places, strict=True):
+        for (row, column, words), place in zip(regions, places, strict=True):
             codes = [indices[index, 0, row, column] for indices in evaluation.indices]
             expected = [listed[code] for listed, code in zip(evaluation.run.words, codes)]
-            assert words == " ".join(expected)
-            assert box == (4 * column, 4 * row, 4 * column + 4, 4 * row + 4)
+            assert words == " ".join(expected) and (row, column) == place
 
 
 def test_rate_and_distortion_have_bars_of_the_seeds(seen):
@@ -463,9 +467,14 @@ def test_curves_are_those_of_the_journal(seen):
 
 def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, seen):
     draw_toy(prior.tensors(), "toy.png")
-    learned, generated = ([line for line in panel["lines"] if line[2] != "feature"]
+    learned, generated = ([line for line in panel["lines"] if line[2] not in ("", "feature")]
                           for panel in seen[0])
-    assert all("no ReLU after the last layer" in panel["notes"][-1] for panel in seen[0])
+    assert all("no ReLU after the last layer" in panel["x"] for panel in seen[0])
+    for panel in seen[0]:  # a circle is where a code starts
+        circles = [points[0] for points, _, label in panel["lines"] if not label]
+        starts = [points[0] for points, _, label in panel["lines"] if len(points) > 1]
+        assert np.array_equal(circles, starts)
+    assert seen[0][0]["shown"] is seen[0][1]["shown"]  # the same axes
     moved = lambda lines: [int((points[-1] != points[0]).any()) for points, _, _ in lines]
     assert sum(moved(learned)) == 1 and np.mean(moved(generated)) > 0.9
     once = [sum(line[1] == other[1] for other in learned) == 1 for line in learned]
@@ -486,11 +495,10 @@ def test_codebook_space_shows_words_and_their_neighbours(tmp_path, prior):
         assert image.width == 1040 and set(map(ImageColor.getrgb, INK[:2])) <= colours
 
 
-@pytest.mark.parametrize("log", ["", "x", "y", "xy"])
+@pytest.mark.parametrize("log", [False, True])
 def test_a_line_runs_straight_on_its_own_axes(tmp_path, log):
     steps = np.linspace(0, 1, 9)
-    points = np.stack([10 ** (3 * steps) if name in log else steps for name in "xy"], 1)
-    panel = dict(title="t", lines=[(points, 0, "")], x="x", y="y", log=log)
+    panel = dict(title="t\ny", lines=[(np.stack([steps, 3 * steps], 1), 0, "")], x="x", log=log)
     draw_plots([panel] * 3, tmp_path / "f.png")
     with Image.open(tmp_path / "f.png") as image:
         assert image.size == (1040, 800)
@@ -502,15 +510,18 @@ def test_a_line_runs_straight_on_its_own_axes(tmp_path, log):
 
 
 def test_ticks_are_round_and_labels_lie_apart():
-    assert [text for _, text in ticks(17.5, 22.7, False)] == "18 19 20 21 22".split()
-    assert [text for _, text in ticks(60, 1334, False)] == "200 400 600 800 1,000 1,200".split()
+    assert [text for _, text in ticks(17.5, 22.7)] == "18 19 20 21 22".split()
+    assert [text for _, text in ticks(60, 1334)] == "200 400 600 800 1,000 1,200".split()
     assert [text for _, text in ticks(-0.1, 3.2, True)] == "1 10 100 1,000".split()
-    assert [text for _, text in ticks(0.9, 2.1, True)] == "10 20 50 100".split()
-    assert all(place == pytest.approx(math.log10(int(text))) for place, text in ticks(0.9, 2.1, True))
-    taken = [(100, 100, 100, 100)]
+    assert ticks(0.9, 2.1, True) == [(1, "10"), (2, "100")]
+    image, taken = Image.new("RGB", (160, 200), "white"), []
     for _ in range(30):  # labels of one point
-        left, top, right, bottom = free_box((100, 100), 40, np.array(taken), 160)
-        assert all(left > box[2] or right < box[0] or top > box[3] or bottom < box[1] for box in taken)
-        assert right - left == 40 and right <= 160
-        taken.append((left, top, right, bottom))
-    assert taken[1][:2] == (107, 92)  # beside the point, where there is room
+        x, y = free_place(image, (100, 100), 40)
+        left, top, right, bottom = box = x - 20, y - 7, x + 20, y + 7
+        assert all(left > other[2] or right < other[0] or top > other[3] or bottom < other[1]
+                   for other in taken)
+        assert left >= 0 and top >= 0 and right <= 160 and bottom <= 200
+        ImageDraw.Draw(image).rectangle(box, "black")
+        taken.append(box)
+    assert taken[0][1] < 100 < taken[0][3]  # beside the point, where there is room
+    assert len(free_place(image, (100, 100), 500)) == 2  # wider than the image

@@ -161,7 +161,7 @@ def test_the_tables_of_results_are_those_of_their_evaluations():
     assert table_in(short) == cells_of(SHORT) and table_in(long) == cells_of(LONG)
     for results in (SHORT, LONG):
         for row, seeds in results.items():
-            assert [result["seed"] for result in seeds] == list(range(len(seeds))), row
+            assert [result["config"]["seed"] for result in seeds] == list(range(len(seeds))), row
             assert len(evaluate.rows_of(seeds)) == 1, row
     assert {result["step"] for seeds in LONG.values() for result in seeds} == {9000}
     six = table_in(README.split("\n## What was found")[1].split("\n## ")[0])

@@ -64,8 +64,8 @@ def frechet_distance(mean_a, covariance_a, mean_b, covariance_b):
 
 def fid(a, b):
     """Fréchet distance of two (N, d) float64 arrays of features, each taken as a Gaussian."""
-    covariance_a, covariance_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    return frechet_distance(a.mean(axis=0), covariance_a, b.mean(axis=0), covariance_b)
+    moments = [(x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b)]
+    return frechet_distance(*moments[0], *moments[1])
 
 
 class OtherPool(nn.Module):
@@ -135,7 +135,7 @@ def load_or_reason(load, *paths):
 
 
 def warn_of_fid(images):
-    """Print a warning if images are too few for the covariance of 2,048 features."""
+    """Print a warning if images are too few for FID's covariances."""
     if images <= 2048:
         print(f"FID over {images:,} images is biased upward: 2,048 features have no covariance "
               "of full rank. Compare it only over the same images.")
@@ -151,13 +151,13 @@ def code_statistics(counts, names, images):
     result |= {"bits": 0.0, "bits_entropy": 0.0}
     for name, count in zip(names, counts):
         share = count[count > 0] / count.sum()
-        entropy = float(-(share * np.log2(share)).sum())
+        entropy = -(share * np.log2(share)).sum()
         result["codes_used"][name] = len(share)
         result["codes"][name] = len(count)
         result["usage"][name] = len(share) / len(count)
         result["perplexity"][name] = 2.0**entropy
-        result["bits"] += float(count.sum() / images * math.log2(len(count)))
-        result["bits_entropy"] += float(count.sum() / images * entropy)
+        result["bits"] += count.sum() / images * math.log2(len(count))
+        result["bits_entropy"] += count.sum() / images * entropy
     return result
 
 
@@ -210,16 +210,16 @@ def alignment_of(counts, spoken, rng, permutations):
     true = excess(codes)
     larger = sum(excess(rng.permutation(codes)) >= true for _ in range(permutations))
     chance = of_codes @ of_words / images
-    ratio = float(together.trace() / chance) if chance else None
-    return ratio, float((1 + larger) / (1 + permutations))
+    ratio = together.trace() / chance if chance else None
+    return ratio, (1 + larger) / (1 + permutations)
 
 
 def count_matrix(rows, columns):
-    """A sparse int64 matrix of how often each column number is in each row's list."""
+    """Sparse int64: how often each column's number is in each row's list."""
     ends = np.cumsum([0, *map(len, rows)])
     numbers = np.concatenate(rows).astype(np.int64)
-    shape = len(rows), columns
-    return scipy.sparse.csr_matrix((np.ones_like(numbers), numbers, ends), shape)
+    ones = np.ones_like(numbers)
+    return scipy.sparse.csr_matrix((ones, numbers, ends), (len(rows), columns))
 
 
 # ======== One run
@@ -327,12 +327,12 @@ def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None, save=
     indices = [codes.numpy() for codes in run.model.by_codebook(torch.from_numpy(indices))]
     counts = [np.bincount(codes.ravel(), minlength=len(words))
               for codes, words in zip(indices, run.words)]
-    whole = dataset.records is run.dataset("train").records  # without a split, all images evaluate
+    unsplit = dataset.records is run.dataset("train").records
     result = {
         "run": str(path), "checkpoint": choices.checkpoint, "step": run.step,
         "checkpoint_sha256": run.tokenizer,
         "images": len(dataset),
-        "baseline": "these images themselves" if whole else "its train split",
+        "baseline": "these images themselves" if unsplit else "its train split",
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
         "fid": fid(*features) if len(features) and len(dataset) > 1 else None,
@@ -375,8 +375,8 @@ def contents_of(run, dataset):
         if run.config.shuffle in name:  # each seed permutes it differently
             value = np.sort(value, axis=0)
         prior.update(value.tobytes())
-    images = identity(dataset, run.config.data)
-    return {"prior": prior.hexdigest(), "data": run.data, "images": images,
+    return {"prior": prior.hexdigest(), "data": run.data,
+            "images": identity(dataset, run.config.data),
             "code": run.code, "processes": run.processes}
 
 
@@ -456,7 +456,7 @@ def markdown(results):
             pair = values[row], values[0]
             if all(len(seeds) > 1 and None not in seeds for seeds in pair):
                 welch = scipy.stats.ttest_ind(*pair, equal_var=False)
-                tests[len(columns), row] = float(welch.pvalue)
+                tests[len(columns), row] = welch.pvalue
         columns.append([title, *(spread(of_row, form) for of_row in values)])
     for ((column, row), p), corrected in zip(tests.items(), holm(list(tests.values()))):
         columns[column][row + 1] += f" (p {p:.2g}, Holm {corrected:.2g})"
@@ -565,8 +565,8 @@ def draw_toy(prior, path, steps=80):
             colour = int(i == nearest)
             lines += [(codes[:, i], colour, name), (codes[:1, i], colour, "")]
         lines.append(([feature.numpy()], 2, "feature"))
-        notes = f"circles: start; dots: after {steps} steps\nno ReLU after the last layer"
-        panels.append(dict(title=title, lines=lines, x=notes, shown=shown))
+        x = f"circles: start; dots: after {steps} steps\nno ReLU after the last layer"
+        panels.append(dict(title=title, lines=lines, x=x, shown=shown))
     draw_plots(panels, path)
 
 
@@ -602,7 +602,7 @@ def draw_usage(evaluations, path):
 
 
 def draw_curves(evaluations, path):
-    """Held-out PSNR, losses and codes used against steps, from the runs' metrics.jsonl."""
+    """Held-out PSNR, losses and codes used against steps."""
     titles = {"validation_psnr": "PSNR of held-out images, dB", "loss": "loss",
               "quantizer": "quantizers' loss", "codes_used": "codes used, all codebooks"}
     panels = []
@@ -620,7 +620,7 @@ def draw_curves(evaluations, path):
 
 
 def draw_rate_distortion(results, path):
-    """PSNR against bits of an ideal code: a dot for each row, ± the deviations of its seeds."""
+    """PSNR against bits of an ideal code, a dot for each row, ± deviations of its seeds."""
     lines = []
     for colour, (_, group) in enumerate(rows_of(results)):
         seeds = np.array([(result["bits_entropy"], result["psnr"]) for result in group])
@@ -701,13 +701,12 @@ def draw_regions(evaluation, dataset, path, columns=4, side=256, margin=160):
 
 # ---- Drawing of plots
 
-INK = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#475569",
-       "#8fa3bf")
+INK = "#2563eb #c2410c #15803d #7c3aed #a16207 #0e7490 #be185d #8fa3bf".split()  # -1: pale
 FONT = ImageFont.load_default(14)
 
 
 def draw_plots(panels, path):
-    """Draw plots of one size, two in a row → PNG; panels: dicts of arguments of `draw_panel`."""
+    """Draw plots of one size, two in a row; panels: dicts of arguments of `draw_panel`."""
     images = [draw_panel(**panel) for panel in panels]
     width, height = images[0].size
     shape = min(2, len(images)), math.ceil(len(images) / 2)
@@ -727,7 +726,7 @@ def draw_panel(title, lines, x, log=False, shown=None, size=(520, 400)):
     left, top, right, bottom = 70, 40, size[0] - 40, size[1] - 60
     image = Image.new("RGB", (size[0], size[1] + 20 * x.count("\n")), "white")
     draw = ImageDraw.Draw(image)
-    lines = [(np.array(points, dtype=np.float64).reshape(-1, 2), INK[colour % len(INK)], label)
+    lines = [(np.array(points, dtype=float), INK[min(colour, colour % 7)], label)
              for points, colour, label in lines]
     fitted = np.concatenate([points for points, *_ in lines]) if shown is None else shown
     low, high = fitted.min(axis=0), fitted.max(axis=0)
@@ -735,8 +734,8 @@ def draw_panel(title, lines, x, log=False, shown=None, size=(520, 400)):
     low, high = low - margin, high + margin
     scale = (right - left, top - bottom) / (high - low)
 
-    draw.multiline_text((left, top - 38), title, "black", FONT)
-    draw.multiline_text((left, bottom + 24), x, "black", FONT)
+    draw.text((left, top - 38), title, "black", FONT)
+    draw.text((left, bottom + 24), x, "black", FONT)
     for place, text in ticks(low[0], high[0]):
         across = left + (place - low[0]) * scale[0]
         draw.line((across, top, across, bottom), "#eef2f7")
@@ -757,9 +756,9 @@ def draw_panel(title, lines, x, log=False, shown=None, size=(520, 400)):
     for points, ink, label in lines:
         if label:
             inside = image.crop((left, top, size[0], bottom))  # away from the ticks
-            x, y = free_place(inside, points[-1] - (left, top), draw.textlength(label, FONT))
-            draw.text((left + x, top + y), label, ink, FONT, "mm",
-                      stroke_width=2, stroke_fill="white")
+            length = draw.textlength(label, FONT)
+            place = free_place(inside, points[-1] - (left, top), length) + (left, top)
+            draw.text(place, label, ink, FONT, "mm", stroke_width=2, stroke_fill="white")
     return image
 
 
@@ -772,21 +771,21 @@ def ticks(low, high, log=False):
     return [(place, f"{10**place if log else place:,.6g}") for place in positions]
 
 
-def free_place(image, point, length, height=18):
-    """The middle of a text of this length, as near to a point as nothing dark is below it."""
-    dark, size = np.array(image).min(axis=-1) < 128, (height, math.ceil(length) + 4)
+def free_place(image, point, length):
+    """Where to centre a text of a length: as near to a point as nothing dark is below it."""
+    dark, size = np.array(image).min(axis=-1) < 128, (18, math.ceil(length) + 4)
     taken = scipy.ndimage.maximum_filter(dark, size, mode="constant", cval=True)
     down, across = np.indices(dark.shape)
     apart = abs(across - point[0] - 3) - size[1] / 2  # rather to the right
     distance = np.hypot(apart.clip(min=0), down - point[1])
     y, x = np.unravel_index((distance + 1e6 * taken).argmin(), dark.shape)
-    return x, y
+    return np.array([x, y])
 
 
 # ======== Command line
 
 def report(results, reasons):
-    """Print the table of results and what it needs to be understood."""
+    """Print the table of results, and what to know of it."""
     print(f"\n{markdown(results)}\n")
     baselines = ("{config[dataset]}: {images:,} evaluation images; the mean image of {baseline} "
                  "gives {baseline_psnr:.2f} dB\n".format(**result) for result in results)

@@ -311,7 +311,7 @@ def test_table_of_runs_that_differ_by_seed_or_more(capsys):
     for number, seed in enumerate([*worse, *better]):
         seed["lpips"] = 0.5 + 0.1 * (number % 2) + 0.01 * number  # alike
     assert f"| 21.50 ± 0.71 (p {p:.2g}, Holm {2 * p:.2g}) |" in markdown([*worse, *better])
-    seen = dict(images=9, baseline="its train split", baseline_psnr=13.0)
+    seen = dict(images=9, baseline="its train split", baseline_psnr=13.0, fid_note="of 9")
     for result in (*seeds, other, result):
         result.update(seen, config={**result["config"], "dataset": "cub"})
     report([*seeds, other], ("none", "none"))

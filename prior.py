@@ -443,7 +443,7 @@ def glove_vectors(words, weights, dim, counts):
             width = width or line.count(" ")
             word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
             if len(values) != width or not width:
-                raise ValueError(f"line {number} is not a word and {width or 'its'} numbers")
+                raise ValueError(f"line {number} is not a word and {width} numbers")
             if word in wanted:
                 vectors[word] = np.array(values, dtype=np.float32)
                 if not np.isfinite(vectors[word]).all():
@@ -834,23 +834,11 @@ def show_prior(prior, caption):
         print(f"  {prior.edge_counts[i]:8,}  {pair}")
     for part in PARTS:
         print(f"\n{part}s")
-        for word in examples(prior[f"{part}_words"].tolist(), part):
-            show_word(prior, part, word)
+        words, vectors = prior[f"{part}_words"].tolist(), prior[f"{part}_vectors"]
+        for word in examples(words, part):
+            near = [f"{name} {cosine:.2f}" for name, cosine in nearest_words(words, vectors, word, 6)]
+            print(f"  {word}: near {', '.join(near)}")
     show_caption(prior, caption)
-
-
-def show_word(prior, part, word):
-    """Print a word's nearest words and the words that it is linked to."""
-    words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"]
-    near = nearest_words(words, vectors, word, 6)
-    column = PARTS.index(part)
-    others = prior[f"{PARTS[1 - column]}_words"]
-    linked = np.flatnonzero(prior.edges[:, column] == words.tolist().index(word))
-    linked = linked[np.argsort(-prior.edge_counts[linked], kind="stable")]
-    names = [f"{others[prior.edges[i, 1 - column]]} {prior.edge_counts[i]:,}" for i in linked[:6]]
-    print(f"  {word}: near " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near))
-    verb = ("modifies", "is")[column]
-    print(f"  {'':{len(word)}}  {verb} {', '.join(names) or 'nothing'} ({len(linked):,} edges)")
 
 
 def show_caption(prior, caption):
@@ -892,7 +880,6 @@ def parse(argv):
     add("--download", action="store_true", help="download NLTK's data (17 MB) and CLIP (606 MB) if missing")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="prior.npz", help="file to write (default: prior.npz)")
-    add("--overwrite", action="store_true", help="replace that file")
     args = parser.parse_args(argv)
     if not args.corpora and not args.download:
         parser.error("name a CORPUS")
@@ -904,8 +891,8 @@ def parse(argv):
     for path in (*args.corpora, args.weights):
         if not Path(path).exists():
             parser.error(f"'{path}' does not exist")
-    if Path(args.out).exists() and args.corpora and not args.overwrite:
-        parser.error(f"--out {args.out} exists; replace it with --overwrite, or name another")
+    if Path(args.out).exists() and args.corpora:
+        parser.error(f"--out {args.out} exists; delete it, or name another")
     return args
 
 
@@ -946,7 +933,7 @@ def user_error(message, *kinds):
         raise UserError(message.replace("{}", line)) from None
 
 
-SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in RuntimeErrors
+SHORTAGE = "out of memory|allocate|too many open files|DataLoader worker"  # in errors of several classes
 
 
 def command(main):
@@ -968,13 +955,16 @@ def command(main):
         sys.exit(141)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = str(error).strip() or "out of memory"
-        if isinstance(error, RuntimeError) and not re.search(SHORTAGE, message, re.IGNORECASE):
-            raise
         if message.startswith("Caught "):  # by a loader, with the traceback of its worker
-            message = message.splitlines()[-1].rpartition("Error: ")[2]
+            message = re.sub(r"^\S*Error: ", "", message.splitlines()[-1])
         elif not isinstance(error, UserError):
             message = message.splitlines()[0]
-        print(f"error: {message}", file=sys.stderr)
+        short = not isinstance(error, UserError) and re.search(SHORTAGE, message, re.IGNORECASE)
+        if isinstance(error, RuntimeError) and not short:
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        if short and not isinstance(error, MemoryError):
+            _end(2)  # loaders would wait for their workers
         sys.exit(2)
 
 

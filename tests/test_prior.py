@@ -933,11 +933,8 @@ MISTAKES = [
     ("c.txt --min-count 0", "0 does not lie between 1"),
     ("c.txt --min 3", "unrecognized arguments: --min 3"),
     ("c.txt --embeddings corpus --min-count 2 --dim 4", "4 words have neighbours, too few"),
-    ("c.txt --embeddings corpus --out birds.npz", "birds.npz exists; replace it with --overwrite"),
-    (
-        "c.txt --embeddings corpus --min-count 1 --out folder.npz --overwrite",
-        "is a folder or a dev",
-    ),
+    ("c.txt --embeddings corpus --out birds.npz", "birds.npz exists; delete it, or name another"),
+    ("c.txt --embeddings corpus --min-count 1 --out folder.npz", "folder.npz exists; "),
     ("show absent.npz", "'absent.npz' is no prior: [Errno 2]"),
     ("show birds.npz --dim 3", "unrecognized"),
 ]
@@ -1019,6 +1016,9 @@ def test_a_write_replaces_a_file_whole_or_not_at_all(tmp_path, link):
             assert part == tmp_path / "new" / "x.part"
             part.write_text(text)
         assert kept.read_text() == text
+    with pytest.raises(UserError, match="is a folder or a device; name a file"):
+        with atomic_write(tmp_path):
+            pass
     part.write_text("of a process that was killed")
     with pytest.raises(RuntimeError), atomic_write(path) as part:
         part.write_text("half")

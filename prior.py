@@ -10,20 +10,15 @@ kept. Each gets a vector of a language model, and A_ij = 1 where adjective i mod
 The first two make a prior, of CLIP's vectors by default. `show` prints what a prior holds; its flags:
 python prior.py show --help. A corpus is a text file with a caption per line, a caption file of a public
 data set, or a folder of .txt files. A prior is one .npz file.
-
-Contents: corpora, parts of speech, modifying pairs, counting, language models, the prior, `show`,
-the command line, helpers of all scripts.
 """
 
 import argparse
 import csv
-import difflib
 import functools
 import gzip
 import hashlib
 import html
 import io
-import itertools
 import json
 import math
 import multiprocessing
@@ -35,20 +30,17 @@ import signal
 import sys
 import threading
 import time
-import traceback
 import unicodedata
-import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.sparse.linalg
 
 PARTS = ("adjective", "noun")  # the order of the codebooks everywhere
 WINDOW = 5  # words on each side that count as context of `corpus` vectors (Levy & Goldberg 2014)
@@ -66,11 +58,9 @@ FORMS = (
 def read_corpora(paths):
     """Yield the captions of corpora. Raises UserError for a corpus without captions."""
     for path in paths:
-        captions = read_captions(path)
-        try:
-            yield next(captions)
-        except StopIteration:
-            raise UserError(f"corpus '{path}' holds no caption; a corpus is {FORMS}") from None
+        captions = list(read_captions(path))
+        if not captions:
+            raise UserError(f"corpus '{path}' holds no caption; a corpus is {FORMS}")
         yield from captions
 
 
@@ -79,10 +69,10 @@ def read_captions(path):
 
     Raises UserError if a file is missing, damaged, or neither UTF-8 nor UTF-16.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     for file in list_files(path, (".txt", ".txt.gz")) if path.is_dir() else [path]:
         with user_error(f"corpus '{file}' cannot be read: {{}}; a corpus is {FORMS}"):
-            data = Path(regular(file)).read_bytes()
+            data = file.read_bytes()
             if data.startswith(b"\x1f\x8b"):
                 data = gzip.decompress(data)
             utf_16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -94,8 +84,6 @@ def read_captions(path):
 
 def captions_of(text):
     """The captions of a file's text in one of FORMS → list. Raises ValueError for damaged JSON."""
-    if "\0" in text:
-        raise ValueError("it is text of another encoding than UTF-8, or UTF-16 with its mark")
     lines = [line for line in re.split(r"\r\n?|\n", text) if line.strip()]
     if re.match(r'\s*[\[{]\s*[\[{"\]}]', text):
         try:
@@ -247,7 +235,7 @@ class WordNetSpeech:
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
-        with user_error(DAMAGED_NLTK):
+        with user_error("NLTK's data cannot be read: {}; download it again, and unpack the tagger's zip"):
             self.tagger = PerceptronTagger()
             adjectives, nouns, adverbs = (frozenset(wordnet.all_lemma_names(pos)) for pos in "anr")
             frequencies = wordnet.open("cntlist.rev").read()
@@ -394,20 +382,17 @@ def count_captions(captions, speech, contexts=False):
 def count_corpus(captions, speech, contexts=False, workers=CORES):
     """`count_captions` over all cores → Counts, which do not depend on the number of workers.
 
-    Raises UserError if a worker is killed or lacks memory, or if no adjective or noun is found.
+    Raises UserError if a worker is killed, or if no adjective or noun is found.
     """
-    captions = iter(captions)
-    chunks = list(iter(lambda: list(itertools.islice(captions, CHUNK)), []))
+    captions = list(captions)
+    chunks = [captions[first : first + CHUNK] for first in range(0, len(captions), CHUNK)]
     if workers == 1:
         total = add_counts(count_captions(chunk, speech, contexts) for chunk in chunks)
     else:
+        killed = "a process that tagged captions was killed, perhaps for its memory; give fewer --workers"
         pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(speech, contexts))
-        try:
-            with pool:
-                total = add_counts(pool.map(_count_chunk, chunks))
-        except (BrokenProcessPool, MemoryError):
-            ended = "a process that tagged captions was killed or lacked memory"
-            raise UserError(f"{ended}; give fewer --workers") from None
+        with user_error(killed, BrokenProcessPool), pool:
+            total = add_counts(pool.map(_count_chunk, chunks))
     if not total.words:
         raise UserError(f"no adjective or noun in {total.captions:,} captions; is it English text?")
     return total
@@ -415,14 +400,13 @@ def count_corpus(captions, speech, contexts=False, workers=CORES):
 
 def add_counts(counted):
     """The sum of an iterable of Counts, with a line of progress → Counts."""
-    total, progress, began = Counts(), Progress(), time.monotonic()
+    total, progress = Counts(), Progress()
     for counts in counted:
         total.captions += counts.captions
         total.words.update(counts.words)
         total.pairs.update(counts.pairs)
         total.contexts.update(counts.contexts)
-        speed = total.captions / (time.monotonic() - began)
-        progress(f"tagging: {total.captions:,} captions, {speed:,.0f}/s, {len(total.pairs):,} pairs")
+        progress(f"tagging: {total.captions:,} captions, {len(total.pairs):,} pairs")
     return total
 
 
@@ -459,9 +443,7 @@ def glove_vectors(words, weights, dim, counts):
             width = width or line.count(" ")
             word, *values = line.rsplit(" ", width)  # from the right: a word may contain spaces
             if len(values) != width or not width:
-                raise ValueError(f"line {number} is not a word and {width or 'its'} numbers")
-            if not wanted:  # the caller only asks whether the file can be read
-                break
+                raise ValueError(f"line {number} is not a word and {width} numbers")
             if word in wanted:
                 vectors[word] = np.array(values, dtype=np.float32)
                 if not np.isfinite(vectors[word]).all():
@@ -478,9 +460,7 @@ def glove_lines(weights, dim):
             yield from stream
         return
     with zipfile.ZipFile(weights) as archive:
-        members = [name for name in archive.namelist() if name.endswith(".txt") and not is_hidden(name)]
-        if len(members) > 1:
-            members = [name for name in members if name.endswith(f".{dim or 100}d.txt")]
+        members = [name for name in archive.namelist() if name.endswith(f".{dim or 100}d.txt")]
         if len(members) != 1:
             raise ValueError(f"{len(members)} files of {dim or 100} dimensions inside; give --dim")
         with archive.open(members[0]) as stream:
@@ -515,53 +495,39 @@ def corpus_vectors(words, weights, dim, counts):
         pmi = np.log(near / (frequency[:, None] * smoothed))
     ppmi = np.maximum(pmi, 0)
     dim = dim or min(100, len(kept) - 1)
-    if len(kept) <= 1000:  # small matrices may lack rank, where the fast solver starts at random
-        u, s, _ = np.linalg.svd(ppmi)
-    else:
-        u, s, _ = scipy.sparse.linalg.svds(ppmi, k=dim, v0=np.ones(len(kept)))
-        u, s = u[:, ::-1], s[::-1]
+    u, s, _ = np.linalg.svd(ppmi)
     vectors = u[:, :dim] * np.sqrt(s[:dim])
     largest = np.abs(vectors).round(6).argmax(axis=0)  # rounded, as two may be equal
     vectors *= np.sign(vectors[largest, np.arange(dim)])  # the SVD's sign is arbitrary
     return dict.fromkeys(PARTS, dict(zip((codes[i] for i in kept), vectors.astype(np.float32))))
 
 
-def random_vectors(words, weights, dim, counts):
-    """Standard normal vectors that depend on the word alone, a control (the paper's RI, Table 2)."""
-
-    def draw(word):
-        seed = int.from_bytes(hashlib.sha256(word.encode()).digest()[:8], "little")
-        return np.random.default_rng(seed).standard_normal(dim or 100, dtype=np.float32)
-
-    return {part: {word: draw(word) for word in words[part]} for part in PARTS}
-
-
 def bert_vectors(words, weights, dim, counts):
     """The rows of BERT's token table for words that are one token.
 
-    weights: a Hugging Face folder with vocab.txt and the weights.
+    weights: a Hugging Face folder with vocab.txt and pytorch_model.bin.
     """
-    with user_error(f"'{weights}' is no folder with vocab.txt and {TENSOR_FILES}: {{}}"):
+    with user_error(f"'{weights}' is no folder with vocab.txt and pytorch_model.bin: {{}}"):
         tokens = (Path(weights) / "vocab.txt").read_text(encoding="utf-8").split("\n")
         rows = {token: row for row, token in enumerate(tokens)}
-        return token_vectors(words, rows, read_tensors(weights))
+        return token_vectors(words, rows, read_tensors(Path(weights) / "pytorch_model.bin"))
 
 
 def clip_vectors(words, weights, dim, counts):
     """The rows of the token table of CLIP ViT-B/32, the paper's choice, for words that are one token.
 
-    weights: a Hugging Face folder with vocab.json and the weights; by default what --download fetched.
+    weights: a Hugging Face folder with the files of CLIP_FILES; by default what --download fetched.
     """
     return token_vectors(words, *clip_files(weights))
 
 
 def clip_files(weights):
     """CLIP ViT-B/32's whole-word tokens, a dict word → row, and its tensors by name."""
-    vocabulary, model = Path(weights) / "vocab.json", weights
-    if not weights:
+    if weights:
+        vocabulary, model = (Path(weights) / name for name in CLIP_FILES)
+    else:
         vocabulary, model = (file.get() for file in clip_needs())
-    needed = f"CLIP's vocab.json and {TENSOR_FILES}"
-    with user_error(f"'{weights or vocabulary}' is no folder with {needed}: {{}}"):
+    with user_error(f"'{vocabulary.parent}' is no folder with {' and '.join(CLIP_FILES)}: {{}}"):
         rows = json.loads(vocabulary.read_text(encoding="utf-8"))
         whole = {token.removesuffix("</w>"): row for token, row in rows.items() if token.endswith("</w>")}
         return whole, read_tensors(model)
@@ -638,10 +604,7 @@ LANGUAGE_MODELS = {  # --embeddings: the one place to add another
     "glove": glove_vectors,
     "bert": bert_vectors,
     "corpus": corpus_vectors,
-    "random": random_vectors,
 }
-WITHOUT_FILES = ("corpus", "random")  # those of them that read no file
-TENSOR_FILES = "model.safetensors or pytorch_model.bin"
 CLIP_URL = (
     "https://huggingface.co/openai/clip-vit-base-patch32/resolve/"
     "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268/"  # one revision of the repository
@@ -680,7 +643,7 @@ class Prior:
     noun_vectors: np.ndarray  # (Nn, d) float32
     edges: np.ndarray  # (E, 2) int64, adjective and noun index
     edge_counts: np.ndarray  # (E,) int64, times the pair occurs
-    provenance: dict  # corpora and captions, vectors and checksum, part of speech, options
+    provenance: dict  # what it was made from
 
     def __getitem__(self, name):
         return getattr(self, name)
@@ -696,36 +659,26 @@ class Prior:
         """The Prior that `save` wrote. Raises UserError if the file is missing or no prior."""
         advice = "make one with: python prior.py CORPUS --out prior.npz"
         with user_error(f"'{path}' is no prior: {{}}; {advice}"):
-            with np.load(regular(path), allow_pickle=False) as file:
+            with np.load(path, allow_pickle=False) as file:
                 arrays = {item.name: file[item.name] for item in fields(cls)}
             arrays["provenance"] = json.loads(str(arrays["provenance"]))
             prior = cls(**arrays)
             prior.check()
-            kinds = {"_vectors": np.float32, "edges": np.int64, "_counts": np.int64}
-            for name, kind in itertools.product(arrays, kinds):
-                if name.endswith(kind):
-                    setattr(prior, name, arrays[name].astype(kinds[kind]))
             return prior
 
     def check(self):
-        """Raise ValueError that says what is wrong with the arrays, if anything is."""
+        """Raise ValueError if lengths differ, a vector is not finite, or an edge names no word."""
         for part in PARTS:
             words, vectors = self[f"{part}_words"], self[f"{part}_vectors"]
-            if words.dtype.kind != "U" or words.ndim != 1 or not 0 < len(words) == len(np.unique(words)):
-                raise ValueError(f"its {part}s are not words, each once")
-            if not all(re.search(r"[^\W\d_]", word) for word in words.tolist()):
-                raise ValueError(f"one of its {part}s has no letter")
-            if vectors.dtype.kind != "f" or vectors.shape != (len(words), self.noun_vectors.shape[-1]):
+            if vectors.shape != (len(words), self.noun_vectors.shape[-1]):
                 raise ValueError(f"its {part}s do not have a vector each, of one length")
-            if not (vectors.any(axis=1) & (np.abs(vectors) < 1e6).all(axis=1)).all():
-                raise ValueError(f"a vector of its {part}s is zero, huge or not finite")
-        edges, counts = self.edges, self.edge_counts
+            if not np.isfinite(vectors).all():
+                raise ValueError(f"a vector of its {part}s is not finite")
+        if self.edges.shape != (len(self.edge_counts), 2):
+            raise ValueError("its edges are not pairs with a count each")
         sizes = len(self.adjective_words), len(self.noun_words)
-        pairs = edges.dtype.kind == "i" and edges.shape[1:] == (2,) and (0 <= edges).all()
-        if not pairs or (edges >= sizes).any() or len(np.unique(edges, axis=0)) < len(edges):
-            raise ValueError("its edges are not pairs of an adjective's and a noun's index, each once")
-        if counts.dtype.kind != "i" or counts.shape != edges.shape[:1] or (counts < 1).any():
-            raise ValueError("its edges do not have a count of one or more each")
+        if (self.edges < 0).any() or (self.edges >= sizes).any():
+            raise ValueError("one of its edges names no adjective or no noun")
 
     def tensors(self):
         """The arrays as tensors and lists of strings, which a checkpoint may hold → dict."""
@@ -748,8 +701,6 @@ def build_prior(
     Raises UserError if no adjective or no noun is left, or a language model's file cannot be read.
     """
     speech, vectors_of = speech or WordNetSpeech(), LANGUAGE_MODELS[embeddings]
-    if embeddings not in WITHOUT_FILES:  # its files are read before minutes of tagging, for no words
-        vectors_of(dict.fromkeys(PARTS, ()), weights, dim, Counts())
     captions = list(captions)
     counts = count_corpus(captions, speech, embeddings == "corpus", workers)
     seen = frequent_words(counts, min_count)
@@ -764,14 +715,11 @@ def build_prior(
             )
         arrays[f"{part}_words"] = np.array(words[part])
         arrays[f"{part}_vectors"] = np.stack([vectors[part][word] for word in words[part]])
-    raw = b"".join(arrays[f"{part}_vectors"].tobytes() for part in PARTS)
-    sha256 = hashlib.sha256(raw).hexdigest()
     provenance = {
         "corpus": name,
         "captions": counts.captions,
         "made_from": made_from(captions, embeddings, min_count),
-        "vectors": {"name": embeddings, "file": Path(weights).name, "sha256": sha256},
-        "dim": arrays["noun_vectors"].shape[1],
+        "weights": weights,
         "without_vector": {part: len(seen[part]) - len(words[part]) for part in PARTS},
         "part_of_speech": speech.name,
         "plurals": getattr(speech, "plurals", {}),
@@ -810,19 +758,13 @@ def edges_between(words, pairs):
 
 
 def describe_codebook(prior):
-    """A prior's sizes and bits beside the authors' → str; a second line warns if they are small."""
+    """A prior's sizes and bits beside the authors' → str."""
     adjectives, nouns = len(prior.adjective_words), len(prior.noun_words)
     bits = math.log2(adjectives * nouns)
-    text = (
+    return (
         f"{adjectives:,} adjectives + {nouns:,} nouns, {bits:.1f} bits per position "
         "(the authors: 1,949 + 4,258, 23.0 bits)"
     )
-    if adjectives < 195 or nouns < 426:
-        text += (
-            "\nwarning: this codebook has less than a tenth of the authors' words; "
-            "for more, give prior.py more captions or a lower --min-count"
-        )
-    return text
 
 
 def shuffled(prior, what, seed=0):
@@ -874,45 +816,29 @@ def examples(words, part):
 
 def nearest_words(words, vectors, word, count):
     """The `count` words of largest cosine similarity to `word` → list of (word, cosine)."""
-    unit = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosine = unit @ unit[list(words).index(word)]
     order = [i for i in np.argsort(-cosine, kind="stable") if words[i] != word]
     return [(str(words[i]), float(cosine[i])) for i in order[:count]]
 
 
-def show_prior(prior, words=(), caption=""):
+def show_prior(prior, caption):
     """Print a prior's sizes, its most frequent pairs, some words and what becomes of a caption."""
-    adjectives, nouns = prior.adjective_words, prior.noun_words
-    if unknown := set(words) - {*adjectives.tolist(), *nouns.tolist()}:
-        raise UserError(f"not a word of this prior: {', '.join(sorted(unknown))}")
-    edges, share = len(prior.edges), len(prior.edges) / (len(adjectives) * len(nouns))
-    print(f"{len(adjectives):,} adjectives, {len(nouns):,} nouns, {edges:,} edges ({share:.2%} of pairs)")
+    print(f"{describe_codebook(prior)}\n{len(prior.edges):,} edges")
     for key, value in prior.provenance.items():
         print(f"  {key}: {json.dumps(value)}")
     print("\nmost frequent pairs")
     for i in np.argsort(-prior.edge_counts, kind="stable")[:20]:
         adjective, noun = prior.edges[i]
-        print(f"  {prior.edge_counts[i]:8,}  {adjectives[adjective]} {nouns[noun]}")
+        pair = f"{prior.adjective_words[adjective]} {prior.noun_words[noun]}"
+        print(f"  {prior.edge_counts[i]:8,}  {pair}")
     for part in PARTS:
         print(f"\n{part}s")
-        listed = prior[f"{part}_words"].tolist()
-        for word in [word for word in words if word in listed] if words else examples(listed, part):
-            show_word(prior, part, word)
-    show_caption(prior, caption or CAPTION)
-
-
-def show_word(prior, part, word):
-    """Print a word's nearest words and the words that it is linked to."""
-    words, vectors = prior[f"{part}_words"], prior[f"{part}_vectors"]
-    near = nearest_words(words, vectors, word, 6)
-    column = PARTS.index(part)
-    others = prior[f"{PARTS[1 - column]}_words"]
-    linked = np.flatnonzero(prior.edges[:, column] == words.tolist().index(word))
-    linked = linked[np.argsort(-prior.edge_counts[linked], kind="stable")]
-    names = [f"{others[prior.edges[i, 1 - column]]} {prior.edge_counts[i]:,}" for i in linked[:6]]
-    print(f"  {word}: near " + ", ".join(f"{name} {cosine:.2f}" for name, cosine in near))
-    verb = ("modifies", "is")[column]
-    print(f"  {'':{len(word)}}  {verb} {', '.join(names) or 'nothing'} ({len(linked):,} edges)")
+        words, vectors = prior[f"{part}_words"].tolist(), prior[f"{part}_vectors"]
+        for word in examples(words, part):
+            near = [f"{name} {cosine:.2f}" for name, cosine in nearest_words(words, vectors, word, 6)]
+            print(f"  {word}: near {', '.join(near)}")
+    show_caption(prior, caption)
 
 
 def show_caption(prior, caption):
@@ -934,21 +860,14 @@ def show_caption(prior, caption):
 
 # ======== Command line
 
-def parse_show(argv):
-    """The flags of `prior.py show PRIOR`."""
-    parser = Parser(prog="prior.py show", description="Print what a prior holds.")
-    parser.add_argument("prior", metavar="PRIOR", help="a .npz file of prior.py")
-    parser.add_argument("--words", nargs="+", default=(), help="words to look at (default: Fig. 1's)")
-    parser.add_argument("--caption", default="", help="caption whose words and pairs to print")
-    return parser.parse_args(argv)
-
-
 def parse(argv):
     """The flags of `prior.py CORPUS…`, or of `prior.py show PRIOR`."""
     if argv[:1] == ["show"]:
-        return parse_show(argv[1:])
-    usage = "%(prog)s CORPUS [CORPUS ...] [flags]\n       %(prog)s show PRIOR [--words ...] [--caption ...]"
-    parser = Parser(description=__doc__, usage=usage)
+        parser = Parser(prog="prior.py show", description="Print what a prior holds.")
+        parser.add_argument("prior", metavar="PRIOR", help="a .npz file of prior.py")
+        parser.add_argument("--caption", default=CAPTION, help="caption whose words and pairs to print")
+        return parser.parse_args(argv[1:])
+    parser = Parser(description=__doc__)
     add = parser.add_argument_group("captions").add_argument
     add("corpora", nargs="*", metavar="CORPUS", help="a file of captions, or a folder of .txt files")
     add("--min-count", type=bounded(int, 1), default=10, help="times a word must occur (default: 10)")
@@ -957,33 +876,32 @@ def parse(argv):
     add("--embeddings", choices=LANGUAGE_MODELS, default="clip", help="language model (default: clip, the "
         "paper's); corpus: PPMI and SVD of the captions")
     add("--weights", default="", help="glove: its text or zip; clip, clip-text, bert: a Hugging Face folder")
-    add("--dim", type=bounded(int, 0), default=0, help="dimensions of corpus, random or glove (default: 100)")
+    add("--dim", type=bounded(int, 0), default=0, help="dimensions of corpus or glove (default: 100)")
     add("--download", action="store_true", help="download NLTK's data (17 MB) and CLIP (606 MB) if missing")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="prior.npz", help="file to write (default: prior.npz)")
-    add("--overwrite", action="store_true", help="replace that file")
     args = parser.parse_args(argv)
     if not args.corpora and not args.download:
         parser.error("name a CORPUS")
     if args.embeddings in ("glove", "bert") and not args.weights:
         parser.error(f"--embeddings {args.embeddings} needs --weights")
-    for flag, models in (("weights", WITHOUT_FILES), ("dim", ("clip", "clip-text", "bert"))):
+    for flag, models in (("weights", ("corpus",)), ("dim", ("clip", "clip-text", "bert"))):
         if getattr(args, flag) and args.embeddings in models:
             parser.error(f"--{flag} has no effect on --embeddings {args.embeddings}")
     for path in (*args.corpora, args.weights):
-        if not Path(path).expanduser().exists():
+        if not Path(path).exists():
             parser.error(f"'{path}' does not exist")
-    if Path(args.out).exists() and args.corpora and not args.overwrite:
-        parser.error(f"--out {args.out} exists; replace it with --overwrite, or name another")
+    if Path(args.out).exists() and args.corpora:
+        parser.error(f"--out {args.out} exists; delete it, or name another")
     return args
 
 
 def main(argv=None):
     """Build a prior, or show one."""
     argv = sys.argv[1:] if argv is None else argv
-    args, began = parse(argv), time.monotonic()
+    args = parse(argv)
     if argv[:1] == ["show"]:
-        show_prior(Prior.load(args.prior), args.words, args.caption)
+        show_prior(Prior.load(args.prior), args.caption)
         return
     again = shlex.join(["python", "prior.py", *argv, "--download"])
     provide(language_needs(args.embeddings, args.weights), args.download, again)
@@ -992,12 +910,9 @@ def main(argv=None):
     options = args.embeddings, args.weights, args.min_count, args.dim, args.workers, " ".join(args.corpora)
     prior = build_prior(read_corpora(args.corpora), None, *options)
     prior.save(args.out)
-    made, lost = prior.provenance, sum(prior.provenance["without_vector"].values())
-    print(
-        f"{args.out}: {len(prior.edges):,} edges, {args.embeddings} vectors of {made['dim']} dimensions "
-        f"({lost:,} words without one) from {made['captions']:,} captions "
-        f"in {time.monotonic() - began:.1f} s\n{describe_codebook(prior)}"
-    )
+    lost = sum(prior.provenance["without_vector"].values())
+    print(f"{args.out}: {describe_codebook(prior)}")
+    print(f"{len(prior.edges):,} edges; {lost:,} words have no vector of {args.embeddings}")
 
 
 # ======== Helpers for all scripts: errors and the command line
@@ -1038,23 +953,18 @@ def command(main):
     except BrokenPipeError:  # of `| head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except UserError as error:
-        message = str(error).rsplit("UserError: ", 1)[-1]  # after the traceback of a loader's worker
-        print(f"error: {message.strip()}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, MemoryError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or ["out of memory"]
-        line = lines[-1 if lines[0].startswith("Caught ") else 0]
-        short = isinstance(error, MemoryError) or re.search(SHORTAGE, line, re.IGNORECASE)
+    except (UserError, OSError, MemoryError, RuntimeError) as error:
+        message = str(error).strip() or "out of memory"
+        if message.startswith("Caught "):  # by a loader, with the traceback of its worker
+            message = re.sub(r"^\S*Error: ", "", message.splitlines()[-1])
+        elif not isinstance(error, UserError):
+            message = message.splitlines()[0]
+        short = not isinstance(error, UserError) and re.search(SHORTAGE, message, re.IGNORECASE)
         if isinstance(error, RuntimeError) and not short:
             raise
-        if short:
-            calls = traceback.extract_tb(error.__traceback__)
-            call = [call for call in calls if Path(call.filename).parent == Path(__file__).parent][-1]
-            line += f" in {call.name} ({Path(call.filename).name}, line {call.lineno}: {call.line})"
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        print(f"error: {message}", file=sys.stderr, flush=True)
         if short and not isinstance(error, MemoryError):
-            _end(2)  # to take loaders and tensors apart may fail again
+            _end(2)  # loaders would wait for their workers
         sys.exit(2)
 
 
@@ -1071,17 +981,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **more):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **more)
 
-    def parse_known_args(self, args=None, namespace=None):
-        """argparse's result. Unknown flags are refused here, so that a sub-command names its own flags."""
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], self._option_string_actions, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return parsed, unknown
-
     def error(self, message):
-        self.exit(2, f"error: {message} ({self.prog} --help lists all flags)\n")
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
     def add_fields(self, kind, sections=None, default_text=lambda name, value: value):
         """Add a flag for each field of a dataclass, --batch-size for batch_size, with its bounds and choices.
@@ -1145,13 +1046,6 @@ def atomic_write(path, folder=True):
         part.unlink(missing_ok=True)
 
 
-def regular(path):
-    """The path. Raises ValueError for a folder, or for a pipe, which might never end."""
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError("it is not a regular file")
-    return path
-
-
 def save_png(image, path):
     """Write a PIL image, whole or not at all. Raises UserError if the name does not end in .png."""
     if Path(path).suffix != ".png":
@@ -1160,65 +1054,41 @@ def save_png(image, path):
         image.save(part, "PNG")
 
 
-def list_files(root, suffixes, above=()):
+def list_files(root, suffixes):
     """Yield the files below a folder that end in one of the suffixes, in any case, sorted.
 
-    Hidden ones are left out. Linked folders are followed; `above` (real paths) ends loops of links.
-    Raises UserError if there is no such folder.
+    Hidden ones are left out, and linked folders are followed. Raises UserError if there is no such folder.
     """
-    real = os.path.realpath(root)
-    if not os.path.isdir(real):
+    if not os.path.isdir(root):
         raise UserError(f"no such folder: '{root}'")
-    with os.scandir(root) as entries:
-        shown = sorted((entry.name, entry) for entry in entries if not is_hidden(entry.name))
-    for name, entry in shown if real not in above else ():
+    for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
+        if is_hidden(entry.name):
+            continue
         if entry.is_dir():
-            yield from list_files(entry.path, suffixes, (*above, real))
-        elif name.lower().endswith(tuple(suffixes)) and entry.is_file():
+            yield from list_files(entry.path, suffixes)
+        elif entry.name.lower().endswith(tuple(suffixes)) and entry.is_file():
             yield Path(entry.path)
 
 
 def is_hidden(name):
-    """Whether a part of a relative path starts with a dot, or is macOS's `__MACOSX`."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
+    """Whether a file's name starts with a dot, or is macOS's `__MACOSX`."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def read_tensors(path):
-    """The tensors of a published file, or of a Hugging Face folder, by name → dict.
+    """The tensors of a published file, by name → dict.
 
     Raises UserError if it is missing, damaged, or holds objects that `weights_only` refuses.
     """
     import torch
 
-    if Path(path).is_dir():
-        safe = Path(path) / "model.safetensors"
-        path = safe if safe.is_file() else Path(path) / "pytorch_model.bin"
     with user_error(f"weights '{path}' cannot be read: {{}}"):
-        if Path(path).suffix == ".safetensors":
-            return read_safetensors(path)
         # Published VQGANs hold the state of this callback, a dict, under its class.
         callback = (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
         with torch.serialization.safe_globals([callback]):
-            state = load_tensors(regular(path))
-        for name in ("state_dict", "model"):
-            state = state[name] if isinstance(state.get(name), dict) else state
+            state = load_tensors(path)
+        state = state.get("state_dict", state)
         return {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
-
-
-def read_safetensors(path):
-    """The tensors of a .safetensors file: the length of a JSON header, the header, raw numbers → dict."""
-    import torch
-
-    data = bytearray(Path(regular(path)).read_bytes())
-    start = 8 + int.from_bytes(data[:8], "little")
-    kinds = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", I64="int64")
-    tensors = {}
-    for name, entry in json.loads(data[8:start]).items():
-        if entry.get("dtype") in kinds:  # not "__metadata__"; no network here has tensors of other kinds
-            kind, offset = getattr(torch, kinds[entry["dtype"]]), start + entry["data_offsets"][0]
-            flat = torch.frombuffer(data, dtype=kind, count=math.prod(entry["shape"]), offset=offset)
-            tensors[name] = flat.reshape(entry["shape"])
-    return tensors
 
 
 def load_tensors(file):
@@ -1237,7 +1107,7 @@ def text_checksum(lines):
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def checksum(path, kind="sha256"):
+def checksum(path, kind):
     """The checksum of a file, in hexadecimal digits."""
     digest = hashlib.new(kind)
     with open(path, "rb") as file:
@@ -1294,17 +1164,7 @@ class PublishedFile(Need):
         return Path(torch.hub.get_dir()) / "checkpoints" / self.name
 
     def present(self):
-        """Whether it is there with the right checksum, which NAME.verified notes."""
-        if not self.path.is_file():
-            return False
-        mark, stat = self.path.with_name(f"{self.name}.verified"), self.path.stat()
-        note = f"{self.sha256} {stat.st_size} {stat.st_mtime_ns}"
-        if mark.is_file() and mark.read_text() == note:
-            return True
-        right = checksum(self.path).startswith(self.sha256)
-        with suppress(OSError):  # of a cache that cannot be written
-            mark.write_text(note if right else "")
-        return right
+        return self.path.is_file()
 
     def fetch(self):
         download(self.source, self.path, self.sha256)
@@ -1315,8 +1175,7 @@ class PublishedFile(Need):
         return self.path
 
 
-NLTK_RESOURCES = ("corpora/wordnet", "taggers/averaged_perceptron_tagger_eng", "tokenizers/punkt_tab")
-DAMAGED_NLTK = "NLTK's data cannot be read: {}; download it again, and unpack the tagger's zip"
+NLTK_RESOURCES = ("corpora/wordnet/", "taggers/averaged_perceptron_tagger_eng/", "tokenizers/punkt_tab/")
 
 
 @dataclass
@@ -1329,32 +1188,19 @@ class NLTKData(Need):
     local: str = "NLTK_DATA=DIR"
 
     def present(self):
-        return not missing_nltk()
+        import nltk
+
+        try:
+            return all(nltk.data.find(path) for path in NLTK_RESOURCES)
+        except (LookupError, zipfile.BadZipFile):
+            return False
 
     def fetch(self):
         import nltk
 
         with user_error(f"NLTK's data are unavailable: {{}}; run the command again, or set {self.local}"):
-            for name in missing_nltk():
-                nltk.download(name, raise_on_error=True)
-
-
-def missing_nltk():
-    """Names of NLTK's data that are missing → list. Raises UserError if some are damaged or refused."""
-    import nltk
-
-    def lacks(path):
-        try:
-            return not nltk.data.find(path)
-        except LookupError:
-            return True
-
-    with user_error(DAMAGED_NLTK), warnings.catch_warnings(record=True) as refusals:
-        warnings.simplefilter("always")
-        missing = [path for path in NLTK_RESOURCES if lacks(path) and lacks(f"{path}.zip")]
-    if missing and refusals:
-        raise UserError(f"{refusals[0].message} Or point NLTK_DATA at a copy of your own.")
-    return [path.split("/")[1] for path in missing]
+            for path in NLTK_RESOURCES:
+                nltk.download(path.split("/")[1], raise_on_error=True)
 
 
 def provide(needs, download, again):
@@ -1363,17 +1209,19 @@ def provide(needs, download, again):
     Raises UserError that lists what is still missing; `again` tells there how to download it.
     """
     missing = [need for need in needs if not need.present()]
-    for need in missing if download else ():
-        if need.fetch:
-            need.fetch()
-    missing = [need for need in missing if not (download and need.fetch)]
+    if download:
+        for need in missing:
+            if need.fetch:
+                need.fetch()
+        missing = [need for need in missing if not need.fetch]
+    if not missing:
+        return
     lines = [
         f"{need.what} ({need.size}): {need.source}, or use a local copy: {need.local}" for need in missing
     ]
     if any(need.fetch for need in missing):
         lines.append(f"to download: {again}")
-    if missing:
-        raise UserError("missing: " + ("; " if len(missing) == 1 else "\n  ").join(lines))
+    raise UserError("missing: " + ("; " if len(missing) == 1 else "\n  ").join(lines))
 
 
 class Progress:

@@ -52,7 +52,7 @@ from prior import (
     CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech,
     atomic_write, build_prior, checksum, command, describe_codebook, download,
     is_hidden, language_needs, list_files, load_tensors, made_from, provide,
-    read_captions, read_corpora, read_tensors, regular, save_png, shuffled, user_error,
+    read_captions, read_corpora, read_tensors, save_png, shuffled, user_error,
 )
 from vqct import (
     LPIPS, NETWORKS, Discriminator, ModelConfig, VQModel, adaptive_weight, all_reduce,
@@ -749,7 +749,7 @@ def open_picture(path, kind="image"):
     Raises UserError if it is missing, damaged or not one of FORMATS.
     """
     with user_error(f"{kind} '{path}' cannot be read: {{}}"):
-        with Image.open(regular(path), formats=FORMATS) as file:
+        with Image.open(path, formats=FORMATS) as file:
             yield file
 
 
@@ -1213,10 +1213,7 @@ def make_prior(config, dataset):
         name = "the demo's captions"
         prior = build_prior(all_captions(dataset), DEMO_SPEECH, "corpus", min_count=1,
                             workers=1, name="demo captions")
-    text = describe_codebook(prior)
-    if config.dataset == "demo":  # whose codebook is meant to be small
-        text = text.partition("\n")[0]
-    print(f"codebook of {name}: {text}", flush=True)
+    print(f"codebook of {name}: {describe_codebook(prior)}", flush=True)
     return shuffled(prior, config.shuffle, config.seed)
 
 
@@ -1477,7 +1474,7 @@ def load_checkpoint(path):
 def read_checkpoint(path):
     """A checkpoint and the sha256 of its file, which a training may replace."""
     with user_error(f"'{path}' is no checkpoint of this program, or damaged: {{}}"):
-        data = Path(regular(path)).read_bytes()
+        data = Path(path).read_bytes()
         damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()  # torch does not
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")

@@ -1,11 +1,9 @@
 """Shared fixtures. Real data beside the checkout is used where it is there; the suite passes without."""
 
 import http.server
-import json
 import os
 import shutil
 import stat
-import struct
 import sys
 import threading
 from pathlib import Path
@@ -146,14 +144,3 @@ def server(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     yield (server := Server())
     server.http.shutdown()
-
-
-def safetensors_bytes(tensors):
-    """The published format by hand: length, JSON header, raw bytes. tensors: name → (dtype, shape, bytes)."""
-    header, data = {"__metadata__": {"format": "pt"}}, b""
-    for name, (dtype, shape, raw) in tensors.items():
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), len(data) + len(raw)]}
-        data += raw
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + data

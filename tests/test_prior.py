@@ -15,7 +15,6 @@ import time
 import types
 import zipfile
 from dataclasses import replace
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ from nltk.tag.perceptron import PerceptronTagger
 
 
 import prior as prior_module
-from conftest import ROOT, SHARED, Foreign, safetensors_bytes
+from conftest import ROOT, SHARED, Foreign
 
 from prior import (
     LANGUAGE_MODELS,
@@ -41,7 +40,6 @@ from prior import (
     count_corpus,
     download,
     list_files,
-    missing_nltk,
     modifying_pairs,
     nearest_words,
     parts_of_speech,
@@ -151,7 +149,6 @@ def test_prose_is_no_table_and_no_json(tmp_path, text):
         ("x.txt", b"\n \n", "holds no caption"),
         ("x.jsonl", b'{"caption": "a red bird"}\n{"caption": ', "cannot be read: Expecting value"),
         ("x", lambda path: path.mkdir(), "holds no caption"),
-        ("pipe", os.mkfifo, "cannot be read: it is not a regular"),
     ],
 )
 def test_bad_corpora_are_named(tmp_path, name, content, message):
@@ -160,12 +157,6 @@ def test_bad_corpora_are_named(tmp_path, name, content, message):
     (tmp_path / "good.txt").write_text("a red bird")
     with pytest.raises(UserError, match=f"^corpus '{tmp_path / name}' {message}"):
         list(read_corpora([tmp_path / "good.txt", tmp_path / name]))
-
-
-def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "c.txt").write_text("a red bird")
-    assert list(read_corpora(["~/c.txt"])) == ["a red bird"]
 
 
 EXCERPT = WordListSpeech(
@@ -411,36 +402,18 @@ def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
         WordNetSpeech()
 
 
-@pytest.mark.skipif(
-    find_spec("nltk.pathsec") is None, reason="NLTK reads such data before version 3.10"
-)
-def test_nltk_data_that_others_may_write_is_not_called_missing(speech, tmp_path, monkeypatch):
-    for path in (
-        "corpora/wordnet",
-        "taggers/averaged_perceptron_tagger_eng",
-        "tokenizers/punkt_tab/english",
-    ):
-        (tmp_path / path).mkdir(parents=True)
-    for path in (tmp_path, *tmp_path.rglob("*")):
-        path.chmod(0o755)
-    (tmp_path / "corpora" / "wordnet").chmod(
-        0o775
-    )  # as with umask 002, or in the folder of a cluster
-    monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    message = f"^NLTK will not read data from '{tmp_path}/corpora/wordnet'.*chmod go-w.*of your own.$"
-    with pytest.raises(UserError, match=message):
-        WordNetSpeech()
-    (tmp_path / "corpora" / "wordnet").chmod(0o755)
-    assert missing_nltk() == []
-
-
-def test_damaged_nltk_data_is_a_line(speech, tmp_path, monkeypatch):
+def test_damaged_nltk_data_are_missing(speech, tmp_path, monkeypatch):
     (tmp_path / "corpora").mkdir()
     (tmp_path / "corpora" / "wordnet.zip").write_bytes(b"cut")
     monkeypatch.setattr("nltk.data.path", [str(tmp_path)])
-    with pytest.raises(
-        UserError, match="^NLTK's data cannot be read: File is not a zip file; download it again"
-    ):
+    with pytest.raises(UserError, match="^missing: NLTK's tagger, tokenizer and WordNet"):
+        WordNetSpeech()
+
+
+def test_nltk_data_that_cannot_be_read_are_a_line(monkeypatch):
+    monkeypatch.setattr(prior_module.NLTKData, "present", lambda need: True)
+    monkeypatch.setattr("nltk.data.path", [])
+    with pytest.raises(UserError, match="^NLTK's data cannot be read: .*; download it again"):
         WordNetSpeech()
 
 
@@ -495,7 +468,7 @@ class Befallen(WordListSpeech):
         (
             (signal.raise_signal, signal.SIGKILL),
             [],
-            "^a process that tagged captions was killed or lacked memory; ",
+            "^a process that tagged captions was killed, perhaps for its memory; give fewer",
         ),
         ((time.sleep, 0.2), ["absent.txt"], "^corpus 'absent.txt'"),
     ],
@@ -547,15 +520,6 @@ def corpus_factors(folder, monkeypatch):
     return "", lambda part, word: np.abs(u[:, :-1] * np.sqrt(s[:-1]))[words.index(word)]
 
 
-def random_draws(folder, monkeypatch):
-    seed = lambda word: int.from_bytes(
-        hashlib.sha256(word.encode()).digest()[:8], "little"
-    )  # of the word alone
-    return "", lambda part, word: np.random.default_rng(seed(word)).standard_normal(
-        100, dtype=np.float32
-    )
-
-
 def glove_file(folder, monkeypatch, name="g.txt"):
     table = dict(
         bird="1 2 3 4",
@@ -579,7 +543,7 @@ def glove_file(folder, monkeypatch, name="g.txt"):
 
 
 def huggingface_folder(
-    folder, monkeypatch, form="F32", key="text_model.embeddings.token_embedding.weight"
+    folder, monkeypatch, dtype=torch.float32, key="text_model.embeddings.token_embedding.weight"
 ):
     """Published layouts: CLIP's vocabulary and BERT's, and the token table among other tensors."""
     words = {
@@ -589,24 +553,14 @@ def huggingface_folder(
     (folder / "vocab.txt").write_text(
         "\n".join(words.get(row, f"[unused{row}]") for row in range(600)) + "\n"
     )
-    table = torch.randn(600, 4).to(torch.bfloat16 if form == "BF16" else torch.float32)
-    if form == "bin":
-        torch.save({"logit_scale": torch.ones(()), key: table}, folder / "pytorch_model.bin")
-    else:
-        tensors = {
-            "a": ("F16", (3,), b"others"),
-            "mask": ("BOOL", (2,), b"\0\1"),
-            "ids": ("I32", (1,), bytes(4)),
-            key: (form, (600, 4), table.view(torch.uint8).numpy().tobytes()),
-        }
-        (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
+    table = torch.randn(600, 4).to(dtype)
+    torch.save({"logit_scale": torch.ones(()), key: table}, folder / "pytorch_model.bin")
     return folder, lambda part, word: table[TOKENS[f"{word}</w>"]].float().numpy()
 
 
 def clip_text_folder(folder, monkeypatch):
     """CLIP's text tower in Hugging Face's names, two blocks as torch's own encoder computes them."""
     huggingface_folder(folder, monkeypatch)
-    (folder / "model.safetensors").unlink()
     layer = torch.nn.TransformerEncoderLayer(
         128, 2, 512, 0.0, lambda x: x * (1.702 * x).sigmoid(), batch_first=True, norm_first=True
     )
@@ -661,13 +615,11 @@ def clip_text_folder(folder, monkeypatch):
 
 FILES = {
     "corpus": corpus_factors,
-    "random": random_draws,
     "clip-text": clip_text_folder,
     "clip": huggingface_folder,
-    "clip bin": lambda *where: huggingface_folder(*where, "bin"),
     "glove": glove_file,
     "bert": lambda *where: huggingface_folder(
-        *where, "BF16", "bert.embeddings.word_embeddings.weight"
+        *where, torch.bfloat16, "bert.embeddings.word_embeddings.weight"
     ),
     "glove zip": lambda *where: glove_file(*where, "g.zip"),
 }
@@ -677,10 +629,7 @@ FILES = {
 def test_a_prior_holds_the_vectors_of_its_language_model(tmp_path, monkeypatch, name):
     (weights, expected), model = FILES[name](tmp_path, monkeypatch), name.split()[0]
     prior, again = (build_prior(SCENES, SPEECH, model, str(weights), workers=1) for _ in range(2))
-    lost = model not in (
-        "corpus",
-        "random",
-    )  # "white" and "titmouse", which is two tokens, or not there
+    lost = model != "corpus"  # "white" and "titmouse", which is two tokens, or not there
     for part, other in zip(PARTS, ("white", "titmouse")):
         words, vectors = prior[f"{part}_words"].tolist(), prior[f"{part}_vectors"]
         assert len(words) == 4 - lost and (other in words) != lost and vectors.dtype == np.float32
@@ -689,15 +638,8 @@ def test_a_prior_holds_the_vectors_of_its_language_model(tmp_path, monkeypatch, 
             np.abs(vectors) if model == "corpus" else vectors, theirs, atol=1e-5
         )
         assert np.array_equal(again[f"{part}_vectors"], vectors)  # the sign of corpus vectors too
-    raw = prior.adjective_vectors.tobytes() + prior.noun_vectors.tobytes()
-    notes = {
-        "name": model,
-        "file": getattr(weights, "name", ""),
-        "sha256": hashlib.sha256(raw).hexdigest(),
-    }
-    assert prior.provenance["vectors"] == notes and prior.provenance[
-        "without_vector"
-    ] == dict.fromkeys(PARTS, lost)
+    assert prior.provenance["weights"] == str(weights)
+    assert prior.provenance["without_vector"] == dict.fromkeys(PARTS, lost)
 
 
 def vectors_of(model, words, weights="", dim=0, **counted):
@@ -758,18 +700,6 @@ def test_words_of_like_contexts_are_near():
         assert near("belly") == ["breast", "wheel"]
 
 
-def test_files_of_a_model_are_looked_at_before_captions_are_tagged(tmp_path):
-    tagged = []
-    speech = lambda caption: tagged.append(caption) or SPEECH(caption)
-    for model, dim in (("glove", 0), ("clip", 0), ("clip-text", 0), ("bert", 0)):
-        with pytest.raises(UserError, match=str(tmp_path / "absent")):
-            build_prior(SCENES, speech, model, str(tmp_path / "absent"), dim=dim, workers=1)
-    weights, _ = glove_file(tmp_path, None)
-    with pytest.raises(UserError, match="it has 4 dimensions, --dim asks for 300"):
-        build_prior(SCENES, speech, "glove", str(weights), dim=300, workers=1)
-    assert not tagged
-
-
 @pytest.mark.parametrize(
     "sent, cut, digest",
     [
@@ -790,29 +720,15 @@ def test_a_failed_download_is_one_line_and_leaves_nothing(server, tmp_path, sent
 
 
 def test_published_tensors_are_read_and_what_is_damaged_or_foreign_is_a_line(tmp_path, monkeypatch):
-    kinds = dict(
-        F64=torch.float64,
-        F32=torch.float32,
-        F16=torch.float16,
-        BF16=torch.bfloat16,
-        I64=torch.int64,
-    )
-    state = {kind: torch.arange(12).reshape(4, 3).to(dtype) for kind, dtype in kinds.items()}
-    raw = {
-        kind: (kind, (4, 3), value.view(torch.uint8).numpy().tobytes())
-        for kind, value in state.items()
+    state = {
+        str(dtype): torch.arange(12).reshape(4, 3).to(dtype)
+        for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64)
     }
-    whole, path, checkpoint = (
-        safetensors_bytes(raw),
-        tmp_path / "x.safetensors",
-        tmp_path / "last.ckpt",
-    )
-    path.write_bytes(
-        safetensors_bytes({**raw, "a mask": ("BOOL", (2,), b"\0\1")})
-    )  # of a kind that is left out
+    checkpoint = tmp_path / "last.ckpt"
+    torch.save(state, checkpoint)
+    torch.testing.assert_close(read_tensors(checkpoint), state, rtol=0, atol=0)
     torch.save({"state_dict": {**state, "step": 3}, "epoch": 1}, checkpoint)
-    for found in (read_tensors(path), read_tensors(checkpoint)):
-        torch.testing.assert_close(found, state, rtol=0, atol=0)
+    torch.testing.assert_close(read_tensors(checkpoint), state, rtol=0, atol=0)
     callback = type(
         "ModelCheckpoint", (), {"__module__": "pytorch_lightning.callbacks.model_checkpoint"}
     )
@@ -825,11 +741,13 @@ def test_published_tensors_are_read_and_what_is_damaged_or_foreign_is_a_line(tmp
             {"state_dict": state, "callbacks": {callback: {"best_model_path": "x"}}}, checkpoint
         )
     torch.testing.assert_close(read_tensors(checkpoint), state, rtol=0, atol=0)
+    whole = checkpoint.read_bytes()
     torch.save({"state_dict": state, "callbacks": Foreign()}, checkpoint)
-    for data in (None, whole[:5], b"\xff" * 8 + whole[8:], whole[:-40]):
-        path.write_bytes(data or b"")
+    for data in (None, b"", whole[:5], whole[:-40]):
+        if data is not None:
+            checkpoint.write_bytes(data)
         with pytest.raises(UserError, match="^weights '.*' cannot be read: .+$"):
-            read_tensors(path if data else checkpoint)
+            read_tensors(checkpoint)
 
 
 def edges_of(prior):
@@ -840,7 +758,7 @@ def edges_of(prior):
     }
 
 
-def test_prior_keeps_frequent_words_in_their_order():
+def test_prior_keeps_frequent_words_in_their_order(tmp_path):
     captions = ["a white wing"] * 3 + [
         "an orange wing",
         "an orange bird",
@@ -848,7 +766,7 @@ def test_prior_keeps_frequent_words_in_their_order():
         "a small bird",
         "a red wing",
     ]
-    prior = build_prior(captions, SPEECH, "random", min_count=2, dim=3, workers=1, name="by hand")
+    prior = build_prior(captions, SPEECH, "corpus", min_count=2, dim=3, workers=1, name="by hand")
     assert [*prior.adjective_words] == ["white", "orange", "red"] and [*prior.noun_words] == [
         "wing",
         "bird",
@@ -857,10 +775,11 @@ def test_prior_keeps_frequent_words_in_their_order():
     edges = pairs("white wing, orange wing, orange bird, red wing, red bird")
     assert edges_of(prior) == {**dict.fromkeys(edges, 1), ("white", "wing"): 3}
     assert (
-        dict(corpus="by hand", captions=8, dim=3).items() <= prior.provenance.items()
+        dict(corpus="by hand", captions=8).items() <= prior.provenance.items()
     )
+    weights, _ = glove_file(tmp_path, None)
     with pytest.raises(UserError, match="no adjective is left: 0 are seen at least 4 times"):
-        build_prior(captions, SPEECH, "random", min_count=4, workers=1)
+        build_prior(captions, SPEECH, "glove", str(weights), min_count=4, workers=1)
 
 
 def test_homographs_are_two_nodes(speech):
@@ -870,7 +789,7 @@ def test_homographs_are_two_nodes(speech):
         "a ripe orange",
         "a ripe orange on a table",
     ]
-    prior = build_prior(captions, speech, "random", min_count=1, dim=4, workers=1)
+    prior = build_prior(captions, speech, "corpus", min_count=1, dim=4, workers=1)
     assert edges_of(prior) == dict(
         zip(pairs("bright breast, orange breast, ripe orange"), (1, 2, 2))
     )
@@ -902,25 +821,16 @@ def at(array, index, value):
 DEFECTS = [
     ("noun_vectors", lambda x: x[1:], "nouns do not have a vector each"),
     ("noun_vectors", lambda x: x[:, 1:], "adjectives do not have a vector each, of one length"),
-    ("noun_vectors", lambda x: x[:, :0], "do not have a vector each, of one length"),
     ("noun_vectors", lambda x: x[0], "do not have a vector each"),
-    ("noun_vectors", lambda x: x.astype(int), "nouns do not have a vector each"),
-    ("noun_vectors", lambda x: at(x, (2, 3), np.nan), "zero, huge or not finite"),
-    ("adjective_vectors", lambda x: at(x, 2, 0), "a vector of its adjectives is zero"),
-    ("adjective_vectors", lambda x: at(x, (2, 3), 1e30), "zero, huge or not finite"),
-    ("noun_words", lambda x: x[:0], "nouns are not words"),
-    ("noun_words", lambda x: np.arange(9), "nouns are not words"),
-    ("adjective_words", lambda x: at(x, 0, "b"), "adjectives are not words, each once"),
+    ("noun_vectors", lambda x: at(x, (2, 3), np.nan), "a vector of its nouns is not finite"),
+    ("adjective_vectors", lambda x: at(x, (2, 3), np.inf), "adjectives is not finite"),
+    ("noun_words", lambda x: x[:0], "nouns do not have a vector each"),
     ("edges", None, "edges is not a file in the archive"),
-    ("edges", lambda x: x + 0.5, "edges are not pairs"),
-    ("edges", lambda x: at(x, (0, 1), 9), "edges are not pairs"),
-    ("edges", lambda x: at(x, (0, 0), -1), "edges are not pairs"),
+    ("edges", lambda x: at(x, (0, 1), 9), "names no adjective or no noun"),
+    ("edges", lambda x: at(x, (0, 0), -1), "names no adjective or no noun"),
     ("edges", lambda x: x.T, "edges are not pairs"),
-    ("edges", lambda x: at(x, 0, x[1]), "index, each once"),
     ("edge_counts", None, "edge_counts is not a file in the archive"),
-    ("edge_counts", lambda x: at(x, 0, -1), "count of one or more"),
-    ("edge_counts", lambda x: x[1:], "count of one"),
-    ("edge_counts", lambda x: x * 1.5, "count of one or more"),
+    ("edge_counts", lambda x: x[1:], "not pairs with a count each"),
     ("provenance", lambda _: "x", "Expecting value"),
 ]
 
@@ -981,24 +891,21 @@ def show(tmp_path, monkeypatch):
     (tmp_path / "c.txt").write_text("\n".join(BIRDS))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prior_module, "WordNetSpeech", lambda: SPEECH)
-    monkeypatch.setattr(prior_module, "missing_nltk", list)
+    monkeypatch.setattr(prior_module.NLTKData, "present", lambda need: True)
     prior_module.main(
-        "c.txt --embeddings random --min-count 1 --dim 3 --workers 1 --out birds.npz".split()
+        "c.txt --embeddings corpus --min-count 1 --dim 3 --workers 1 --out birds.npz".split()
     )
     return ["show", "birds.npz", "--caption", "a red bird"]
 
 
 def test_command_builds_and_shows(capsys, show):
     built = capsys.readouterr().out
-    assert (
-        "birds.npz: 6 edges, random vectors of 3 dimensions (0 words without one) from 3 captions in "
-        in built
-    )
-    assert "4 adjectives + 4 nouns, 4.0 bits per position" in built
-    prior_module.main([*show, "--words", "small", "bird"])
+    assert "birds.npz: 4 adjectives + 4 nouns, 4.0 bits per position" in built
+    assert "6 edges; 0 words have no vector of corpus" in built
+    prior_module.main(show)
     shown = capsys.readouterr().out
-    assert "4 adjectives, 4 nouns, 6 edges (37.50% of pairs)" in shown and "  red → bird\n" in shown
-    assert "  small: near " in shown and "white: near " not in shown
+    assert "4 adjectives + 4 nouns, 4.0 bits per position" in shown and "\n6 edges\n" in shown
+    assert "  red → bird\n" in shown and "  red: near " in shown and "  bird: near " in shown
 
 
 def test_a_prior_is_shown_without_nltk(capsys, show, monkeypatch):
@@ -1021,20 +928,15 @@ MISTAKES = [
     ("c.txt --embeddings bert --weights x --dim 3", "--dim has no effect on --embeddings bert"),
     ("c.txt --embeddings clip --dim 3", "--dim has no effect"),
     ("c.txt --embeddings corpus --weights x", "--weights has no effect"),
-    ("c.txt --embeddings random --weights x", "--weights has no effect"),
-    ("c.txt --wieghts x", "unrecognized arguments: --wieghts x; did you mean --weights?"),
+    ("c.txt --wieghts x", "unrecognized arguments: --wieghts x; see "),
     ("c.txt --dim few", "invalid int"),
     ("c.txt --min-count 0", "0 does not lie between 1"),
     ("c.txt --min 3", "unrecognized arguments: --min 3"),
     ("c.txt --embeddings corpus --min-count 2 --dim 4", "4 words have neighbours, too few"),
-    ("c.txt --embeddings random --out birds.npz", "birds.npz exists; replace it with --overwrite"),
-    (
-        "c.txt --embeddings random --min-count 1 --out folder.npz --overwrite",
-        "is a folder or a dev",
-    ),
+    ("c.txt --embeddings corpus --out birds.npz", "birds.npz exists; delete it, or name another"),
+    ("c.txt --embeddings corpus --min-count 1 --out folder.npz", "folder.npz exists; "),
     ("show absent.npz", "'absent.npz' is no prior: [Errno 2]"),
     ("show birds.npz --dim 3", "unrecognized"),
-    ("show birds.npz --words x", "not a word of this prior: x"),
 ]
 
 
@@ -1092,20 +994,16 @@ class Hungry(WordListSpeech):
 def test_lack_of_memory_is_one_line_that_blames_no_file(monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr("nltk.data.find", lambda path: bytes(1 << 60))
-    deeds = {
-        "error: out of memory in lacks (prior.py, line ": WordNetSpeech,
-        "error: a process that tagged captions was killed or lacked memory; give fewer": (
-            lambda: count_corpus(["a bird"] * 3, Hungry([], ["bird"]), workers=2)
-        ),
-        "error: out of memory in count_captions (prior.py, line ": (
-            lambda: count_corpus(["a bird"], Hungry([], ["bird"]), workers=1)
-        ),
-    }
-    for message, deed in deeds.items():
+    deeds = [
+        WordNetSpeech,
+        lambda: count_corpus(["a bird"] * 3, Hungry([], ["bird"]), workers=2),
+        lambda: count_corpus(["a bird"], Hungry([], ["bird"]), workers=1),
+    ]
+    for deed in deeds:
         with pytest.raises(SystemExit) as end:
             command(deed)
         printed = capsys.readouterr().err
-        assert end.value.code == 2 and printed.startswith(message) and printed.count("\n") == 1
+        assert end.value.code == 2 and printed.startswith("error: out of memory") and printed.count("\n") == 1
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -1118,6 +1016,9 @@ def test_a_write_replaces_a_file_whole_or_not_at_all(tmp_path, link):
             assert part == tmp_path / "new" / "x.part"
             part.write_text(text)
         assert kept.read_text() == text
+    with pytest.raises(UserError, match="is a folder or a device; name a file"):
+        with atomic_write(tmp_path):
+            pass
     part.write_text("of a process that was killed")
     with pytest.raises(RuntimeError), atomic_write(path) as part:
         part.write_text("half")
@@ -1129,7 +1030,7 @@ def test_a_write_replaces_a_file_whole_or_not_at_all(tmp_path, link):
     )
 
 
-def test_hidden_files_are_not_listed_and_linked_folders_are_followed_once(tmp_path):
+def test_hidden_files_are_not_listed_and_linked_folders_are_followed(tmp_path):
     shown = ["a/1.JPG", "a/b/2.jpg", "a.jpg", "birds/3.jpg", "birds/again/3.jpg", "z.jpg"]
     hidden = [
         ".x.jpg",
@@ -1150,12 +1051,13 @@ def test_hidden_files_are_not_listed_and_linked_folders_are_followed_once(tmp_pa
     os.symlink(elsewhere.parent / "more", elsewhere / "again")
     (elsewhere.parent / "more").mkdir()
     (elsewhere.parent / "more" / "3.jpg").touch()
-    os.symlink(root, root / "a" / "loop")
-    os.symlink(elsewhere, elsewhere.parent / "more" / "loop")
     os.symlink(root / "absent.jpg", root / "broken.jpg")
     assert [str(path.relative_to(root)) for path in list_files(root, (".jpg", ".png"))] == shown
     with pytest.raises(UserError, match="no such folder: '.*absent'"):
         list(list_files(tmp_path / "absent", (".jpg",)))
+    os.symlink(root, root / "a" / "loop")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        list(list_files(root, (".jpg",)))
 
 
 @pytest.mark.parametrize(
@@ -1179,38 +1081,13 @@ def test_an_error_becomes_the_users(kinds, error, message):
 
 def test_what_decides_a_prior_is_noted(monkeypatch):
     captions = ["a red bird", "a white wing"]
-    made_from = build_prior(captions, SPEECH, "random", min_count=1, workers=1).provenance["made_from"]
-    assert made_from == prior_module.made_from(captions, "random", 1)
+    made_from = build_prior(captions, SPEECH, "corpus", min_count=1, workers=1).provenance["made_from"]
+    assert made_from == prior_module.made_from(captions, "corpus", 1)
     assert made_from != prior_module.made_from(captions, "clip", 1)
-    assert made_from != prior_module.made_from(captions, "random", 2)
-    assert made_from != prior_module.made_from(captions[:1], "random", 1)
+    assert made_from != prior_module.made_from(captions, "corpus", 2)
+    assert made_from != prior_module.made_from(captions[:1], "corpus", 1)
     monkeypatch.setattr(prior_module, "RULES", prior_module.RULES[1:])
-    assert made_from != prior_module.made_from(captions, "random", 1)
-
-
-@pytest.mark.parametrize("kind", [">f4", "f8", "f2", np.longdouble])
-def test_vectors_of_any_floating_type_become_float32(tmp_path, prior, kind):
-    vectors = prior.noun_vectors.astype(kind)
-    arrays = {**vars(prior), "noun_vectors": vectors, "edges": prior.edges.astype(">i4")}
-    np.savez(tmp_path / "p.npz", **{**arrays, "provenance": "{}"})
-    loaded = Prior.load(tmp_path / "p.npz")
-    assert loaded.tensors()["noun_vectors"].dtype == torch.float32
-    assert loaded.tensors()["edges"].dtype == torch.int64
-    assert np.allclose(loaded.noun_vectors, prior.noun_vectors, atol=1e-2)
-
-
-@pytest.mark.parametrize("word", ["", "1.5", "-3"])
-def test_a_word_of_a_prior_has_a_letter(tmp_path, prior, word):
-    words = np.array([word, *prior.noun_words[1:]])
-    np.savez(tmp_path / "p.npz", **{**vars(prior), "noun_words": words, "provenance": "{}"})
-    with pytest.raises(UserError, match="one of its nouns has no letter"):
-        Prior.load(tmp_path / "p.npz")
-
-
-def test_text_of_another_encoding_is_refused(tmp_path):
-    (tmp_path / "c.txt").write_bytes("a red bird\n".encode("utf-16-le"))
-    with pytest.raises(UserError, match="text of another encoding"):
-        list(read_captions(tmp_path / "c.txt"))
+    assert made_from != prior_module.made_from(captions, "corpus", 1)
 
 
 def test_what_a_killed_download_left_goes(server, tmp_path):

@@ -494,6 +494,7 @@ def test_hidden_images_are_none_and_linked_folders_are_classes(tmp_path):
     for i in range(9):
         photograph(tmp_path / "elsewhere" / f"{i}.jpg")
     os.symlink(tmp_path / "elsewhere", tmp_path / "data" / "dogs")
+    os.symlink(tmp_path / "data", tmp_path / "data" / "loop")
     train, val, classes = folder_records(tmp_path / "data")
     assert classes == ["cats", "dogs"]
     assert [record.label for record in train + val] == [0] + [1] * 9

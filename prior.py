@@ -1054,18 +1054,20 @@ def save_png(image, path):
         image.save(part, "PNG")
 
 
-def list_files(root, suffixes):
+def list_files(root, suffixes, above=()):
     """Yield the files below a folder that end in one of the suffixes, in any case, sorted.
 
-    Hidden ones are left out, and linked folders are followed. Raises UserError if there is no such folder.
+    Hidden ones are left out. Linked folders are followed; `above`, the folders that this one lies in,
+    ends loops of links. Raises UserError if there is no such folder.
     """
-    if not os.path.isdir(root):
+    real = os.path.realpath(root)
+    if not os.path.isdir(real):
         raise UserError(f"no such folder: '{root}'")
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if is_hidden(entry.name):
+        if is_hidden(entry.name) or real in above:
             continue
         if entry.is_dir():
-            yield from list_files(entry.path, suffixes)
+            yield from list_files(entry.path, suffixes, (*above, real))
         elif entry.name.lower().endswith(tuple(suffixes)) and entry.is_file():
             yield Path(entry.path)
 

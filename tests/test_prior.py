@@ -1052,12 +1052,11 @@ def test_hidden_files_are_not_listed_and_linked_folders_are_followed(tmp_path):
     (elsewhere.parent / "more").mkdir()
     (elsewhere.parent / "more" / "3.jpg").touch()
     os.symlink(root / "absent.jpg", root / "broken.jpg")
+    os.symlink(root, root / "a" / "loop")
+    os.symlink(elsewhere, elsewhere.parent / "more" / "loop")
     assert [str(path.relative_to(root)) for path in list_files(root, (".jpg", ".png"))] == shown
     with pytest.raises(UserError, match="no such folder: '.*absent'"):
         list(list_files(tmp_path / "absent", (".jpg",)))
-    os.symlink(root, root / "a" / "loop")
-    with pytest.raises(OSError, match="Too many levels of symbolic links"):
-        list(list_files(root, (".jpg",)))
 
 
 @pytest.mark.parametrize(

@@ -178,8 +178,7 @@ def main(argv=None):
     if name in ("train", "tokens") and len(runs) > 1:
         raise UserError(f"{name} takes one run, not {len(runs)}")
     if name == "train":
-        resume, overwrite = given.pop("resume"), given.pop("overwrite")
-        train_stage(runs[0], given, resume, overwrite)
+        train_stage(runs[0], **given)
     elif name == "tokens":
         convert(runs[0], **given)
     elif name == "evaluate":
@@ -236,8 +235,7 @@ def print_words(run, titles, indices, words):
     tokens = dict(zip(titles, indices))
     for number in titles if words == [] else words or ():
         if number not in titles:
-            numbers = f"{min(titles)} … {max(titles)}"
-            raise UserError(f"--words {number}: these are images {numbers}")
+            raise UserError(f"--words {number}: these are images {min(titles)} … {max(titles)}")
         print(f"\n{titles[number]}\n{run.spell(tokens[number])}")
 
 
@@ -418,7 +416,7 @@ def stage_folder(run, config, root=None):
 
 
 def load_stage(run, folder):
-    """Network (of the best averaged weights), SynthesisConfig, and step.
+    """A network, with its best averaged weights, and its SynthesisConfig.
 
     Raises UserError if there is none, or one of another tokenizer or of other
     classes.
@@ -432,7 +430,7 @@ def load_stage(run, folder):
         config = SynthesisConfig(**state["config"])
         network = make_network(config, run, state["count"])
         network.load_state_dict(state["ema"])
-    return network.eval(), config, state["step"]
+    return network.eval(), config
 
 
 def check_stage(run, state, folder):
@@ -543,7 +541,7 @@ class StageTrainer:
         return -values["loss"], values, ()
 
 
-def train_stage(run, given, resume, overwrite):
+def train_stage(run, resume, overwrite, **given):
     """The command train: encode a run's images, and train a model of their tokens."""
     config = SynthesisConfig(**{**SMALL.get(run.config.preset, {}), **given})
     refuse_idle(config, given, MATTERS)
@@ -589,7 +587,7 @@ def draw_images(run, stage, tokens, rows, choices, seed, given):
     choices: Sampling.
     given: (B, M, h, w) int64 tokens to keep, −1 where they are to be drawn.
     """
-    network, config, _ = stage
+    network, config = stage
     generator, drawn = torch.Generator(run.device).manual_seed(seed), []
     for part in torch.arange(len(rows)).split(config.batch_size):
         known = known_of(network, tokens, rows[part])
@@ -623,7 +621,7 @@ def codes_of(run, given):
 
 
 def known_part(part, grid):
-    """(h, w) bool, True in one half; part: "top", "bottom", "left", "right", or "" for none."""
+    """(h, w) bool, True in the half "top", "bottom", "left" or "right"; "": nowhere."""
     (height, width), known = grid, torch.zeros(grid, dtype=torch.bool)
     halves = {
         "": known[:0],
@@ -645,8 +643,8 @@ def pin_words(run, given, pins):
     (height, width), given = run.model.grid, given.clone()
     lists, names = run.model.per_token(run.words), ",".join(run.token_names)
     for pin in pins:
-        with user_error(f"--pin {pin}: expected row,column={names} of a grid of "
-                        f"{height} by {width}, from 0: {{}}"):
+        with user_error(f"--pin {pin}: expected row,column={names} in a grid of "
+                        f"{height} by {width} from 0, with words of this run: {{}}"):
             place, words = pin.split("=")
             row, column = map(int, place.split(","))
             for i, word in enumerate(words.lower().split(",")):
@@ -666,7 +664,7 @@ def draw_samples(runs, choices, part, words):
     origins = {(run.config.resolution, run.config.dataset, Path(run.config.data).resolve())
                for run in runs}
     if len(origins) > 1:
-        raise UserError("these runs are of several resolutions or data sets; name runs of one")
+        raise UserError("these runs are of several resolutions or data sets")
     dataset, legend = runs[0].dataset("val"), {}
     images = torch.tensor(spread_indices(len(dataset), choices.count))
     names = list(map(str, images.tolist()))
@@ -738,13 +736,13 @@ def colours_of_labels(maps):
 
 def evaluate_stage(run, stage, choices, inception):
     """The row of Table 6 of a second stage, a dict, which evaluation.json keeps."""
-    network, config, step = stage
+    network, config = stage
     val_set = tokens_of(run, "val", 1, config.model == "ldm")
     check_condition(config.condition, run, val_set, most=network.condition.count)
     every = torch.arange(len(val_set.labels))
     losses = validation(config, run, network, val_set, every)
     loss = losses.pop("loss")
-    result = dict(run=str(run.path), model=config.model, condition=config.condition, step=step)
+    result = dict(run=str(run.path), model=config.model, condition=config.condition)
     if config.model == "gpt":
         result["bits"] = losses  # of each token of a position
         result["bits_image"] = loss * math.prod(run.model.grid)
@@ -798,8 +796,7 @@ def print_table(runs, choices, path=""):
             table.append(["–" if result.get(name) is None else format(result[name], form)
                           for name, (_, form) in COLUMNS.items()])
     if len(table) == 1:
-        raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; "
-                        "train makes one")
+        raise UserError("these runs have no second stage; train makes one")
     print(as_markdown(table) + "\n")
     if reason:
         print(f"FID: – ({reason})")

@@ -203,7 +203,7 @@ def test_every_second_stage_trains_and_completes(run, model, condition):
     assert torch.equal(draw(0, [3])[:, :, :4], given[3:, :, :4])
     assert torch.equal(drawn, draw(0, [0, 1, 2, 3]))  # as its seed says
     assert not torch.equal(drawn, draw(1, [0, 1, 2, 3]))
-    network, config, _ = trained
+    network, config = trained
     once, again = (validation(config, here, network, tokens, range(4)) for _ in range(2))
     assert once == again  # one noise
     network.loss = lambda x, *_: [torch.tensor(float(len(x)))]
@@ -230,7 +230,7 @@ def test_a_resumed_second_stage_equals_an_uninterrupted_one(run, model, monkeypa
 
 
 def test_averaged_weights_follow_without_a_graph(run):
-    here, (network, config, _), tokens, _ = stage(run, condition="segmentation")
+    here, (network, config), tokens, _ = stage(run, condition="segmentation")
     stored = torch.load(run / "synthesis/gpt-segmentation/best.pt")["ema"]
     torch.testing.assert_close(dict(network.state_dict()), dict(stored), rtol=0, atol=0)
     trainer = StageTrainer(config, here, network.condition.count, tokens, range(4))
@@ -376,7 +376,7 @@ complete --words 77 --repeat 1 → --words 77: these are images 0 … 10
 sample --sampling-steps 5 → --sampling-steps changes nothing
 sample --condition none → no such second stage in 'run' .there: gpt-segmentation.
 complete --condition segmentation --pin 3,99=red → --pin 3,99=red: expected row,column=adjective1,adjective2,noun
-complete --condition segmentation --pin 3,4=,,zqxv → from 0: 'zqxv' is not in list
+complete --condition segmentation --pin 3,4=,,zqxv → with words of this run: 'zqxv' is not in list
 complete --condition segmentation --pin 3,4=red,wing,red,wing → --pin 3,4=red,wing,red,wing: expected row,column=
 complete --part nowhere → argument --part: invalid choice: 'nowhere'
 tokens --words 11 → images 0 … 10

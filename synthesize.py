@@ -19,6 +19,7 @@ import math
 import os
 import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import as_markdown, fid, load_inception, load_or_reason, save_images, warn_of_fid
 from prior import Parser, UserError, atomic_write, save_png, user_error
@@ -34,7 +35,8 @@ from train import (Run, add_up, autocast, average_gradients, check_folder, draw_
                    first_process_first, fit, fitting, hold_out, identity, launch, load_checkpoint,
                    lock, open_run, psnr, rank, refuse_idle, restore, resumed_choices,
                    spread_indices, to_bytes, train_batches)
-from vqct import Condition, Denoiser, TokenTransformer, option, sample_features, sample_tokens
+from vqct import (Condition, Denoiser, TokenTransformer, look_up, option, sample_features,
+                  sample_tokens)
 
 
 # ======== Commands and their flags
@@ -84,8 +86,6 @@ MATTERS = {  # flags that matter only where this holds, and are refused elsewher
     "temperature top_k top_p": lambda config: config.model == "gpt",
     "sampling_steps": lambda config: config.model == "ldm",
     "guidance drop_condition": lambda config: config.condition != "none",
-    "label": lambda config: config.condition == "class",
-    "count": lambda config: not config.images,
 }
 
 
@@ -107,8 +107,6 @@ class Drawing(Sampling, Stage):
     """The flags of sample and complete."""
 
     count: int = option(8, "how many images, spread over the evaluation split")
-    images: tuple = option((), "or these images of the evaluation split, by number", each=int)
-    label: str = option("", "class to draw instead of the images' own")
     repeat: int = option(2, "samples of each image")
     pin: tuple = option((), "words in their places, ROW,COLUMN=WORDS: 3,4=red,breast", each=str)
     output: str = option("", "PNG (default: samples.png or completions.png of the second stage)")
@@ -135,32 +133,31 @@ def parse(argv=None):
         command.add_argument("--labels", default="", help="where its label maps are now")
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
         if kind:
-            command.add_fields(kind)
+            command.add_fields(kind, default_text=default_text)
         if name in ("sample", "complete", "tokens"):
             command.add_argument("--words", nargs="*", type=int, metavar="X",
                                  help="print what these images read as, by number (default: all)")
     add_own_flags(**commands.choices)
-    ends = (i for i, word in enumerate(argv) if word in COMMANDS or word.startswith("-"))
-    at = next(ends, len(argv))  # runs come before the command
-    if at == len(argv):
-        parser.error(f"name a command after the run: {', '.join(COMMANDS)}")
+    starts = (i for i, word in enumerate(argv) if word in COMMANDS or word.startswith("-"))
+    at = next(starts, 0)  # runs come before the command
     if at == 0 and not {"-h", "--help"} & set(argv):
-        parser.error(f"name a run of train.py before {argv[0]}")
+        parser.error(f"name a command after a run of train.py: {', '.join(COMMANDS)}")
     return {**vars(parser.parse_args(argv[at:])), "runs": argv[:at]}
+
+
+def default_text(name, value):
+    """A flag's default in --help: "32; demo: 16"."""
+    others = [f"{preset}: {small[name]}" for preset, small in SMALL.items() if name in small]
+    return "; ".join([str(value), *others])
 
 
 def add_own_flags(train, complete, evaluate, tokens, **others):
     """Add the flags that one command alone has to the parsers of these commands."""
-    lines = []
-    for preset, defaults in SMALL.items():
-        flags = " ".join(f"--{name.replace('_', '-')} {x}" for name, x in defaults.items())
-        lines.append(f"Defaults for a tokenizer of the preset {preset}:\n{flags}")
-    train.epilog = "\n".join(lines)
     start = train.add_mutually_exclusive_group()
     start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     start.add_argument("--overwrite", action="store_true", help="replace the second stage")
     complete.add_argument("--part", default="top", choices=("top", "bottom", "left", "right"),
-                          help="the half that is kept")
+                          help="the half that is kept; gpt sees it only above and to the left")
     evaluate.add_argument("--inception", default="", help="local copy of FID's weights")
     source = tokens.add_mutually_exclusive_group()
     source.add_argument("photographs", nargs="*", default=(), metavar="PHOTO",
@@ -168,8 +165,7 @@ def add_own_flags(train, complete, evaluate, tokens, **others):
     source.add_argument("--split", default="val", choices=("train", "val"),
                         help="split of the data set to turn into tokens")
     source.add_argument("--decode", default="", help="token file to turn into images")
-    tokens.add_argument("--output", default="",
-                        help="token file, PNG of photographs, or folder for --decode")
+    tokens.add_argument("--output", default="", help="token file, or folder for --decode")
 
 
 def main(argv=None):
@@ -182,8 +178,7 @@ def main(argv=None):
     if name in ("train", "tokens") and len(runs) > 1:
         raise UserError(f"{name} takes one run, not {len(runs)}")
     if name == "train":
-        resume, overwrite = given.pop("resume"), given.pop("overwrite")
-        train_stage(runs[0], given, resume, overwrite)
+        train_stage(runs[0], **given)
     elif name == "tokens":
         convert(runs[0], **given)
     elif name == "evaluate":
@@ -201,47 +196,31 @@ def only_stage(run, given):
 
     Raises UserError if there is none, or more than one.
     """
-    names = sorted(path.parent.name for path in (run.path / "synthesis").glob("*/best.pt"))
-    stages = [dict(zip(("model", "condition"), name.split("-"))) for name in names]
-    fitted = [stage for stage in stages
-              if all(given.get(name, value) == value for name, value in stage.items())]
-    if len(fitted) != 1:
-        problem = "several second stages" if fitted else "no such second stage"
-        there = ", ".join(names) or "none"
-        raise UserError(f"{problem} in '{run.path}' (there: {there}); train makes one, "
-                        "--model and --condition name one")
-    return fitted[0]
+    name = f"{given.get('model', '*')}-{given.get('condition', '*')}"
+    names = [path.parent.name for path in run.path.glob(f"synthesis/{name}/best.pt")]
+    if len(names) != 1:
+        problem = "several second stages" if names else "no such second stage"
+        stages = sorted(path.parent.name for path in run.path.glob("synthesis/*/best.pt"))
+        raise UserError(f"{problem} in '{run.path}' (there: {', '.join(stages) or 'none'}); "
+                        "train makes one, --model and --condition name one")
+    return dict(zip(("model", "condition"), names[0].split("-")))
 
 
 def convert(run, photographs, split, decode, output, words):
     """The command tokens: photographs or a split to tokens, or tokens to images."""
+    path = output or run.results / f"tokens-{split}.npz"
     if decode:
-        folder = Path(output or run.path / "decoded")
-        indices = read_tokens(run, decode)
-        for start in range(0, len(indices), run.config.batch_size):
-            numbers = torch.arange(start, min(start + run.config.batch_size, len(indices)))
-            save_images(folder, numbers, to_bytes(decode_tokens(run, indices[numbers])))
-        print(f"{folder}: {len(indices):,} images")
+        path, indices = Path(output or run.path / "decoded"), read_tokens(run, decode)
+        for numbers in torch.arange(len(indices)).split(run.config.batch_size):
+            save_images(path, numbers, to_bytes(decode_tokens(run, indices[numbers])))
     elif photographs:
-        path = Path(output or run.path / "photographs.png")
-        x = torch.cat([run.read(photograph) for photograph in photographs])
-        indices, words = run.model.encode(x), words or []
-        if path.suffix == ".npz":
-            write_tokens(path, run, indices)
-        else:
-            names = [Path(photograph).name for photograph in photographs]
-            images = run.model.decode(indices)
-            draw_grid([("original", x, names), ("from its tokens", images)], path)
-        print(f"{path}: {len(indices):,} photographs")
+        path, words = output or "photographs", words or []
+        indices = run.model.encode(torch.cat([run.read(photo) for photo in photographs]))
     else:
-        if output and not output.endswith(".npz"):
-            raise UserError(f"--output {output} must end in .npz")
-        indices, path = tokens_of(run, split).indices, run.results / f"tokens-{split}.npz"
-        if output:
-            with atomic_write(output) as part:
-                part.write_bytes(path.read_bytes())
-        names = " + ".join(run.token_names)
-        print(f"{output or path}: {len(indices):,} images of {run.model.grid} positions, {names}")
+        indices = tokens_of(run, split).indices
+    if output and not decode:
+        write_tokens(output, run, indices)
+    print(f"{path}: {len(indices):,} images of {run.model.grid} positions")
     titles = photographs or [f"image {number}" for number in range(len(indices))]
     print_words(run, dict(enumerate(titles)), indices, words)
 
@@ -253,13 +232,11 @@ def print_words(run, titles, indices, words):
     same order.
     words: numbers, [] for all, or None for no image.
     """
-    for number in words or ():
+    tokens = dict(zip(titles, indices))
+    for number in titles if words == [] else words or ():
         if number not in titles:
-            numbers = f"{min(titles)} … {max(titles)}"
-            raise UserError(f"--words {number}: these are images {numbers}")
-    for (number, title), tokens in zip(titles.items(), indices):
-        if words is not None and (not words or number in words):
-            print(f"\n{title}\n{run.spell(tokens)}")
+            raise UserError(f"--words {number}: these are images {min(titles)} … {max(titles)}")
+        print(f"\n{titles[number]}\n{run.spell(tokens[number])}")
 
 
 # ======== Tokens
@@ -269,7 +246,7 @@ class Tokens(NamedTuple):
 
     indices: torch.Tensor  # (N, M, h, w) int64
     labels: torch.Tensor  # (N,) int64, −1: none
-    segmentation: torch.Tensor | None  # (N, S h, S w) int16, S² pixels a position; −1: unlabeled
+    segmentation: torch.Tensor  # (N or 0, S h, S w) int16, S² pixels a position; −1: unlabeled
     features: np.ndarray | None = None  # (N, C, h, w) float16 on disk, before quantization
 
 
@@ -277,20 +254,20 @@ SUBSAMPLES = 4  # S, pixels a side of a position at which its label map is kept
 
 
 @torch.no_grad()
-def encode_dataset(run, dataset, views, features=None):
+def encode_dataset(run, dataset, views, file):
     """Tokens of every image: its centre crop, then `views` − 1 random ones.
 
-    features: binary file for the features, or None.
+    file: binary file that takes the features, as an array of numpy.
     """
     size = len(dataset)
-    keys = [*range(size)]
-    keys += [(index, view * size + index) for view in range(1, views) for index in range(size)]
+    keys = [(index, view * size + index) if view else index
+            for view in range(views) for index in range(size)]
     dataset.with_segmentation = True
     stride = max(1, run.config.resolution // run.model.grid[0] // SUBSAMPLES)
-    indices, labels, segmentation = [], [], []
-    if features:
-        header = dict(descr="<f2", fortran_order=False, shape=features_shape(run, len(keys)))
-        np.lib.format.write_array_header_1_0(features, header)
+    indices, labels, segmentation = [], [], [torch.zeros(0, dtype=torch.int16)]
+    shape = len(keys), run.model.to_codes.out_channels, *run.model.grid
+    header = dict(descr="<f2", fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(file, header)
     for x, batch in run.batches(dataset, keys, "encoding"):
         z = run.model.features(x)
         indices.append(run.model.nearest_indices(z).cpu())
@@ -298,10 +275,8 @@ def encode_dataset(run, dataset, views, features=None):
         if "segmentation" in batch:
             maps = batch["segmentation"][:, stride // 2 :: stride, stride // 2 :: stride]
             segmentation.append(maps.clamp(max=2**15 - 1).short())
-        if features:
-            features.write(torch.cat(z, dim=1).half().cpu().numpy().tobytes())
-    segmentation = torch.cat(segmentation) if segmentation else None
-    return Tokens(torch.cat(indices), torch.cat(labels), segmentation)
+        file.write(torch.cat(z, dim=1).half().cpu().numpy().tobytes())
+    return Tokens(torch.cat(indices), torch.cat(labels), torch.cat(segmentation))
 
 
 def tokens_of(run, split, views=1, with_features=False):
@@ -313,51 +288,41 @@ def tokens_of(run, split, views=1, with_features=False):
     path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
     key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
     key = hashlib.sha256(key.encode()).hexdigest()
-    wanted = run, len(dataset) * views, key, path, stored if with_features else None
+    wanted = path, stored if with_features else None, key
     if tokens := kept_tokens(*wanted):
         return tokens
     with open(run.path / "lock", "w") as file:
         lock(file, f"waiting: another process encodes images of '{run.path}'")
         if tokens := kept_tokens(*wanted):
             return tokens
-        path.unlink(missing_ok=True)
         stored.unlink(missing_ok=True)
-        if with_features:
-            with atomic_write(stored) as part, open(part, "wb") as features:
-                tokens = encode_dataset(run, dataset, views, features)
-                features.write(key.encode())  # behind the array, where numpy does not read
-        else:
-            tokens = encode_dataset(run, dataset, views)
-        maps = tokens.segmentation
-        if maps is None:
-            maps = torch.zeros(0, dtype=torch.int16)
-        classes = np.array(dataset.classes, str)
-        write_tokens(path, run, tokens.indices, labels=tokens.labels, segmentation=maps,
-                     classes=classes, key=key)
-    return tokens._replace(features=np.load(stored, mmap_mode="r")) if with_features else tokens
+        place = atomic_write(stored) if with_features else nullcontext(os.devnull)
+        with place as part, open(part, "wb") as features:
+            tokens = encode_dataset(run, dataset, views, features)
+            features.write(key.encode())  # behind the array, where numpy does not read
+        write_tokens(path, run, tokens.indices, labels=tokens.labels,
+                     segmentation=tokens.segmentation, key=key)
+    return kept_tokens(*wanted)
 
 
-def kept_tokens(run, rows, key, path, stored):
+def kept_tokens(path, stored, key):
     """Tokens from their files, or None if these are missing, damaged, or of another key."""
     try:
         arrays, features = dict(np.load(path)), None
         indices, labels, maps = (torch.from_numpy(arrays[name]) for name in Tokens._fields[:3])
-        fits = str(arrays["key"]) == key and len(labels) == rows and len(maps) in (0, rows)
-        fits = fits and indices.shape == (rows, len(run.model.sizes), *run.model.grid)
+        fits = str(arrays["key"]) == key
         if stored:
             features = np.load(stored, mmap_mode="r")
-            with open(stored, "rb") as file:
-                file.seek(-len(key), os.SEEK_END)
-                fits = fits and file.read() == key.encode()
-            fits = fits and features.shape == features_shape(run, rows)
+            fits = fits and bytes(np.memmap(stored, mode="r")[-len(key) :]) == key.encode()
     except Exception:  # of any kind that a damaged file raises
         return None
-    maps = maps if len(maps) else None
     return Tokens(indices.long(), labels, maps, features) if fits else None
 
 
 def write_tokens(path, run, indices, **arrays):
     """Write a token file: indices, the words of each codebook, and more arrays by name."""
+    if Path(path).suffix != ".npz":
+        raise UserError(f"--output {path} must end in .npz")
     words = {f"{name}_words": np.array(listed) for name, listed in zip(run.names, run.words)}
     with atomic_write(path) as part, open(part, "wb") as file:
         np.savez_compressed(file, indices=indices.int().cpu(), tokenizer=run.tokenizer, **words,
@@ -367,19 +332,15 @@ def write_tokens(path, run, indices, **arrays):
 def read_tokens(run, path):
     """(N, M, h, w) indices of a token file. Raises UserError if it is not of this run."""
     with user_error(f"'{path}' is no token file of this run: {{}}"):
-        arrays, shape = dict(np.load(path)), (len(run.model.sizes), *run.model.grid)
-        if arrays["indices"].dtype.kind not in "iu" or arrays["indices"].shape[1:] != shape:
-            raise ValueError(f"its indices are not whole numbers of shape {('images', *shape)}")
-        indices = torch.from_numpy(arrays["indices"]).long()
-        sizes = torch.tensor(run.model.sizes)[:, None, None]
-        if arrays["tokenizer"] != run.tokenizer or (indices < 0).any() or (indices >= sizes).any():
+        arrays = np.load(path)
+        if arrays["tokenizer"] != run.tokenizer:
             raise ValueError("it was made by another tokenizer")
-    return indices
-
-
-def features_shape(run, rows):
-    """The shape of features before quantization, (N, C, h, w)."""
-    return rows, run.model.code_dim * len(run.model.codebook.sizes), *run.model.grid
+        indices = torch.from_numpy(arrays["indices"])
+        sizes = torch.tensor(run.model.sizes)[:, None, None]
+        fits = indices.shape[1:] == (len(sizes), *run.model.grid)
+        if not fits or indices.is_floating_point() or ((indices < 0) | (indices >= sizes)).any():
+            raise ValueError("its indices are no codes of this run")
+    return indices.long()
 
 
 @torch.no_grad()
@@ -391,21 +352,16 @@ def decode_tokens(run, indices):
 
 # ======== The second stage of a run
 
-def send(x, device):
-    """A tensor on the device, sent asynchronously."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
-
-
-def known_of(config, tokens, rows, device, count):
+def known_of(network, tokens, rows):
     """The condition of some images: None, classes (B,), or label shares (B, L, h, w)."""
-    if config.condition == "none":
+    kind, count = network.condition.kind, network.condition.count
+    device = network.condition.absent.device
+    if kind == "none":
         return None
-    if config.condition == "class":
-        return send(tokens.labels[rows], device)
+    if kind == "class":
+        return tokens.labels[rows].to(device, non_blocking=True)
     height, width = tokens.indices.shape[2:]
-    maps = send(tokens.segmentation[rows], device).long()
+    maps = tokens.segmentation[rows].to(device, non_blocking=True).long()
     cells = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1))
     cells = cells.transpose(2, 3).flatten(3)  # (B, h, w, S²)
     cells = cells.where((cells >= 0) & (cells < count), count)
@@ -422,20 +378,21 @@ def check_condition(condition, run, *splits, most=4096):
     """
     if condition == "none":
         return 0
+    dataset = run.dataset("train")
     if condition == "class":
-        name, advice = "classes", "with --dataset folder, sub-folders are classes"
-        there = any(record.label >= 0 for record in run.dataset("train").records)
-        labels = [tokens.labels for tokens in splits]
+        name, advice = "classes", "sub-folders are classes"
+        there, labels = dataset.classes, [tokens.labels for tokens in splits]
     else:
-        name, advice = "label maps", "with --dataset folder, --labels DIR names them"
-        there = any(record.segmentation is not None for record in run.dataset("train").records)
+        name, advice = "label maps", "--labels DIR names them"
+        there = dataset.records[0].segmentation is not None
         labels = [tokens.segmentation for tokens in splits]
-    if not there or any(values is None or values.max() < 0 for values in labels):
-        raise UserError(f"--condition {condition}: the data set has no {name} ({advice})")
-    count = max([int(values.max()) + 1 for values in labels], default=0)
+    counts = [int(values.max()) + 1 if len(values) else 0 for values in labels]
+    if not there or 0 in counts:
+        raise UserError(f"--condition {condition}: the data set has no {name} "
+                        f"(with --dataset folder, {advice})")
+    count = max(counts, default=0)
     if count > most:
-        raise UserError(f"--condition {condition}: these images have {count:,} labels, "
-                        f"more than {most:,}")
+        raise UserError(f"these images have {count:,} labels, more than {most:,}")
     return count
 
 
@@ -459,13 +416,11 @@ def stage_folder(run, config, root=None):
 
 
 def load_stage(run, folder):
-    """Network (of the best averaged weights), SynthesisConfig, count of labels, and step.
+    """A network, with its best averaged weights, and its SynthesisConfig.
 
     Raises UserError if there is none, or one of another tokenizer or of other
     classes.
     """
-    if not (folder / "best.pt").is_file():
-        raise UserError(f"no second stage '{folder.name}' in '{run.path}'; train makes one")
     state = load_checkpoint(folder / "best.pt")
     check_stage(run, state, folder)
     if state["config"]["condition"] == "class" and state["classes"] != run.dataset("val").classes:
@@ -475,7 +430,7 @@ def load_stage(run, folder):
         config = SynthesisConfig(**state["config"])
         network = make_network(config, run, state["count"])
         network.load_state_dict(state["ema"])
-    return network.eval(), config, state["count"], state["step"]
+    return network.eval(), config
 
 
 def check_stage(run, state, folder):
@@ -485,24 +440,26 @@ def check_stage(run, state, folder):
                         "train it with --overwrite")
 
 
-def losses_of(config, run, count, network, tokens, rows, drop=None, generator=None):
+def losses_of(config, run, network, tokens, rows, drop=None, generator=None):
     """What is minimised, and by name bits per token (gpt) or the noise's error (ldm)."""
-    known = known_of(config, tokens, rows, run.device, count)
+    known = known_of(network, tokens, rows)
     if config.model == "ldm":
-        features = torch.from_numpy(tokens.features[np.asarray(rows)]).float()
-        (loss,) = network.loss(send(features, run.device), known, drop, generator)
+        features = torch.from_numpy(tokens.features[np.asarray(rows)])
+        features = features.to(run.device, non_blocking=True).float()
+        (loss,) = network.loss(features, known, drop, generator)
         return loss, {"loss": loss, "noise": loss}
-    losses = network.loss(send(tokens.indices[rows], run.device), known, drop, generator)
+    indices = tokens.indices[rows].to(run.device, non_blocking=True)
+    losses = network.loss(indices, known, drop, generator)
     bits = {name: part / math.log(2) for name, part in zip(run.token_names, losses)}
     return sum(losses), {"loss": sum(bits.values()), **bits}
 
 
 @torch.no_grad()
-def validation(config, run, count, network, tokens, images):
+def validation(config, run, network, tokens, images):
     """Mean losses by name of `losses_of` over some images, with the same noise each time."""
     totals, generator = {}, torch.Generator(run.device).manual_seed(0)
-    for rows in torch.tensor(images).split(config.batch_size):
-        _, losses = losses_of(config, run, count, network, tokens, rows, None, generator)
+    for rows in torch.as_tensor(images).split(config.batch_size):
+        _, losses = losses_of(config, run, network, tokens, rows, None, generator)
         add_up(totals, losses, len(rows) / len(images))
     return {name: float(value) for name, value in totals.items()}
 
@@ -518,7 +475,7 @@ class StageTrainer:
         torch.manual_seed(config.seed)
         dataset = run.dataset("train")
         self.data, self.classes = identity(dataset, run.config.data), dataset.classes
-        self.config, self.run, self.device, self.count = config, run, run.device, count
+        self.config, self.run, self.device = config, run, run.device
         self.train_set, self.chosen = train_set, chosen
         self.step, self.best = 0, -math.inf
         self.network = make_network(config, run, count)
@@ -543,8 +500,8 @@ class StageTrainer:
 
     def notes(self):
         """What else a checkpoint holds, by name."""
-        return {"tokenizer": self.run.tokenizer, "count": self.count, "data": self.data,
-                "classes": self.classes}
+        return {"tokenizer": self.run.tokenizer, "count": self.network.condition.count,
+                "data": self.data, "classes": self.classes}
 
     def usage(self):
         """An empty list: no codes are learned here."""
@@ -564,8 +521,8 @@ class StageTrainer:
             if config.condition != "none":
                 drop = torch.rand(len(rows), device=self.device) < config.drop_condition
             with autocast(self):
-                loss, parts = losses_of(config, self.run, self.count, self.network,
-                                        self.train_set, rows, drop)
+                loss, parts = losses_of(config, self.run, self.network, self.train_set,
+                                        rows, drop)
             (loss / len(batches)).backward()
             add_up(metrics, parts, 1 / len(batches))
         metrics["gradient"] = average_gradients(self.network)
@@ -580,12 +537,11 @@ class StageTrainer:
 
     def validate(self):
         """Score, losses by name, and no picture, of averaged weights on held-out images."""
-        values = validation(self.config, self.run, self.count, self.ema, self.train_set,
-                            self.chosen)
+        values = validation(self.config, self.run, self.ema, self.train_set, self.chosen)
         return -values["loss"], values, ()
 
 
-def train_stage(run, given, resume, overwrite):
+def train_stage(run, resume, overwrite, **given):
     """The command train: encode a run's images, and train a model of their tokens."""
     config = SynthesisConfig(**{**SMALL.get(run.config.preset, {}), **given})
     refuse_idle(config, given, MATTERS)
@@ -604,8 +560,6 @@ def train_stage(run, given, resume, overwrite):
         train_set = tokens_of(run, "train", config.views, config.model == "ldm")
         val_set = tokens_of(run, "val", 1, config.model == "ldm")
     count = check_condition(config.condition, run, train_set, val_set)
-    if state:
-        count = state["count"]
     images = len(train_set.labels) // config.views  # rows go through all images view by view
     trained, chosen = hold_out(images, run.config.eval_images)
     rows = [view * images + row for view in range(config.views) for row in trained]
@@ -626,71 +580,57 @@ def train_stage(run, given, resume, overwrite):
 
 # ======== Sampling
 
-def draw_images(run, stage, tokens, rows, choices, seed, given=None):
+def draw_images(run, stage, tokens, rows, choices, seed, given):
     """(B, M, h, w) samples for the conditions of some images.
 
-    stage: of `load_stage`; rows: indices of the images among tokens, a Tokens,
-    which have features if `ldm` keeps some; choices: Sampling.
+    stage: of `load_stage`; rows: indices of the images among tokens, a Tokens;
+    choices: Sampling.
     given: (B, M, h, w) int64 tokens to keep, −1 where they are to be drawn.
     """
-    network, config, count, _ = stage
+    network, config = stage
     generator, drawn = torch.Generator(run.device).manual_seed(seed), []
     for part in torch.arange(len(rows)).split(config.batch_size):
-        known = known_of(config, tokens, rows[part], run.device, count)
-        kept = None if given is None else given[part].to(run.device)
+        known = known_of(network, tokens, rows[part])
+        kept = given[part].to(run.device)
         if config.model == "gpt":
             indices = sample_tokens(
                 network, len(part), known, kept, choices.guidance, generator,
                 temperature=choices.temperature, top_k=choices.top_k, top_p=choices.top_p)
         else:
-            features = mask = None
-            if kept is not None:
-                features, mask = given_features(run, tokens, rows[part], kept)
-            z = sample_features(network, len(part), known, features, mask, choices.guidance,
+            codes, mask = codes_of(run, kept)
+            z = sample_features(network, len(part), known, codes, mask, choices.guidance,
                                 choices.sampling_steps, generator)
             indices = run.model.nearest_indices(z.chunk(len(run.model.codebook.sizes), dim=1))
-            if kept is not None:
-                indices = torch.where(kept >= 0, kept, indices)
+            indices = torch.where(kept >= 0, kept, indices)
         drawn.append(indices.cpu())
     return torch.cat(drawn)
 
 
-def given_features(run, tokens, rows, given):
-    """What a denoiser is to keep: (B, C, h, w) features, and a mask of the same shape.
+def codes_of(run, given):
+    """(B, M, h, w) tokens, or −1 → (B, C, h, w) their codes, and a mask of where they are.
 
-    These are an image's own features where its tokens are given, and codes where
-    words are put.
-    Raises UserError for a word put before Gumbel-VQ, whose codes are not among its
-    features.
+    Raises UserError for tokens of Gumbel-VQ, whose codes are not among its features.
     """
-    features = torch.from_numpy(tokens.features[np.asarray(rows)]).to(run.device).float()
-    features = features.chunk(len(run.names), dim=1)
-    true = run.model.by_codebook(tokens.indices[rows].to(run.device))
-    kept, masks = [], []
-    for z, codebook, index, own in zip(features, run.model.codebook(),
-                                       run.model.by_codebook(given), true):
-        mask = (index >= 0).all(dim=1, keepdim=True)
-        put = ((index >= 0) & (index != own)).any(dim=1, keepdim=True)
-        if run.config.quantizer == "gumbel" and put.any():
-            raise UserError("--pin with --model ldm is not possible with Gumbel-VQ, "
-                            "whose codes are no features")
-        vectors = codebook[index.clamp_min(0)].mean(dim=1).permute(0, 3, 1, 2)  # (B, D, h, w)
-        kept.append(torch.where(put, vectors, z))
-        masks.append(mask.expand_as(z))
-    return torch.cat(kept, dim=1), torch.cat(masks, dim=1)
+    if run.config.quantizer == "gumbel" and (given >= 0).any():
+        raise UserError("--model ldm cannot keep tokens of Gumbel-VQ, whose codes are no features")
+    codes, masks = [], []
+    for indices, codebook in zip(run.model.by_codebook(given), run.model.codebook()):
+        codes.append(look_up(indices.clamp_min(0), codebook))  # (B, D, h, w)
+        masks.append((indices >= 0).all(dim=1, keepdim=True).expand_as(codes[-1]))
+    return torch.cat(codes, dim=1), torch.cat(masks, dim=1)
 
 
 def known_part(part, grid):
-    """(h, w) bool, True in one half; part: "top", "bottom", "left", "right", or "" for none."""
+    """(h, w) bool, True in the half "top", "bottom", "left" or "right"; "": nowhere."""
     (height, width), known = grid, torch.zeros(grid, dtype=torch.bool)
-    if part == "top":
-        known[: height // 2] = True
-    elif part == "bottom":
-        known[height // 2 :] = True
-    elif part == "left":
-        known[:, : width // 2] = True
-    elif part == "right":
-        known[:, width // 2 :] = True
+    halves = {
+        "": known[:0],
+        "top": known[: height // 2],
+        "bottom": known[height // 2 :],
+        "left": known[:, : width // 2],
+        "right": known[:, width // 2 :],
+    }
+    halves[part].fill_(True)  # a view of known
     return known
 
 
@@ -700,214 +640,142 @@ def pin_words(run, given, pins):
     pins: list of "row,column=adjective,noun"; a word may be left out.
     Raises UserError for a position or a word that does not exist.
     """
-    (height, width), given, names = run.model.grid, given.clone(), run.token_names
-    lists = run.model.per_token(run.words)
+    (height, width), given = run.model.grid, given.clone()
+    lists, names = run.model.per_token(run.words), ",".join(run.token_names)
     for pin in pins:
-        place, _, text = pin.partition("=")
-        words = [word.strip().lower() for word in text.split(",")]
-        form = f"row,column={','.join(names)} of a grid of {height} by {width}, from 0"
-        with user_error(f"--pin {pin}: expected {form}"):
+        with user_error(f"--pin {pin}: expected row,column={names} in a grid of "
+                        f"{height} by {width} from 0, with words of this run: {{}}"):
+            place, words = pin.split("=")
             row, column = map(int, place.split(","))
-            inside = 0 <= row < height and 0 <= column < width
-            if not (inside and any(words) and len(words) <= len(lists)):
-                raise ValueError
-        for i, (word, listed) in enumerate(zip(words, lists)):
-            if word and word not in listed:
-                raise UserError(f"--pin {pin}: '{word}' is no {names[i]} of this codebook")
-            if word:
-                given[:, i, row, column] = listed.index(word)
+            for i, word in enumerate(words.lower().split(",")):
+                if word:
+                    given[:, i, row, column] = lists[i].index(word)
     return given
 
 
 def draw_samples(runs, choices, part, words):
     """The commands sample and complete: a PNG with a column for each image.
 
-    Rows are label maps, originals, and for each run its tokens decoded, completions
-    and samples.
+    Rows are originals, label maps, and for each run what `rows_of_run` lists.
     part: half that is kept, or ""; words: as in `print_words`.
     """
     folder = stage_folder(runs[0], choices, runs[0].results)
     path = Path(choices.output or folder / ("completions.png" if part else "samples.png"))
-    dataset, rows, legend = runs[0].dataset("val"), [], {}
-    images = torch.tensor(choices.images or spread_indices(len(dataset), choices.count))
-    if images.max() >= len(dataset) or images.min() < 0:
-        raise UserError(f"--images: there are images 0 … {len(dataset) - 1}")
+    origins = {(run.config.resolution, run.config.dataset, Path(run.config.data).resolve())
+               for run in runs}
+    if len(origins) > 1:
+        raise UserError("these runs are of several resolutions or data sets")
+    dataset, legend = runs[0].dataset("val"), {}
+    images = torch.tensor(spread_indices(len(dataset), choices.count))
+    names = list(map(str, images.tolist()))
+    originals = [dataset[index]["image"] / 127.5 - 1 for index in images.tolist()]
+    rows = [("original", originals, names)]
     for run in runs:
-        if images_of(run) != images_of(runs[0]):
-            raise UserError(f"'{run.path}' is of another resolution or data set "
-                            f"than '{runs[0].path}'")
         stage = load_stage(run, stage_folder(run, choices))
-        count = stage[2]
-        tokens = tokens_of(run, "val", 1, choices.model == "ldm" and bool(part or choices.pin))
-        check_condition(choices.condition, run, tokens, most=count)
-        if not rows and choices.condition == "segmentation":
+        tokens = tokens_of(run, "val")
+        check_condition(choices.condition, run, tokens, most=stage[0].condition.count)
+        if choices.condition == "segmentation" and not legend:
             maps = tokens.segmentation[images].long()
-            pictures = F.interpolate(colours_of_labels(maps, count), size=run.config.resolution)
-            rows.append(("label map", pictures))
+            rows.append(("label map", colours_of_labels(maps)))
             labels = maps.unique()
-            names = [dataset.labels.get(label, str(label)) for label in labels.tolist()]
-            legend = dict(zip(names, colours_of_labels(labels[:, None, None], count)))
-        if run is runs[0]:
-            originals = [dataset[index]["image"] / 127.5 - 1 for index in images.tolist()]
-            rows.append(("original", originals, list(map(str, images.tolist()))))
-        if choices.label:
-            tokens = with_label(tokens, choices.label, dataset.classes[:count])
+            titles = [dataset.labels.get(label, str(label)) for label in labels.tolist()]
+            legend = dict(zip(titles, colours_of_labels(labels[:, None, None])))
         rows += rows_of_run(run, stage, tokens, images, choices, part, words)
     draw_grid(rows, path)
     if legend:
         add_legend(path, legend)
-    print(f"{path}: images {', '.join(map(str, images.tolist()))} from left to right")
-
-
-def with_label(tokens, label, classes):
-    """Tokens that are all of one class. Raises UserError for a class that does not exist."""
-    if label not in classes:
-        raise UserError(f"--label {label}: classes are {', '.join(classes)}")
-    return tokens._replace(labels=torch.full_like(tokens.labels, classes.index(label)))
-
-
-def images_of(run):
-    """What tells the images of two runs apart."""
-    return run.config.resolution, run.config.dataset, Path(run.config.data).resolve()
+    print(f"{path}: images {', '.join(names)} from left to right")
 
 
 def rows_of_run(run, stage, tokens, images, choices, part, words):
-    """A list of (label, pictures): what a run makes of some images."""
-    name, own = run.path.name, tokens.indices[images]
+    """Tokens decoded, what is kept of them, and samples → list of (label, pictures)."""
+    name, indices = run.path.name, tokens.indices[images]
     known = known_part(part, run.model.grid)
-    decoded = decode_tokens(run, own)
-    pinned = pin_words(run, torch.full_like(own, -1), choices.pin)
-    rows = [(f"{name}: tokens decoded", decoded)]
-    draws = {choices.label or "sample": pinned}
+    decoded = decode_tokens(run, indices)
+    rows, title = [(f"{name}: tokens decoded", decoded)], "sample"
     if part:
         mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
         rows.append((f"{name}: known", decoded * mask))
-        completed = pin_words(run, torch.where(known, own, -1), choices.pin)
-        draws = {"completed": completed, **draws}
-    if choices.model == "gpt" and (choices.pin or part in ("bottom", "left", "right")):
-        print("gpt draws from the top left: positions before a given token do not see it "
-              "(--model ldm sees all)")
-    for title, given in draws.items():
-        for repeat in range(choices.repeat):
-            kept = given if (given >= 0).any() else None
-            drawn = draw_images(run, stage, tokens, images, choices, choices.seed + repeat, kept)
-            label = "\n".join([f"{name}: {title} {repeat + 1}", *choices.pin])
-            pictures = framed(decode_tokens(run, drawn), (pinned >= 0).any(1, True))
-            rows.append((label, pictures))
-            titles = {i: f"{title} {repeat + 1} for image {i}" for i in images.tolist()}
-            print_words(run, titles, drawn, words)
+        title = "completed"
+    given = pin_words(run, torch.where(known, indices, -1), choices.pin)
+    for repeat in range(choices.repeat):
+        seed = choices.seed + repeat
+        drawn = draw_images(run, stage, tokens, images, choices, seed, given)
+        label = "\n".join([f"{name}: {title} {repeat + 1}", *choices.pin])
+        rows.append((label, decode_tokens(run, drawn)))
+        titles = {i: f"{title} {repeat + 1} for image {i}" for i in images.tolist()}
+        print_words(run, titles, drawn, words)
     return rows
 
 
 def add_legend(path, colours, columns=6, size=14):
     """Add to a PNG, below its rows, names beside small squares of their colours."""
-    height, font = size + 6, ImageFont.load_default(size)
+    pitch, font = size + 6, ImageFont.load_default(size)
     with Image.open(path) as image:
-        lines, width = math.ceil(len(colours) / columns), image.width // columns
-        picture = Image.new("RGB", (image.width, image.height + lines * height + 8), "white")
-        picture.paste(image)
-        bottom = image.height + 4
+        height = pitch * math.ceil(len(colours) / columns)
+        picture = ImageOps.expand(image, (0, 0, 0, height), "white")
     draw = ImageDraw.Draw(picture)
     for number, (name, colour) in enumerate(colours.items()):
-        x, y = 8 + number % columns * width, bottom + number // columns * height
+        row, column = divmod(number, columns)
+        x, y = 8 + column * image.width // columns, image.height + row * pitch
         ink = tuple(to_bytes(colour).flatten().tolist())
         draw.rectangle((x, y, x + size, y + size), ink, "black")
-        draw.text((x + size + 6, y + size / 2), name, "black", font, anchor="lm")
+        draw.text((x + pitch, y + size / 2), name, "black", font, anchor="lm")
     save_png(picture, path)
 
 
-def framed(images, cells):
-    """(B, 3, H, W) images with a white frame in each cell of (B, 1, h, w) that is True."""
-    inside = F.interpolate(cells.float(), size=images.shape[2:])
-    edge = inside.bool() & (F.max_pool2d(1 - inside, 3, 1, 1) > 0)
-    return images.masked_fill(edge, 1.0)
-
-
-def colours_of_labels(maps, count):
+def colours_of_labels(maps):
     """(B, R, R) labels → (B, 3, R, R) in [-1, 1], a colour each; −1 is black."""
-    hue = torch.arange(count) * 0.618034 % 1  # the golden ratio keeps neighbours apart
-    wheel = (hue[:, None] + torch.tensor([0.0, 1 / 3, 2 / 3])) * 2 * math.pi
-    palette = torch.cat([wheel.cos() * 0.7, torch.full((1, 3), -1.0)])
-    return palette[maps.where((maps >= 0) & (maps < count), count)].permute(0, 3, 1, 2)
+    maps, thirds = maps[:, None], torch.arange(3).view(3, 1, 1) / 3
+    hue = maps * 0.618034 % 1  # the golden ratio keeps neighbours apart
+    colours = ((hue + thirds) * 2 * math.pi).cos() * 0.7
+    return colours.where(maps >= 0, -1.0)
 
 
 # ======== Table 6
 
-@torch.no_grad()
-def likelihood(run, stage, tokens):
-    """(N, M) float64 bits of each image's tokens under a transformer."""
-    network, config, count, _ = stage
-    bits = []
-    for rows in torch.arange(len(tokens.labels)).split(config.batch_size):
-        known = known_of(config, tokens, rows, run.device, count)
-        images = tokens.indices[rows].to(run.device)
-        losses = [F.cross_entropy(logits.float().mT, images[:, i].flatten(1), reduction="none")
-                  for i, logits in enumerate(network(images, known))]
-        bits.append(torch.stack(losses, dim=1).cpu().double().sum(2) / math.log(2))
-    return torch.cat(bits)
-
-
 def evaluate_stage(run, stage, choices, inception):
     """The row of Table 6 of a second stage, a dict, which evaluation.json keeps."""
-    network, config, count, step = stage
+    network, config = stage
     val_set = tokens_of(run, "val", 1, config.model == "ldm")
-    check_condition(config.condition, run, val_set, most=count)
-    result = dict(run=str(run.path), model=config.model, condition=config.condition, step=step)
+    check_condition(config.condition, run, val_set, most=network.condition.count)
+    every = torch.arange(len(val_set.labels))
+    losses = validation(config, run, network, val_set, every)
+    loss = losses.pop("loss")
+    result = dict(run=str(run.path), model=config.model, condition=config.condition)
     if config.model == "gpt":
-        result.update(bits_of(run, stage, val_set))
+        result["bits"] = losses  # of each token of a position
+        result["bits_image"] = loss * math.prod(run.model.grid)
+        result["bits_per_bit"] = loss / sum(map(math.log2, run.model.sizes))
     else:
-        every = range(len(val_set.labels))
-        result["noise"] = validation(config, run, count, network, val_set, every)["noise"]
-    scores, features, done = [], ([], []), 0
+        result["noise"] = loss
     if inception is not None:  # a sample for each evaluation image
-        every = torch.arange(len(val_set.labels))
-        drawn = draw_images(run, stage, val_set, every, choices, choices.seed)
+        nothing = torch.full_like(val_set.indices, -1)
+        drawn = draw_images(run, stage, val_set, every, choices, choices.seed, nothing)
+    scores, features = [], ([], [])
     for x, batch in run.batches(run.dataset("val")):
-        rows = torch.arange(done, done + len(x))
+        rows = batch["index"]
         scores.append(psnr(decode_tokens(run, val_set.indices[rows]), x.cpu()))
         if inception is not None:
             samples = to_bytes(decode_tokens(run, drawn[rows]))
             for kept, images in zip(features, (batch["image"], samples)):
                 kept.append(inception(images.to(run.device)).cpu().double())
-        done += len(x)
     result["psnr"] = torch.cat(scores).mean().item()
     result["fid"] = None
-    if inception is not None and done > 1:
+    if inception is not None and len(every) > 1:
         result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features))
     with atomic_write(stage_folder(run, config, run.results) / "evaluation.json") as part:
         part.write_text(json.dumps(result, indent=1))
     return result
 
 
-def bits_of(run, stage, val_set):
-    """Bits of the tokens under a transformer, by position and image, and under two baselines.
-
-    The unigram is of the training split's frequencies, with one added to each code.
-    """
-    positions = math.prod(run.model.grid)
-    bits, train_set = likelihood(run, stage, val_set), tokens_of(run, "train", stage[1].views)
-    unigram = 0.0
-    for i, size in enumerate(run.model.sizes):
-        counts = torch.bincount(train_set.indices[:, i].flatten(), minlength=size).double() + 1
-        bits_of_codes = -(counts / counts.sum()).log2()
-        unigram += float(bits_of_codes[val_set.indices[:, i].flatten()].mean()) * positions
-    image = float(bits.sum(1).mean())
-    uniform = sum(map(math.log2, run.model.sizes)) * positions
-    return {
-        "bits": dict(zip(run.token_names, (bits.mean(0) / positions).tolist())),
-        "bits_image": image,
-        "bits_uniform": uniform,
-        "bits_unigram": unigram,
-        "bits_per_bit": image / uniform,
-    }
-
-
 COLUMNS = {  # of Table 6: name in evaluation.json → title, format
+    "run": ("run", ""),
+    "model": ("model", ""),
+    "condition": ("condition", ""),
     "fid": ("FID ↓", ".2f"),
     "bits_image": ("bits per image ↓", ",.1f"),
     "bits_per_bit": ("over uniform ↓", ".3f"),
-    "bits_unigram": ("unigram", ",.0f"),
-    "bits_uniform": ("uniform", ",.0f"),
     "noise": ("noise error ↓", ".4f"),
     "psnr": ("PSNR of its tokens, dB ↑", ".2f"),
 }
@@ -916,8 +784,7 @@ COLUMNS = {  # of Table 6: name in evaluation.json → title, format
 def print_table(runs, choices, path=""):
     """The command evaluate: print Table 6; path: of Inception's weights."""
     inception, reason = load_or_reason(load_inception, path)
-    titles = [title for title, _ in COLUMNS.values()]
-    table = [["run", "model", "condition", "bits per position ↓", *titles]]
+    table = [[title for title, _ in COLUMNS.values()]]
     for run in runs:
         network = inception and inception.to(run.device)
         for best in sorted((run.path / "synthesis").glob("*/best.pt")):
@@ -926,15 +793,10 @@ def print_table(runs, choices, path=""):
             except UserError as error:
                 print(f"not in the table: {error}")
                 continue
-            bits = " + ".join(f"{value:.3f}" for value in result.get("bits", {}).values()) or "–"
-            row = [result["run"], result["model"], result["condition"], bits]
-            for name, (_, form) in COLUMNS.items():
-                value = result.get(name)
-                row.append("–" if value is None else format(value, form))
-            table.append(row)
+            table.append(["–" if result.get(name) is None else format(result[name], form)
+                          for name, (_, form) in COLUMNS.items()])
     if len(table) == 1:
-        raise UserError(f"no second stage in {', '.join(str(run.path) for run in runs)}; "
-                        "train makes one")
+        raise UserError("these runs have no second stage; train makes one")
     print(as_markdown(table) + "\n")
     if reason:
         print(f"FID: – ({reason})")

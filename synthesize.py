@@ -352,6 +352,12 @@ def decode_tokens(run, indices):
 
 # ======== The second stage of a run
 
+def send(x, device):
+    """The tensor on the device. A GPU does not wait for what comes from pinned memory."""
+    x = x.pin_memory() if device.type == "cuda" else x
+    return x.to(device, non_blocking=True)
+
+
 def known_of(network, tokens, rows):
     """The condition of some images: None, classes (B,), or label shares (B, L, h, w)."""
     kind, count = network.condition.kind, network.condition.count
@@ -359,9 +365,9 @@ def known_of(network, tokens, rows):
     if kind == "none":
         return None
     if kind == "class":
-        return tokens.labels[rows].to(device, non_blocking=True)
+        return send(tokens.labels[rows], device)
     height, width = tokens.indices.shape[2:]
-    maps = tokens.segmentation[rows].to(device, non_blocking=True).long()
+    maps = send(tokens.segmentation[rows], device).long()
     cells = maps.unflatten(2, (width, -1)).unflatten(1, (height, -1))
     cells = cells.transpose(2, 3).flatten(3)  # (B, h, w, S²)
     cells = cells.where((cells >= 0) & (cells < count), count)
@@ -445,10 +451,10 @@ def losses_of(config, run, network, tokens, rows, drop=None, generator=None):
     known = known_of(network, tokens, rows)
     if config.model == "ldm":
         features = torch.from_numpy(tokens.features[np.asarray(rows)])
-        features = features.to(run.device, non_blocking=True).float()
+        features = send(features, run.device).float()
         (loss,) = network.loss(features, known, drop, generator)
         return loss, {"loss": loss, "noise": loss}
-    indices = tokens.indices[rows].to(run.device, non_blocking=True)
+    indices = send(tokens.indices[rows], run.device)
     losses = network.loss(indices, known, drop, generator)
     bits = {name: part / math.log(2) for name, part in zip(run.token_names, losses)}
     return sum(losses), {"loss": sum(bits.values()), **bits}

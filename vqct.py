@@ -505,8 +505,19 @@ def upsample(channels):
     return nn.Sequential(nn.Upsample(scale_factor=2), convolution)
 
 
+def level_of(name, in_channels, channels, blocks, attends):
+    """{name: layer} of the residual blocks of a level, with attention after each or not."""
+    layers = {}
+    for block in range(blocks):
+        layers[f"{name}-block-{block}"] = ResidualBlock(in_channels, channels)
+        in_channels = channels
+        if attends:
+            layers[f"{name}-attn-{block}"] = AttentionBlock(channels)
+    return layers
+
+
 def middle(width):
-    """{name: layer} of the lowest level, shared by encoder and decoder."""
+    """{name: layer} between the lowest levels, the same in encoder and decoder."""
     return {
         "mid-block_1": ResidualBlock(width, width),
         "mid-attn_1": AttentionBlock(width),
@@ -543,12 +554,9 @@ class Encoder(nn.Module):
         width = channels
         lowest = len(multipliers) - 1
         for level, multiplier in enumerate(multipliers):
-            for block in range(blocks):
-                wider = channels * multiplier
-                layers[f"down-{level}-block-{block}"] = ResidualBlock(width, wider)
-                width = wider
-                if level == lowest:
-                    layers[f"down-{level}-attn-{block}"] = AttentionBlock(width)
+            wider = channels * multiplier
+            layers |= level_of(f"down-{level}", width, wider, blocks, level == lowest)
+            width = wider
             if level < lowest:
                 layers[f"down-{level}-downsample"] = downsample(width)
         layers |= middle(width)
@@ -573,12 +581,9 @@ class Decoder(nn.Module):
         layers = OrderedDict(conv_in=nn.Conv2d(z_channels, width, 3, padding=1))
         layers |= middle(width)
         for level in reversed(range(len(multipliers))):
-            for block in range(blocks + 1):
-                narrower = channels * multipliers[level]
-                layers[f"up-{level}-block-{block}"] = ResidualBlock(width, narrower)
-                width = narrower
-                if level == lowest:
-                    layers[f"up-{level}-attn-{block}"] = AttentionBlock(width)
+            narrower = channels * multipliers[level]
+            layers |= level_of(f"up-{level}", width, narrower, blocks + 1, level == lowest)
+            width = narrower
             if level > 0:
                 layers[f"up-{level}-upsample"] = upsample(width)
         layers["norm_out"] = GroupNorm(width)
@@ -879,16 +884,6 @@ class RegularizedQuantizer(VectorQuantizer):
 
 # ======== Tables 1 to 6: a system is a ModelConfig, a choice of quantizer, codes, transfer
 
-QUANTIZERS = {  # `quantizer` → a function that makes it; eq2: VectorQuantizer's arguments
-    "nearest": lambda config, dim, size, eq2: VectorQuantizer(**eq2),
-    "gumbel": lambda config, dim, size, eq2: GumbelQuantizer(
-        dim, size, config.kl_weight, config.straight_through),
-    "cvq": lambda config, dim, size, eq2: ClusteredQuantizer(size, config.usage_decay, **eq2),
-    "regvq": lambda config, dim, size, eq2: RegularizedQuantizer(
-        config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2),
-}
-
-
 def option(default, reason, **more):
     """A dataclass field with its help text. `more`: choices; bounds `least` and `most` (by
     default at least 1 for whole numbers, 0 for others); `each`, the type of several values.
@@ -923,7 +918,7 @@ class ModelConfig:
     last_relu: bool = option(True, "ReLU after its last layer, as in Eq. 3 (authors' code: none)")
     weighted_edges: bool = option(False, "A counts occurrences of a pair (authors' code)")
     quantizer: str = option("nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ",
-                            choices=tuple(QUANTIZERS))
+                            choices=("nearest", "gumbel", "cvq", "regvq"))
     beta: float = option(0.25, "weight β of Eq. 2")
     beta_on: str = option("commitment", "the term that β multiplies (authors' code: codebook)",
                           choices=("commitment", "codebook"))
@@ -952,8 +947,15 @@ def make_quantizer(config, dim, size, neighbours):
     if config.quantizer == "cvq" and (not config.trained or config.transfer != "none"):
         needs = "so they must be trained and without transfer"
         raise ValueError(f"quantizer 'cvq' moves the codes themselves, {needs}")
+    if config.quantizer == "gumbel":
+        return GumbelQuantizer(dim, size, config.kl_weight, config.straight_through)
     eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
-    return QUANTIZERS[config.quantizer](config, dim, size, eq2)
+    if config.quantizer == "cvq":
+        return ClusteredQuantizer(size, config.usage_decay, **eq2)
+    if config.quantizer == "regvq":
+        weights = config.kl_weight, config.mask_ratio, config.contrastive_weight
+        return RegularizedQuantizer(*weights, **eq2)
+    return VectorQuantizer(**eq2)
 
 
 def needs_prior(config):
@@ -1131,37 +1133,6 @@ class Condition(nn.Module):
         return features if drop is None else torch.where(drop[:, None, None], absent, features)
 
 
-class CodeEmbedding(nn.Module):
-    """A learned vector for each code, plus a linear map of the code itself.
-
-    With the map, similar codes start with similar vectors.
-
-    size: K, number of codes; width: W, features; codes: (K, D) the codes, or None.
-    """
-
-    def __init__(self, size, width, codes=None):
-        super().__init__()
-        self.learned = nn.Parameter(0.04 * torch.randn(size, width))
-        self.map = None
-        if codes is not None:
-            dim = codes.shape[1]
-            codes = (codes - codes.mean(dim=0)) / codes.std().clamp_min(1e-6)
-            self.register_buffer("codes", codes)
-            self.map = nn.Parameter(0.5 * dim**-0.5 * torch.randn(dim, width))
-
-    def forward(self, indices):
-        """(…) indices → (…, W)."""
-        x = F.embedding(indices, self.learned)
-        return x if self.map is None else x + F.embedding(indices, self.codes) @ self.map
-
-    def logits(self, x):
-        """(…, W) → (…, K), inner products with all vectors."""
-        scores = F.linear(x, self.learned)
-        if self.map is not None:
-            scores = scores + F.linear(F.linear(x, self.map), self.codes)
-        return scores
-
-
 class TokenTransformer(nn.Module):
     """p(tokens | condition) in raster order (§4.4; Esser et al. 2021 for one codebook).
 
@@ -1170,22 +1141,18 @@ class TokenTransformer(nn.Module):
 
     sizes: number of codes for each of the M tokens of a position.
     grid: (h, w) positions, N in all; condition: a Condition of the same width.
-    codes: M tensors (K_i, D), the tokenizer's codes for CodeEmbedding, or None.
 
     >>> condition = Condition("class", 16, (8, 8), 64)
     >>> gpt = TokenTransformer((70, 61), (8, 8), condition, width=64, depth=2).eval()
-    >>> sample_tokens(gpt, 2, torch.tensor([3, 5]), top_p=0.9).shape
+    >>> sample_tokens(gpt, 2, torch.tensor([3, 5]), top_k=50).shape
     torch.Size([2, 2, 8, 8])
     """
 
-    def __init__(
-        self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, codes=None
-    ):
+    def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0):
         super().__init__()
         self.sizes, self.grid, self.width = tuple(sizes), tuple(grid), width
         self.condition, self.positions = condition, Positions(grid, width)
-        tokens = list(zip(sizes, [width] * len(sizes), codes or [None] * len(sizes)))
-        self.embeddings = nn.ModuleList(CodeEmbedding(*token) for token in tokens)
+        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
         self.start = nn.Parameter(0.02 * torch.randn(width))
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout) for _ in range(depth))
@@ -1193,10 +1160,9 @@ class TokenTransformer(nn.Module):
             nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
             for _ in sizes
         )
-        self.outputs = nn.ModuleList(CodeEmbedding(*token) for token in tokens)
-        for output in self.outputs:
-            if output.map is not None:
-                nn.init.zeros_(output.map)  # so that no code starts more likely than others
+        self.outputs = nn.ModuleList(nn.Linear(width, size, bias=False) for size in sizes)
+        for layer in (*self.embeddings, *self.outputs):
+            nn.init.normal_(layer.weight, std=0.04)
 
     def forward(self, tokens, known=None, drop=None):
         """(B, M, h, w) tokens → a list of M logits (B, N, K_i), given all tokens before."""
@@ -1231,7 +1197,7 @@ class TokenTransformer(nn.Module):
     def logits(self, hidden, tokens, i):
         """(B, T, K_i) logits of token i, given the tokens (B, ≥ i, T) before i."""
         hidden = hidden + sum(self.embeddings[j](tokens[:, j]) for j in range(i))
-        return self.outputs[i].logits(self.heads[i](hidden))
+        return self.outputs[i](self.heads[i](hidden))
 
     def loss(self, tokens, known=None, drop=None, generator=None):
         """A list of M () losses, mean negative log-likelihoods in nats. No noise is drawn."""
@@ -1247,12 +1213,11 @@ class TokenTransformer(nn.Module):
         return [self.start.new_empty(shape) for _ in self.blocks]
 
 
-def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def draw_tokens(logits, temperature=1.0, top_k=0, generator=None):
     """(B, K) logits → (B,) int64, an index drawn from each row.
 
     temperature: divides the logits; 0 takes the likeliest index.
     top_k: draw from so many likeliest indices; 0: all.
-    top_p: draw from the fewest of this total probability (Holtzman et al. 2020).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -1260,12 +1225,6 @@ def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probability = ordered.softmax(dim=-1)
-        before = probability.cumsum(dim=-1) - probability
-        ordered = ordered.masked_fill(before >= top_p, -math.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, ordered)
     return gumbel_argmax(logits, generator)
 
 
@@ -1276,7 +1235,7 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
     model: TokenTransformer in evaluation mode; known: as of Condition.
     given: (B, M, h, w) int64 tokens to keep, −1 where one is to be drawn.
     scale: of classifier-free guidance (Ho & Salimans 2022); 1: none.
-    choice: temperature, top_k and top_p of `draw_tokens`.
+    choice: temperature and top_k of `draw_tokens`.
     """
     positions = math.prod(model.grid)
     tokens = model.start.new_zeros(batch, len(model.sizes), positions, dtype=torch.int64)
@@ -1398,7 +1357,6 @@ TAMING = {  # part of a parameter's name here → there
     "to_codes": "quant_conv",
     "from_codes": "post_quant_conv",
     "codebook.vectors": "quantize.embedding.weight",
-    "layers": "loss.discriminator.main",
     "sample.1": "sample.conv",
     "project": "proj_out",
     "shortcut": "nin_shortcut",
@@ -1406,27 +1364,14 @@ TAMING = {  # part of a parameter's name here → there
 }
 
 
-def taming_names(name):
-    """A parameter's name here → a list of its names there, whose tensors are joined."""
+def published_tensor(name, state):
+    """The tensor of a parameter here in the published state, and its first name there."""
     for ours, theirs in TAMING.items():
         name = name.replace(ours, theirs)
-    if "query_key_value" not in name:
-        return [name]
-    return [name.replace("query_key_value", letter) for letter in "qkv"]
-
-
-def fitting(network, state):
-    """Tensors of `state` for the parameters of the same shape, and the names of the others."""
-    taken, left = {}, []
-    for name, value in network.state_dict().items():
-        tensors = [state[theirs] for theirs in taming_names(name) if theirs in state]
-        if len(tensors) > 1:
-            tensors = [torch.cat(tensors)]
-        if tensors and tensors[0].shape == value.shape:
-            taken[name] = tensors[0]
-        else:
-            left.append(name)
-    return taken, left
+    # Theirs has three convolutions in place of one.
+    names = dict.fromkeys(name.replace("query_key_value", part) for part in "qkv")
+    parts = [state[name] for name in names if name in state]
+    return torch.cat(parts) if parts else None, next(iter(names))
 
 
 def load_taming(model, discriminator, state):
@@ -1438,25 +1383,30 @@ def load_taming(model, discriminator, state):
     model: VQModel; discriminator: Discriminator or None; state: the published state dict.
     Raises ValueError if encoder or decoder cannot be filled.
     """
-    taken, left = fitting(model, state)
+    taken, left = {}, []
     learned = isinstance(model.codebook.vectors, nn.Parameter)
-    if "codebook.vectors" in taken and not (learned and len(model.codebook.sizes) == 1):
-        del taken["codebook.vectors"]
-        left.append("codebook.vectors")
-    for name in left:
-        if name.startswith(("encoder", "decoder")):
-            names = taming_names(name)
-            shapes = [tuple(state[theirs].shape) for theirs in names if theirs in state]
-            wanted = tuple(model.state_dict()[name].shape)
-            message = f"{names[0]} is {shapes or 'missing'}, this network wants {wanted}"
-            raise ValueError(message)
+    takes_codes = learned and len(model.codebook.sizes) == 1
+    for name, value in model.state_dict().items():
+        tensor, published = published_tensor(name, state)
+        shape = "missing" if tensor is None else tuple(tensor.shape)
+        wanted = tuple(value.shape)
+        if shape == wanted and (takes_codes or name != "codebook.vectors"):
+            taken[name] = tensor
+        elif name.startswith(("encoder", "decoder")):
+            raise ValueError(f"{published} is {shape}, this network wants {wanted}")
+        else:
+            left.append(name)
     model.load_state_dict(taken, strict=False)
+
     if discriminator is not None:
-        taken, missing = fitting(discriminator, state)
-        published = [name for name in state if name.startswith(TAMING["layers"])]
-        if missing or len(published) > len(taken):
-            return [*left, "discriminator"]
-        discriminator.load_state_dict(taken)
+        prefix = "loss.discriminator.main"
+        taken = {name.replace(prefix, "layers"): tensor
+                 for name, tensor in state.items() if name.startswith(prefix)}
+        shapes = {name: tensor.shape for name, tensor in taken.items()}
+        if shapes == {name: x.shape for name, x in discriminator.state_dict().items()}:
+            discriminator.load_state_dict(taken)
+        else:
+            left.append("discriminator")
     return left
 
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 
 import vqct
 from train import METHODS, RECIPES
-from vqct import LPIPS, QUANTIZERS, AttentionBlock, Block, ClusteredQuantizer, Codebook
-from vqct import CodebookTransfer, CodeEmbedding, Condition, Decoder, Denoiser, Discriminator
+from vqct import LPIPS, AttentionBlock, Block, ClusteredQuantizer, Codebook
+from vqct import CodebookTransfer, Condition, Decoder, Denoiser, Discriminator
 from vqct import Encoder, GraphConvolution, GroupNorm, GumbelQuantizer, ModelConfig
 from vqct import NormalizedAdjacency, RegularizedQuantizer, TokenTransformer, UnitLength
 from vqct import VectorQuantizer, VQModel, adaptive_weight, draw_tokens, hinge_loss
@@ -991,8 +991,9 @@ def test_word_vectors_are_scaled_as_asked(prior, small):
 
 @pytest.mark.parametrize(
     "quantizer, generated",
-    [(name, 0) for name in QUANTIZERS] + [(name, 1) for name in QUANTIZERS if name != "cvq"],
-)  # it is refused: see below
+    [(name, 0) for name in ("nearest", "gumbel", "cvq", "regvq")]
+    + [(name, 1) for name in ("nearest", "gumbel", "regvq")],  # cvq is refused: see below
+)
 def test_every_quantizer_gives_gradients_to_two_codebooks(quantizer, generated, prior, small):
     origin = {} if generated else dict(codes="random", trained=True, transfer="none")
     model = VQModel(
@@ -1254,12 +1255,9 @@ def test_published_weights_that_do_not_fit_are_named(prior):
 
 def transformer(sizes=(7, 5), grid=(3, 4), condition=None, **more):
     condition = condition or Condition("segmentation", 3, grid, 16)
-    codes = [torch.randn(size, 3) for size in sizes]
-    model = TokenTransformer(
-        sizes, grid, condition, width=16, depth=2, heads=2, codes=codes, **more
-    ).eval()
+    model = TokenTransformer(sizes, grid, condition, width=16, depth=2, heads=2, **more).eval()
     for parameter in model.parameters():  # nothing may be hidden by a zero
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
@@ -1277,7 +1275,7 @@ def sample_by_forward_passes(model, batch, known=None, scale=1.0, generator=None
     return tokens
 
 
-CHOICES = dict(temperature=0), dict(), dict(top_k=3), dict(top_p=0.7, temperature=1.3)
+CHOICES = dict(temperature=0), dict(), dict(top_k=3, temperature=1.3)
 DRAWS = [
     (sizes, (3, 4), scale, choice)
     for sizes in ((7,), (7, 5), (7, 7, 5))
@@ -1318,7 +1316,7 @@ def test_a_token_is_predicted_from_earlier_ones_only():
             assert not moved[:first].any() and moved[first:].all()
 
 
-def test_tokens_are_drawn_from_their_softmax_or_its_likely_part():
+def test_tokens_are_drawn_from_their_softmax_or_its_likeliest():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.06, 0.04]]).log().repeat(20_000, 1)
 
     def counted(**choice):
@@ -1335,10 +1333,8 @@ def test_tokens_are_drawn_from_their_softmax_or_its_likely_part():
             counted(temperature=temperature), expected, atol=0.015, rtol=0
         )
     assert counted(top_k=1).tolist() == counted(temperature=0).tolist() == [1, 0, 0, 0, 0]
-    of_three = counted(top_p=0.85)
-    assert (
-        (of_three[3:] == 0).all() and (of_three[:3] > 0.1).all() and counted(top_p=0.91)[3] > 0
-    )
+    of_four = counted(top_k=4)
+    assert of_four[4] == 0 and (of_four[:4] > 0.03).all()
 
 
 @pytest.mark.parametrize(
@@ -1373,27 +1369,6 @@ def test_a_label_map_conditions_each_position_by_its_surroundings():
     assert (
         (condition(shares, 1) != condition(one, 1)).any(-1).all()
     )  # later every position hears of it
-
-
-def test_a_codes_embedding_starts_from_the_code():
-    codes = torch.randn(6, 3)
-    codes[4] = codes[1]
-    embedding = CodeEmbedding(6, 8, codes)
-    assert torch.allclose(
-        embedding.logits(torch.eye(8)).T, embedding(torch.arange(6)), atol=1e-6
-    )
-    torch.nn.init.zeros_(embedding.learned)
-    rows = embedding(torch.tensor([[1, 4], [2, 0]]))
-    assert (
-        rows.shape == (2, 2, 8)
-        and torch.equal(rows[0, 0], rows[0, 1])
-        and not torch.equal(rows[1, 0], rows[1, 1])
-    )
-    plain = CodeEmbedding(6, 8)
-    assert (
-        torch.equal(plain(torch.tensor([2])), plain.learned[2:3])
-        and "codes" in embedding.state_dict()
-    )
 
 
 def test_given_tokens_stay():

@@ -1,7 +1,4 @@
-"""VQCT: every network of the paper, in the paper's order.
-
-"Codebook Transfer with Part-of-Speech for Vector-Quantized Image Modeling" (CVPR 2024).
-This is the paper's order:
+"""VQCT (CVPR 2024): every network of the paper, in the paper's order:
 
     §3.1         Eq. 1       nearest_code         the code nearest to each feature
                  Eq. 2       VectorQuantizer      codebook and commitment terms
@@ -15,15 +12,13 @@ This is the paper's order:
     §4.4         stage two   TokenTransformer, sample_tokens; Denoiser, sample_features
                  VQGAN's published weights: load_taming
 
-`prior.py` makes the words, vectors and graph. `Trainer` in train.py has Eq. 2's pixel term
-and the training step. Each class and function can be copied out with the names it uses.
-To see Eq. 3, 1 and 2 worked on four words:
+`prior.py` makes the words, vectors and graph. train.py has Eq. 2's pixel term and the
+training step. To see Eq. 3, 1 and 2 worked on four words:
 
     python vqct.py
 """
 
 import math
-import os
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -34,21 +29,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-# ======== §3.1, Eq. 1 and 2: the nearest code, and the losses of the chosen code
+# ======== §3.1: Eq. 1 and 2
 
 @torch.no_grad()
 def nearest_code(z, codebook, neighbours=1):
     """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
     z: (N, D) features; codebook: (K, D) codes, K ≥ 1.
-    neighbours: how many codes to find for each feature.
     Returns (N,) int64, or (neighbours, N), nearest first. Ties are broken arbitrarily.
 
     ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), so the nearest code has the least score ½‖e‖² − ẑ·e.
-    One buffer holds 2²² scores at most (those of one feature, if K is larger), which rules
-    out `torch.func.vmap`. Scores are float32, or float64 if an argument is. A squared
-    distance exceeds the least by a few rounding errors of (‖ẑ − o‖ + ‖e − o‖)² at most, with
-    o by `origin_of`. Codes for which ‖e − o‖² is not finite come last.
+    One buffer holds 2²² scores at most (those of one feature, if K is larger). Scores are
+    float32, or float64 if an argument is. A squared distance exceeds the least by a few
+    rounding errors of (‖ẑ − o‖ + ‖e − o‖)² at most, with o by `origin_of`. Codes for which
+    ‖e − o‖² is not finite come last.
     """
     dtype = torch.promote_types(z.dtype, codebook.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -90,12 +84,12 @@ def look_up(indices, codebook):
 class VectorQuantizer(nn.Module):
     """Eq. 1, and the last two terms of Eq. 2: ‖sg[ẑ] − z_q‖² + β ‖sg[z_q] − ẑ‖².
 
-    Each term is a mean over elements. The codebook may be a parameter or the output of a
-    network. Only the first term trains it.
+    Each term is a mean over elements. Only the first one trains the codebook, which may be a
+    parameter or the output of a network.
 
-    beta: β, the weight of the commitment term (0.25, van den Oord et al. 2017).
-    beta_on: "commitment", or "codebook" as in VQGAN's code, by mistake.
-    neighbours: how many nearest codes are averaged (authors' code: two adjectives).
+    beta: β (0.25, van den Oord et al. 2017).
+    beta_on: the term with β, "commitment", or "codebook" as in VQGAN's code, by mistake.
+    neighbours: how many nearest codes are averaged.
     """
 
     def __init__(self, beta=0.25, beta_on="commitment", neighbours=1):
@@ -106,21 +100,17 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def indices(self, z, codebook):
-        """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, Eq. 1, nearest first.
-
-        The middle axis counts the n neighbours, even if n = 1.
-        """
-        batch, dim, height, width = z.shape
-        features = z.movedim(1, -1).reshape(-1, dim)  # (B H W, D)
+        """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, n neighbours by Eq. 1."""
+        features = z.movedim(1, -1).flatten(0, -2)  # (B H W, D)
         nearest = nearest_code(features, codebook, self.neighbours)
-        return nearest.view(self.neighbours, batch, height, width).movedim(0, 1)
+        return nearest.view(self.neighbours, len(z), *z.shape[2:]).movedim(0, 1)
 
     def forward(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().
 
         In training, z_q carries the decoder's gradient straight through to z. In
-        evaluation, z_q is exactly the code, as in decoding by indices. Features and their
-        codes become almost equal, so all is at least float32, even under autocast.
+        evaluation, z_q is exactly the code. Features and their codes become almost equal,
+        so all is at least float32, even under autocast.
         """
         with torch.autocast(z.device.type, enabled=False):
             codebook = precise(codebook)
@@ -138,7 +128,7 @@ class VectorQuantizer(nn.Module):
         return z_q, indices, loss
 
 
-# ======== §3.3 step 2, Eq. 3: the modifying graph, and the transfer of codes along it
+# ======== §3.3 step 2: the modifying graph, and Eq. 3 along it
 
 class NormalizedAdjacency(nn.Module):
     """Â = D^{-1/2} (A + I) D^{-1/2} of an undirected graph, sparse (Kipf & Welling 2017).
@@ -147,8 +137,7 @@ class NormalizedAdjacency(nn.Module):
 
     edges: (E, 2) int64 nodes. Repeats count once, as the paper's A is binary.
     nodes: number of nodes N.
-    weights: (E,) entries of A instead, where repeats are summed (authors' code: how often
-        a pair occurs).
+    weights: (E,) entries of A instead, where repeats are summed.
     Raises RuntimeError if an edge names a node outside 0 … N−1.
 
     >>> NormalizedAdjacency([(0, 2), (1, 2)], nodes=3)(torch.eye(3)).diagonal()
@@ -189,9 +178,9 @@ class NormalizedAdjacency(nn.Module):
 class SymmetricProduct(torch.autograd.Function):
     """Â H for a constant symmetric Â in compressed rows.
 
-    The product is its own derivative, forward and backward. A row of Â H is a weighted sum
-    of rows of H: an embedding bag, which is faster than torch's sparse matrices. The bag's
-    own backward pass takes four times as long and has no derivative.
+    A row of Â H is a weighted sum of rows of H: an embedding bag, which is faster than
+    torch's sparse matrices. The bag's own backward pass takes four times as long and has no
+    derivative. But the product is its own derivative, forward and backward.
     """
 
     generate_vmap_rule = True
@@ -238,11 +227,10 @@ class GraphConvolution(nn.Module):
 class CodebookTransfer(nn.Module):
     """Eq. 3, the codebook transfer network: H ← ReLU(Â H W), three times.
 
-    widths: (d, …, D) features of the word vectors, hidden layers and codes. Four numbers
-        make three convolutions.
+    widths: (d, …, D) features of the word vectors, hidden layers and codes.
     adjacency: a NormalizedAdjacency; `nn.Identity()` makes the MLP of Tables 2 and 3.
-    last_relu: whether a ReLU follows the last layer, as in Eq. 3 (authors' code: none).
-    dropout: share of hidden features zeroed in training (authors' code: 0.5).
+    last_relu: whether a ReLU follows the last layer, as in Eq. 3.
+    dropout: share of hidden features zeroed in training.
 
     >>> adjacency = NormalizedAdjacency([(0, 2), (0, 3), (1, 3)], nodes=4)
     >>> CodebookTransfer((300, 512, 512, 64), adjacency)(torch.randn(4, 300)).shape
@@ -266,23 +254,14 @@ class CodebookTransfer(nn.Module):
         return F.relu(nodes) if self.last_relu else nodes
 
 
-# ======== §3.3 step 3: two codebooks, each for its half of the channels
+# ======== §3.3 step 3: two codebooks
 
 class Codebook(nn.Module):
-    """The codes of all codebooks: vectors, and a transfer network where there is one.
+    """The codes of all codebooks, which are vectors or what a network makes of them.
 
-    Every system is a choice of these arguments. Learned codes are trained vectors without
-    transfer. VQCT's are frozen word vectors through CodebookTransfer. `make_codebook` scales
-    word vectors; nothing is scaled here.
-
-    vectors: (ΣK, d) starting codes, or word vectors; trained: whether they are parameters.
+    vectors: (ΣK, d) word vectors, or starting codes; trained: whether they are parameters.
     sizes: (K_1, …) number of codes of each codebook, (adjectives, nouns) in VQCT.
     transfer: a module (ΣK, d) → (ΣK, D), or None if the vectors are the codes.
-
-    >>> transfer = CodebookTransfer((300, 64), NormalizedAdjacency([(0, 1), (0, 2)], 3))
-    >>> adjectives, nouns = Codebook(torch.randn(3, 300), (1, 2), transfer=transfer)()
-    >>> nouns.shape
-    torch.Size([2, 64])
     """
 
     def __init__(self, vectors, sizes, trained=False, transfer=None):
@@ -338,13 +317,12 @@ class Output(NamedTuple):
 class VQModel(nn.Module):
     """Encoder, codebooks and decoder: (ẑ_a, ẑ_n) = E(x), each with its own codebook.
 
-    Indices are (B, M, h, w). The middle axis counts the M tokens of a position: one for
-    each codebook, or more where neighbours are averaged.
+    A position has M tokens: one for each codebook, or more where neighbours are averaged.
 
     config: a ModelConfig.
-    prior: a mapping as prior.py writes it, or None if not `needs_prior(config)`:
-        `adjective_vectors` (Na, d), `noun_vectors` (Nn, d), `edges` (E, 2) of adjective and
-        noun index, and `edge_counts` (E,) for weighted edges.
+    prior: a mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d), `edges` (E, 2)
+        of adjective and noun index, and `edge_counts` (E,) for weighted edges; or None if
+        not `needs_prior(config)`.
     Raises ValueError for a missing prior, or choices that exclude each other.
 
     >>> vectors = dict(adjective_vectors=torch.randn(70, 9), noun_vectors=torch.randn(61, 9))
@@ -357,9 +335,11 @@ class VQModel(nn.Module):
         super().__init__()
         self.config = config
         factor = 2 ** (len(config.multipliers) - 1)
-        if config.resolution % factor or config.resolution < factor:
-            message = "resolution {} is not a multiple of {}, the encoder's reduction"
-            raise ValueError(message.format(config.resolution, factor))
+        if config.resolution % factor:
+            problem = f"resolution {config.resolution} is not a multiple of {factor}"
+            raise ValueError(f"{problem}, the encoder's reduction")
+        side = config.resolution // factor
+        self.grid = side, side  # (h, w) positions of an image
         self.codebook = make_codebook(config, prior)
         sizes = self.codebook.sizes
         self.code_dim = config.code_dim // len(sizes)  # D
@@ -378,6 +358,7 @@ class VQModel(nn.Module):
             make_quantizer(config, self.code_dim, size, count)
             for size, count in zip(sizes, neighbours)
         )
+        self.sizes = self.per_token(sizes)  # number of codes for each of the M tokens
 
     def forward(self, x):
         """(B, 3, H, W) in [-1, 1] → Output."""
@@ -411,17 +392,6 @@ class VQModel(nn.Module):
         """(B, M, h, w) int64 → (B, 3, H, W), equal to `forward` in evaluation mode."""
         return self.decode_features(map(look_up, self.by_codebook(indices), self.codebook()))
 
-    @property
-    def grid(self):
-        """(h, w) positions of an image."""
-        side = self.config.resolution // 2 ** (len(self.config.multipliers) - 1)
-        return side, side
-
-    @property
-    def sizes(self):
-        """Number of codes for each of the M tokens of a position."""
-        return self.per_token(self.codebook.sizes)
-
     def per_token(self, values):
         """One value for each codebook → a list of one for each of the M tokens."""
         values = [[x] * each.neighbours for x, each in zip(values, self.quantizers)]
@@ -434,13 +404,12 @@ class VQModel(nn.Module):
     def anneal(self, progress):
         """Set the temperature at a progress of 0 … 1, by a cosine from 1 to its end."""
         end = self.config.temperature_end
+        share = 0.5 + 0.5 * math.cos(math.pi * progress)
         for quantizer in self.quantizers:
-            if hasattr(quantizer, "temperature"):
-                share = 0.5 + 0.5 * math.cos(math.pi * progress)
-                quantizer.temperature = end + (1 - end) * share
+            quantizer.temperature = end + (1 - end) * share
 
 
-# ======== §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
+# ======== §4.1: VQGAN's encoder and decoder (Esser et al. 2021)
 
 class GroupNorm(nn.GroupNorm):
     """32 groups as in VQGAN, or the most below that which divide the channels.
@@ -493,20 +462,8 @@ class AttentionBlock(nn.Module):
         return x + self.project(attended.mT.reshape(x.shape))
 
 
-def downsample(channels):
-    """A strided 3×3 convolution to half the resolution, padded on the right and below."""
-    convolution = nn.Conv2d(channels, channels, 3, stride=2)
-    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), convolution)
-
-
-def upsample(channels):
-    """Twice the resolution by nearest neighbour, then a 3×3 convolution."""
-    convolution = nn.Conv2d(channels, channels, 3, padding=1)
-    return nn.Sequential(nn.Upsample(scale_factor=2), convolution)
-
-
-def level_of(name, in_channels, channels, blocks, attends):
-    """{name: layer} of the residual blocks of a level, with attention after each or not."""
+def level_layers(name, in_channels, channels, blocks, attends):
+    """{name: layer} of the residual blocks of a level; if it attends, attention after each."""
     layers = {}
     for block in range(blocks):
         layers[f"{name}-block-{block}"] = ResidualBlock(in_channels, channels)
@@ -528,8 +485,7 @@ def middle(width):
 def keep_variance(network):
     """Initialise convolutions to keep their input's variance, and residual branches to 0.
 
-    torch's default shrinks the signal by √3 at each convolution, which costs 2 dB on CUB
-    after 300 steps.
+    torch's default divides it by 3 at each, which costs 2 dB on CUB after 300 steps.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -542,9 +498,8 @@ def keep_variance(network):
 class Encoder(nn.Module):
     """ẑ = E(x), an image to continuous features.
 
-    channels: width of the first level; multipliers: width of each level in units of it.
-    Each level after the first halves the resolution, so (1, 1, 2, 2, 4) is f16.
-    blocks: residual blocks per level; z_channels: channels of the output.
+    channels, multipliers, blocks, z_channels: as of ModelConfig. Each level after the first
+    halves the resolution.
     """
 
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
@@ -555,10 +510,12 @@ class Encoder(nn.Module):
         lowest = len(multipliers) - 1
         for level, multiplier in enumerate(multipliers):
             wider = channels * multiplier
-            layers |= level_of(f"down-{level}", width, wider, blocks, level == lowest)
+            layers |= level_layers(f"down-{level}", width, wider, blocks, level == lowest)
             width = wider
             if level < lowest:
-                layers[f"down-{level}-downsample"] = downsample(width)
+                pad = nn.ZeroPad2d((0, 1, 0, 1))  # on the right and below
+                convolution = nn.Conv2d(width, width, 3, stride=2)
+                layers[f"down-{level}-downsample"] = nn.Sequential(pad, convolution)
         layers |= middle(width)
         layers["norm_out"] = GroupNorm(width)
         layers["silu"] = nn.SiLU()
@@ -582,10 +539,12 @@ class Decoder(nn.Module):
         layers |= middle(width)
         for level in reversed(range(len(multipliers))):
             narrower = channels * multipliers[level]
-            layers |= level_of(f"up-{level}", width, narrower, blocks + 1, level == lowest)
+            layers |= level_layers(f"up-{level}", width, narrower, blocks + 1, level == lowest)
             width = narrower
             if level > 0:
-                layers[f"up-{level}-upsample"] = upsample(width)
+                double = nn.Upsample(scale_factor=2)  # by nearest neighbour
+                convolution = nn.Conv2d(width, width, 3, padding=1)
+                layers[f"up-{level}-upsample"] = nn.Sequential(double, convolution)
         layers["norm_out"] = GroupNorm(width)
         layers["silu"] = nn.SiLU()
         self.layers = nn.Sequential(layers)
@@ -600,12 +559,12 @@ class Decoder(nn.Module):
             return self.to_image(hidden.to(self.to_image.weight.dtype))
 
 
-# ======== §4.1, the losses of VQ-GAN: the adversary and the perceptual distance
+# ======== §4.1: the adversary, and the perceptual distance
 
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): one logit for each overlapping patch.
 
-    layers: inner layers; three give patches of 70 × 70 pixels.
+    Three inner layers give patches of 70 × 70 pixels.
     """
 
     def __init__(self, channels=64, layers=3):
@@ -644,8 +603,7 @@ def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gra
 
     x_hat: (B, 3, H, W) reconstruction, attached to its graph.
     last_weight: weight of the layer that produced it, where norms are taken.
-    reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses
-        at x_hat. The generator's backward pass starts from them too.
+    reconstruction_gradient, adversarial_gradient: (B, 3, H, W), of both losses at x_hat.
     """
     norms = []
     for gradient in (reconstruction_gradient, adversarial_gradient):
@@ -658,14 +616,11 @@ class LPIPS(nn.Module):
     """Learned perceptual distance v0.1 (Zhang et al. 2018) on a frozen trunk.
 
     Features of several layers get unit length over channels. Their squared differences are
-    weighted by 1×1 heads and averaged over positions. To load the published weights (the
-    LPIPS repository has the heads, vgg.pth):
-
-        trunk = torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict()
-        distance = LPIPS("vgg", trunk, torch.load("vgg.pth"))
+    weighted by 1×1 heads and averaged over positions.
 
     trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
-    trunk_state, head_state: state dicts; None makes a random trunk, or equal heads.
+    trunk_state: state dict of torchvision's network, or None for random weights.
+    head_state: that of the LPIPS repository (vgg.pth), or None for equal weights.
 
     >>> LPIPS("squeeze")(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64))
     tensor([0., 0.])
@@ -691,10 +646,10 @@ class LPIPS(nn.Module):
             if head_state is not None:
                 head.load_state_dict({"weight": head_state[f"lin{i}.model.1.weight"]})
             self.heads.append(head)
-        shift = torch.tensor([-0.030, -0.088, -0.188])
-        scale = torch.tensor([0.458, 0.448, 0.450])
-        self.register_buffer("shift", shift.view(1, 3, 1, 1))
-        self.register_buffer("scale", scale.view(1, 3, 1, 1))
+        shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+        scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+        self.register_buffer("shift", shift)  # (3, 1, 1)
+        self.register_buffer("scale", scale)
         self.requires_grad_(False)  # no layer depends on the mode
 
     def forward(self, x, y):
@@ -705,31 +660,30 @@ class LPIPS(nn.Module):
         heads = iter(self.heads)
         for i, layer in enumerate(self.features):
             x, y = layer(x), layer(y)  # (B, C, h, w)
-            if i in self.taps:
-                with torch.autocast(x.device.type, enabled=False):
-                    unit_x = F.normalize(precise(x), dim=1, eps=1e-10)
-                    unit_y = F.normalize(precise(y), dim=1, eps=1e-10)
-                    head = next(heads).weight.to(unit_x.dtype)
-                    difference = F.conv2d((unit_x - unit_y).square(), head)  # (B, 1, h, w)
-                    distance = distance + difference.mean(dim=(1, 2, 3))
+            if i not in self.taps:
+                continue
+            with torch.autocast(x.device.type, enabled=False):
+                unit_x, unit_y = (F.normalize(precise(z), eps=1e-10) for z in (x, y))
+                head = next(heads).weight.to(unit_x.dtype)
+                difference = F.conv2d((unit_x - unit_y).square(), head)  # (B, 1, h, w)
+                distance = distance + difference.mean(dim=(1, 2, 3))
         return distance
 
 
 # ======== Tables 1 and 6: the quantizers that VQCT is compared with
 
 # Each has VectorQuantizer's interface: forward(z, codebook) → z_q, indices, loss;
-# indices(z, codebook), equal to those of `forward` in evaluation mode; `neighbours`; and
-# `temperature` if training anneals it.
+# indices(z, codebook), equal to those of `forward` in evaluation mode; and `neighbours`.
+# VQModel.anneal sets `temperature`.
 
 class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights, the likeliest code in evaluation.
 
     This is DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it, except that VQ-GAN
-    draws the code in evaluation too. A 1×1 convolution gives K logits a position. The loss
-    is KL(softmax(logits) ‖ uniform), summed over codes and averaged over positions.
+    draws the code in evaluation too. A 1×1 convolution gives K logits a position.
 
     dim: D, channels of ẑ; size: K, number of codes.
-    kl_weight: weight of the loss; 5e-4 is the default in VQ-GAN's code.
+    kl_weight: of the loss KL(softmax(logits) ‖ uniform), a mean over positions.
     straight_through: hard weights forward and soft ones backward; otherwise soft both ways.
     """
 
@@ -822,8 +776,7 @@ class RegularizedQuantizer(VectorQuantizer):
 
     1. Prior distribution: KL(p̄ ‖ uniform), where p̄ is the mean over positions of the token
        distribution softmax(−‖ẑ − e_k‖² / τ), with τ the annealed `temperature`.
-    2. Stochastic mask: a random share of positions takes a code drawn from this
-       distribution, the others take the nearest code.
+    2. Stochastic mask: a random share of positions takes a code drawn from it.
     3. Probabilistic contrastive loss: a feature is pulled to its code, against the codes of
        other positions, by cosine. Its code counts w = exp(‖e_drawn − e_nearest‖² / mean)
        times, so a farther draw pulls less.
@@ -874,15 +827,13 @@ class RegularizedQuantizer(VectorQuantizer):
         mean = noise.sum() / (noise > 0).sum().clamp_min(1)  # over drawn codes
         log_w = noise / mean.clamp_min(1e-12)  # (P,)
         cosine = F.normalize(features, dim=1) @ F.normalize(codes, dim=1).T  # (P, P)
-        cosine = cosine / temperature
-        diagonal = torch.eye(count, dtype=torch.bool, device=features.device)
-        logits = torch.where(diagonal, cosine + log_w[:, None], cosine)
-        same = (chosen[:, None] == chosen[None]) & ~diagonal
+        logits = cosine / temperature + log_w.diag()
+        same = (chosen[:, None] == chosen).fill_diagonal_(False)
         logits = logits.masked_fill(same, -torch.inf)  # the same code is no negative
         return F.cross_entropy(logits, order)
 
 
-# ======== Tables 1 to 6: a system is a ModelConfig, a choice of quantizer, codes, transfer
+# ======== Tables 1 to 6: a system is a ModelConfig
 
 def option(default, reason, **more):
     """A dataclass field with its help text. `more`: choices; bounds `least` and `most` (by
@@ -897,36 +848,48 @@ class ModelConfig:
 
     resolution: int = option(256, "pixels per side (paper: 256)", least=24)
     channels: int = option(128, "width of the first level of encoder and decoder")
-    multipliers: tuple = option((1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
+    multipliers: tuple = option(
+        (1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
     blocks: int = option(2, "residual blocks per level")
     z_channels: int = option(256, "channels between the network and the codes")
     code_dim: int = option(256, "channels of all codebooks together")
-    codes: str = option("words", "codes start from word vectors, random ones, or VQGAN's ±1/K",
-                        choices=("words", "random", "uniform"))
-    vector_scale: str = option("rms", "word vectors are divided by their RMS, standardised, or kept",
-                               choices=("rms", "standard", "none"))
-    codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: one codebook (SCB)",
-                            choices=(1, 2))
-    codebook_size: int = option(0, "codes of a codebook without a prior; 0: as many as words",
-                                least=0, most=2**24)
+    codes: str = option(
+        "words", "codes start from word vectors, random ones, or VQGAN's ±1/K",
+        choices=("words", "random", "uniform"))
+    vector_scale: str = option(
+        "rms", "word vectors are divided by their RMS, or kept", choices=("rms", "none"))
+    codebooks: int = option(
+        2, "2: adjectives and nouns apart (MCB); 1: one codebook (SCB)", choices=(1, 2))
+    codebook_size: int = option(
+        0, "codes of a codebook without a prior; 0: as many as words", least=0, most=2**24)
     trained: bool = option(False, "train the starting vectors themselves")
-    transfer: str = option("gcn", "gcn: Eq. 3; mlp: no graph; linear: SimVQ; unit: ViT-VQGAN",
-                           choices=("gcn", "mlp", "linear", "unit", "none"))
+    transfer: str = option(
+        "gcn", "gcn: Eq. 3; mlp: no graph; linear: SimVQ; unit: ViT-VQGAN",
+        choices=("gcn", "mlp", "linear", "unit", "none"))
     transfer_layers: int = option(3, "layers of the transfer network (authors' code: 2)")
     transfer_width: int = option(512, "features of its hidden layers")
-    transfer_dropout: float = option(0.0, "dropout between its layers (authors' code: 0.5)", most=0.99)
-    last_relu: bool = option(True, "ReLU after its last layer, as in Eq. 3 (authors' code: none)")
+    transfer_dropout: float = option(
+        0.0, "dropout between its layers (authors' code: 0.5)", most=0.99)
+    last_relu: bool = option(
+        True, "ReLU after its last layer, as in Eq. 3 (authors' code: none)")
     weighted_edges: bool = option(False, "A counts occurrences of a pair (authors' code)")
-    quantizer: str = option("nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ",
-                            choices=("nearest", "gumbel", "cvq", "regvq"))
+    quantizer: str = option(
+        "nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ",
+        choices=("nearest", "gumbel", "cvq", "regvq"))
     beta: float = option(0.25, "weight β of Eq. 2")
-    beta_on: str = option("commitment", "the term that β multiplies (authors' code: codebook)",
-                          choices=("commitment", "codebook"))
-    adjective_neighbours: int = option(1, "nearest adjectives that are averaged (authors' code: 2)")
-    kl_weight: float = option(5e-4, "gumbel, regvq: weight of the divergence from uniform codes")
-    straight_through: bool = option(True, "gumbel: hard codes forward, soft weights backward")
-    temperature_end: float = option(1 / 16, "gumbel, regvq: last temperature, after 1", least=1e-6)
-    usage_decay: float = option(0.99, "cvq: decay γ of each code's running usage", most=0.9999)
+    beta_on: str = option(
+        "commitment", "the term that β multiplies (authors' code: codebook)",
+        choices=("commitment", "codebook"))
+    adjective_neighbours: int = option(
+        1, "nearest adjectives that are averaged (authors' code: 2)")
+    kl_weight: float = option(
+        5e-4, "gumbel, regvq: weight of the divergence from uniform codes")
+    straight_through: bool = option(
+        True, "gumbel: hard codes forward, soft weights backward")
+    temperature_end: float = option(
+        1 / 16, "gumbel, regvq: last temperature, after 1", least=1e-6)
+    usage_decay: float = option(
+        0.99, "cvq: decay γ of each code's running usage", most=0.9999)
     mask_ratio: float = option(0.3, "regvq: share of positions whose code is drawn", most=1)
     contrastive_weight: float = option(0.0, "regvq: weight of its contrastive loss")
 
@@ -945,8 +908,7 @@ def make_quantizer(config, dim, size, neighbours):
         needs = "needs as many codes, and quantizer 'nearest'"
         raise ValueError(f"a mean of {neighbours} neighbours {needs}")
     if config.quantizer == "cvq" and (not config.trained or config.transfer != "none"):
-        needs = "so they must be trained and without transfer"
-        raise ValueError(f"quantizer 'cvq' moves the codes themselves, {needs}")
+        raise ValueError("quantizer 'cvq' needs trained codes without transfer")
     if config.quantizer == "gumbel":
         return GumbelQuantizer(dim, size, config.kl_weight, config.straight_through)
     eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
@@ -968,13 +930,11 @@ def make_codebook(config, prior=None):
     words, sizes = None, (config.codebook_size,) * config.codebooks
     if needs_prior(config):
         if prior is None:
-            needs = f"codes from '{config.codes}' with transfer '{config.transfer}'"
-            raise ValueError(f"{needs} need a prior")
+            raise ValueError("these codes need a prior")
+        parts = prior["adjective_vectors"], prior["noun_vectors"]
         dtype = torch.get_default_dtype()
-        adjectives = torch.as_tensor(prior["adjective_vectors"], dtype=dtype)
-        nouns = torch.as_tensor(prior["noun_vectors"], dtype=dtype)
-        words = torch.cat([adjectives, nouns])  # (ΣK, d)
-        sizes = (len(adjectives), len(nouns)) if config.codebooks == 2 else (len(words),)
+        words = torch.cat([torch.as_tensor(part, dtype=dtype) for part in parts])  # (ΣK, d)
+        sizes = tuple(map(len, parts)) if config.codebooks == 2 else (len(words),)
     vectors = starting_vectors(config, words, sizes)
     transfer = make_transfer(config, prior, vectors.shape[1], sizes)
     return Codebook(vectors, sizes, config.trained, transfer)
@@ -986,20 +946,17 @@ def starting_vectors(config, words, sizes):
     Language models differ in scale a hundredfold. The transfer's layers assume entries of
     about one, so word vectors are scaled here.
     """
-    code_dim = config.code_dim // len(sizes)  # D
-    from_words = words is not None and config.transfer in ("gcn", "mlp")
-    width = words.shape[1] if from_words else code_dim
+    if config.codes == "words":
+        rms = words.square().mean().sqrt().clamp_min(1e-12)
+        return words / rms if config.vector_scale == "rms" else words
+    width = config.code_dim // len(sizes)  # D
+    if words is not None and config.transfer in ("gcn", "mlp"):
+        width = words.shape[1]
     if config.codes == "random":
-        scale = code_dim**-0.5 if config.transfer == "linear" else 1.0
+        scale = width**-0.5 if config.transfer == "linear" else 1.0
         return torch.randn(sum(sizes), width) * scale
-    if config.codes == "uniform":
-        parts = [torch.empty(size, width).uniform_(-1 / size, 1 / size) for size in sizes]
-        return torch.cat(parts)
-    if config.vector_scale == "rms":
-        return words / words.square().mean().sqrt().clamp_min(1e-12)
-    if config.vector_scale == "standard":
-        return (words - words.mean(0)) / words.std(0).clamp_min(1e-12)
-    return words
+    parts = [torch.empty(size, width).uniform_(-1 / size, 1 / size) for size in sizes]
+    return torch.cat(parts)
 
 
 def make_transfer(config, prior, width, sizes):
@@ -1022,7 +979,7 @@ def make_transfer(config, prior, width, sizes):
     return CodebookTransfer(widths, adjacency, config.last_relu, config.transfer_dropout)
 
 
-# ======== §4.4, the second stage: a model of the tokens of an image
+# ======== §4.4: the second stage
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention over positions, then two linear layers.
@@ -1060,15 +1017,14 @@ class Block(nn.Module):
 
     def forward(self, x, signal=None, causal=False, cache=None, start=0):
         """x: (B, T, W), signal: (B, 1 or T, W) if modulated → (B, T, W)."""
-        if self.modulation is None:
-            x = x + self.attend(self.norm1(x), causal, cache, start)
-            return x + self.dropout(self.mlp(self.norm2(x)))
-        modulation = self.modulation(signal)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        modulated = self.norm1(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.attend(modulated, causal, cache, start)
-        modulated = self.norm2(x) * (1 + scale2) + shift2
-        return x + gate2 * self.dropout(self.mlp(modulated))
+        shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1
+        if self.modulation is not None:
+            chunks = self.modulation(signal).chunk(6, dim=-1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = chunks
+        hidden = self.norm1(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attend(hidden, causal, cache, start)
+        hidden = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.dropout(self.mlp(hidden))
 
 
 def zero(layer):
@@ -1102,7 +1058,7 @@ class Condition(nn.Module):
 
     def __init__(self, kind, count, grid, width, heads=8):
         super().__init__()
-        self.kind, self.count = kind, count
+        self.kind = kind
         self.absent = nn.Parameter(torch.zeros(width))  # instead of a missing condition
         if kind == "class":
             self.embedding = nn.Embedding(count, width)
@@ -1134,7 +1090,7 @@ class Condition(nn.Module):
 
 
 class TokenTransformer(nn.Module):
-    """p(tokens | condition) in raster order (§4.4; Esser et al. 2021 for one codebook).
+    """p(tokens | condition) in raster order (Esser et al. 2021, for one codebook).
 
     The tokens of the previous position enter together, as the sum of their embeddings. At
     each position, the adjective is predicted first, and then the noun given the adjective.
@@ -1177,14 +1133,14 @@ class TokenTransformer(nn.Module):
         return [self.logits(hidden, tokens, i) for i in range(len(self.sizes))]
 
     def embed(self, tokens):
-        """(B, M, T) tokens of T positions → (B, T, W), the sum of their embeddings."""
-        return sum(embedding(tokens[:, i]) for i, embedding in enumerate(self.embeddings))
+        """(B, m ≤ M, T) tokens of T positions → (B, T, W), the sum of their embeddings."""
+        pairs = zip(self.embeddings, tokens.unbind(1))
+        return sum(embedding(index) for embedding, index in pairs)
 
     def hidden(self, previous, condition, cache=None, start=0):
         """(B, T, W) features that predict the positions start … start + T − 1.
 
-        previous: (B, T, W) embeddings of the positions before them.
-        condition: (B, 1 or N, W) features of Condition.
+        previous: (B, T, W), each the embedding of the position before.
         """
         here = slice(start, start + previous.shape[1])
         if condition.shape[1] > 1:
@@ -1196,7 +1152,7 @@ class TokenTransformer(nn.Module):
 
     def logits(self, hidden, tokens, i):
         """(B, T, K_i) logits of token i, given the tokens (B, ≥ i, T) before i."""
-        hidden = hidden + sum(self.embeddings[j](tokens[:, j]) for j in range(i))
+        hidden = hidden + self.embed(tokens[:, :i])
         return self.outputs[i](self.heads[i](hidden))
 
     def loss(self, tokens, known=None, drop=None, generator=None):
@@ -1205,12 +1161,6 @@ class TokenTransformer(nn.Module):
         logits = self(tokens, known, drop)
         targets = tokens.flatten(2).unbind(1)  # M times (B, N)
         return [F.cross_entropy(precise(x).mT, target) for x, target in zip(logits, targets)]
-
-    def cache(self, batch):
-        """Memory for keys and values: `depth` tensors (2, B, H, N, d)."""
-        heads = self.blocks[0].heads
-        shape = (2, batch, heads, math.prod(self.grid), self.width // heads)
-        return [self.start.new_empty(shape) for _ in self.blocks]
 
 
 def draw_tokens(logits, temperature=1.0, top_k=0, generator=None):
@@ -1237,16 +1187,17 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
     scale: of classifier-free guidance (Ho & Salimans 2022); 1: none.
     choice: temperature and top_k of `draw_tokens`.
     """
-    positions = math.prod(model.grid)
-    tokens = model.start.new_zeros(batch, len(model.sizes), positions, dtype=torch.int64)
-    given = torch.full_like(tokens, -1) if given is None else given.flatten(2)
-    condition = model.condition(known, batch)
-    copies = 1
-    if scale != 1 and known is not None:  # a second copy of the batch has no condition
-        copies = 2
-        absent = model.condition(None, batch).expand_as(condition)
-        condition = torch.cat([condition, absent])
-    cache = model.cache(copies * batch)
+    if given is None:
+        shape = batch, len(model.sizes), *model.grid
+        given = torch.full(shape, -1, device=model.start.device)
+    tokens = given.flatten(2).clone()  # (B, M, N)
+    conditions = [model.condition(known, batch)]
+    if scale != 1:  # a second copy of the batch has no condition
+        conditions.append(model.condition(None, batch).expand_as(conditions[0]))
+    condition, copies = torch.cat(conditions), len(conditions)
+    positions, heads = tokens.shape[2], model.blocks[0].heads
+    shape = 2, copies * batch, heads, positions, model.width // heads
+    cache = [model.start.new_empty(shape) for _ in model.blocks]  # keys and values
     previous = model.start.expand(copies * batch, 1, -1)  # (B, 1, W), B here with copies
     for n in range(positions):
         hidden = model.hidden(previous, condition, cache, n)  # (B, 1, W)
@@ -1257,7 +1208,7 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
                 logits, unconditional = logits.chunk(2)
                 logits = unconditional + scale * (logits - unconditional)
             drawn = draw_tokens(logits, generator=generator, **choice)
-            here[:, i, 0] = torch.where(given[:, i, n] < 0, drawn, given[:, i, n])
+            here[:, i, 0] = torch.where(here[:, i, 0] < 0, drawn, here[:, i, 0])
         previous = model.embed(here.repeat(copies, 1, 1))
     return tokens.unflatten(2, model.grid)
 
@@ -1265,9 +1216,9 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
 class Denoiser(nn.Module):
     """The noise ε in a noisy grid of features ẑ. Tokens are the nearest codes of ẑ.
 
-    It is a transformer of modulated blocks (DiT), trained to predict ε (Ho et al. 2020)
-    under the cosine schedule z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021).
-    The buffers `mean` and `std` (C, 1, 1), set by training, scale ẑ to about unit variance.
+    It predicts ε (Ho et al. 2020) by modulated blocks (DiT), under the cosine schedule
+    z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021). The buffers `mean` and `std`
+    (C, 1, 1), set by training, scale ẑ to about unit variance.
 
     channels: C, channels of ẑ for all codebooks; others: as of TokenTransformer.
 
@@ -1338,7 +1289,7 @@ def sample_features(
             z_t = torch.where(mask, noisy, z_t)
         t = (now / (math.pi / 2)).expand(batch)
         noise = model(z_t, t, condition)
-        if scale != 1 and known is not None:
+        if scale != 1:
             unconditional = model(z_t, t, absent)
             noise = unconditional + scale * (noise - unconditional)
         z = ((z_t - now.sin() * noise) / now.cos()).clamp(-5, 5)  # z has unit variance
@@ -1425,10 +1376,9 @@ def show_equations():
         steps.append(F.relu(layer(steps[-1], adjacency)))
     print("\nEq. 3 on the pairs orange breast, orange beak, sharp beak, with W = I")
     print(f"  {'':8}{'row of Â':30}{'H0':16}{'H1':16}{'H2':16}H3 = code")
-    for word, row, *vectors in zip(words, adjacency(torch.eye(4)), *steps):
-        cells = " ".join(f"{value:.3f}" for value in row)
-        pairs = "".join(f"{f'{a:.3f} {b:.3f}':16}" for a, b in vectors)
-        print(f"  {word:8}{cells:30}{pairs}")
+    for word, *rows in zip(words, adjacency(torch.eye(4)), *steps):
+        row, *vectors = (" ".join(f"{value:.3f}" for value in row) for row in rows)
+        print(f"  {word:8}{row:30}" + "".join(f"{vector:16}" for vector in vectors))
     print("  by hand, orange in H1: (1, 0)/√(3·3) + (1, 1)/√(3·2) + (0, 2)/√(3·3)")
 
     print("\nEq. 1 and 2 at one position, whose channels are split in two (step 3)")
@@ -1473,8 +1423,4 @@ def all_gather(x):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack β and ẑ
-    try:
-        show_equations()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show_equations()

@@ -8,7 +8,6 @@ pytest tests/test_vqct.py -k gradient
 import copy
 import dataclasses
 import math
-import os
 import pickle
 import re
 import runpy
@@ -976,16 +975,13 @@ def test_edges_are_weighted_when_asked(prior, small):
 
 def test_word_vectors_are_scaled_as_asked(prior, small):
     words = torch.from_numpy(np.concatenate([prior.adjective_vectors, prior.noun_vectors]))
-    none, rms, standard = (
+    none, rms = (
         VQModel(ModelConfig(**small, vector_scale=how), prior).codebook.vectors
-        for how in ("none", "rms", "standard")
+        for how in ("none", "rms")
     )
     assert torch.equal(none, words)
     assert rms.square().mean().item() == pytest.approx(1) and torch.allclose(
         rms * words.square().mean().sqrt(), words
-    )
-    assert standard.mean(0).abs().max() < 1e-6 and torch.allclose(
-        standard.std(0), torch.ones(12)
     )
 
 
@@ -1070,7 +1066,7 @@ def test_reconstruction_codes_and_losses_are_float32_under_autocast(method, prio
     [
         ("not a multiple of 2", dict(resolution=17)),
         ("need a prior", dict()),
-        ("'cvq' moves the codes themselves", dict(quantizer="cvq")),
+        ("'cvq' needs trained codes without transfer", dict(quantizer="cvq")),
         ("2 neighbours needs", dict(quantizer="gumbel", adjective_neighbours=2)),
         ("8 neighbours needs", dict(adjective_neighbours=8)),
     ],
@@ -1098,16 +1094,6 @@ def test_module_shows_the_equations(capsys):
         r"\(1 \+ β\) 0\.767 / 2 = 0\.4796",
     ):
         assert re.search(line, printed), line
-
-
-def test_a_closed_pipe_ends_the_module_quietly():
-    """As in `python vqct.py | head`."""
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, vqct.__file__]
-    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert ended.returncode == 0 and ended.stderr == ""
 
 
 # ======== Published weights: taming-transformers' network by its own names, two levels deep

@@ -537,7 +537,7 @@ class Decoder(nn.Module):
         lowest = len(multipliers) - 1
         layers = OrderedDict(conv_in=nn.Conv2d(z_channels, width, 3, padding=1))
         layers |= middle(width)
-        for level in reversed(range(len(multipliers))):
+        for level in range(lowest, -1, -1):
             narrower = channels * multipliers[level]
             layers |= level_layers(f"up-{level}", width, narrower, blocks + 1, level == lowest)
             width = narrower
@@ -712,9 +712,8 @@ class GumbelQuantizer(nn.Module):
             indices = logits.argmax(1, keepdim=True)
             if not self.training:
                 return look_up(indices, codebook), indices, loss
-            weights = F.gumbel_softmax(
-                logits, tau=self.temperature, hard=self.straight_through, dim=1
-            )
+            temperature, hard = self.temperature, self.straight_through
+            weights = F.gumbel_softmax(logits, temperature, hard, dim=1)
             return torch.einsum("bkhw,kd->bdhw", weights, codebook), indices, loss
 
 
@@ -785,8 +784,7 @@ class RegularizedQuantizer(VectorQuantizer):
     the straight-through gradient; all constants; in 3, codes instead of VGG's features, w
     instead of the distance, and at most 1,024 evenly spread positions.
 
-    kl_weight: of 1; mask_ratio: of 2; contrastive_weight: of 3.
-    eq2: arguments of VectorQuantizer, with one neighbour.
+    kl_weight, mask_ratio, contrastive_weight: of 1, 2 and 3; eq2: as of ClusteredQuantizer.
     """
 
     def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):
@@ -836,8 +834,10 @@ class RegularizedQuantizer(VectorQuantizer):
 # ======== Tables 1 to 6: a system is a ModelConfig
 
 def option(default, reason, **more):
-    """A dataclass field with its help text. `more`: choices; bounds `least` and `most` (by
-    default at least 1 for whole numbers, 0 for others); `each`, the type of several values.
+    """A dataclass field with its help text.
+
+    more: choices; bounds `least` (by default 1 for whole numbers, 0 for others) and `most`;
+        `each`, the type of several values.
     """
     return field(default=default, metadata={"reason": reason, **more})
 
@@ -943,8 +943,8 @@ def make_codebook(config, prior=None):
 def starting_vectors(config, words, sizes):
     """(ΣK, d) vectors where codes start; words: (ΣK, d), or None without a prior.
 
-    Language models differ in scale a hundredfold. The transfer's layers assume entries of
-    about one, so word vectors are scaled here.
+    Language models differ in scale a hundredfold, and the transfer assumes entries of about
+    one. So word vectors are scaled here.
     """
     if config.codes == "words":
         rms = words.square().mean().sqrt().clamp_min(1e-12)
@@ -1097,11 +1097,6 @@ class TokenTransformer(nn.Module):
 
     sizes: number of codes for each of the M tokens of a position.
     grid: (h, w) positions, N in all; condition: a Condition of the same width.
-
-    >>> condition = Condition("class", 16, (8, 8), 64)
-    >>> gpt = TokenTransformer((70, 61), (8, 8), condition, width=64, depth=2).eval()
-    >>> sample_tokens(gpt, 2, torch.tensor([3, 5]), top_k=50).shape
-    torch.Size([2, 2, 8, 8])
     """
 
     def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0):

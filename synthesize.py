@@ -83,7 +83,7 @@ SMALL = {  # preset of the tokenizer → defaults in place of SynthesisConfig's
 }
 CHANGEABLE = "steps log_every eval_every deterministic".split()
 MATTERS = {  # flags that matter only where this holds, and are refused elsewhere
-    "temperature top_k top_p": lambda config: config.model == "gpt",
+    "temperature top_k": lambda config: config.model == "gpt",
     "sampling_steps": lambda config: config.model == "ldm",
     "guidance drop_condition": lambda config: config.condition != "none",
 }
@@ -95,8 +95,6 @@ class Sampling:
 
     temperature: float = option(1.0, "gpt: divides the logits; 0 takes the likeliest token")
     top_k: int = option(0, "gpt: draw from this many likeliest tokens; 0: from all", least=0)
-    top_p: float = option(1.0, "gpt: draw from the likeliest tokens of this total probability",
-                          least=1e-6, most=1)
     guidance: float = option(1.0, "scale of classifier-free guidance; 1: none")
     sampling_steps: int = option(50, "ldm: steps of DDIM")
     seed: int = option(0, "seed of the samples", least=0)
@@ -404,15 +402,15 @@ def check_condition(condition, run, *splits, most=4096):
 
 def make_network(config, run, count):
     """The network that a SynthesisConfig names, for a tokenizer."""
-    model, codes = run.model, run.model.codebook()
+    model = run.model
     condition = Condition(config.condition, count, model.grid, config.width, config.heads)
     shape = dict(width=config.width, depth=config.depth, heads=config.heads,
                  dropout=config.dropout)
     if config.model == "gpt":
-        codes = model.per_token(codes)
-        network = TokenTransformer(model.sizes, model.grid, condition, **shape, codes=codes)
+        network = TokenTransformer(model.sizes, model.grid, condition, **shape)
     else:
-        network = Denoiser(model.code_dim * len(codes), model.grid, condition, **shape)
+        channels = model.code_dim * len(model.codebook.sizes)
+        network = Denoiser(channels, model.grid, condition, **shape)
     return network.to(run.device)
 
 
@@ -601,7 +599,7 @@ def draw_images(run, stage, tokens, rows, choices, seed, given):
         if config.model == "gpt":
             indices = sample_tokens(
                 network, len(part), known, kept, choices.guidance, generator,
-                temperature=choices.temperature, top_k=choices.top_k, top_p=choices.top_p)
+                temperature=choices.temperature, top_k=choices.top_k)
         else:
             codes, mask = codes_of(run, kept)
             z = sample_features(network, len(part), known, codes, mask, choices.guidance,

@@ -1,7 +1,4 @@
-"""VQCT: every network of the paper, in the paper's order.
-
-"Codebook Transfer with Part-of-Speech for Vector-Quantized Image Modeling" (CVPR 2024).
-This is the paper's order:
+"""VQCT (CVPR 2024): every network of the paper, in the paper's order:
 
     §3.1         Eq. 1       nearest_code         the code nearest to each feature
                  Eq. 2       VectorQuantizer      codebook and commitment terms
@@ -15,15 +12,13 @@ This is the paper's order:
     §4.4         stage two   TokenTransformer, sample_tokens; Denoiser, sample_features
                  VQGAN's published weights: load_taming
 
-`prior.py` makes the words, vectors and graph. `Trainer` in train.py has Eq. 2's pixel term
-and the training step. Each class and function can be copied out with the names it uses.
-To see Eq. 3, 1 and 2 worked on four words:
+`prior.py` makes the words, vectors and graph. train.py has Eq. 2's pixel term and the
+training step. To see Eq. 3, 1 and 2 worked on four words:
 
     python vqct.py
 """
 
 import math
-import os
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -34,21 +29,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-# ======== §3.1, Eq. 1 and 2: the nearest code, and the losses of the chosen code
+# ======== §3.1: Eq. 1 and 2
 
 @torch.no_grad()
 def nearest_code(z, codebook, neighbours=1):
     """Eq. 1, s_i = argmin_k ‖ẑ_i − e_k‖²: the index of the code nearest to each feature.
 
     z: (N, D) features; codebook: (K, D) codes, K ≥ 1.
-    neighbours: how many codes to find for each feature.
     Returns (N,) int64, or (neighbours, N), nearest first. Ties are broken arbitrarily.
 
     ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), so the nearest code has the least score ½‖e‖² − ẑ·e.
-    One buffer holds 2²² scores at most (those of one feature, if K is larger), which rules
-    out `torch.func.vmap`. Scores are float32, or float64 if an argument is. A squared
-    distance exceeds the least by a few rounding errors of (‖ẑ − o‖ + ‖e − o‖)² at most, with
-    o by `origin_of`. Codes for which ‖e − o‖² is not finite come last.
+    One buffer holds 2²² scores at most (those of one feature, if K is larger). Scores are
+    float32, or float64 if an argument is. A squared distance exceeds the least by a few
+    rounding errors of (‖ẑ − o‖ + ‖e − o‖)² at most, with o by `origin_of`. Codes for which
+    ‖e − o‖² is not finite come last.
     """
     dtype = torch.promote_types(z.dtype, codebook.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -90,12 +84,12 @@ def look_up(indices, codebook):
 class VectorQuantizer(nn.Module):
     """Eq. 1, and the last two terms of Eq. 2: ‖sg[ẑ] − z_q‖² + β ‖sg[z_q] − ẑ‖².
 
-    Each term is a mean over elements. The codebook may be a parameter or the output of a
-    network. Only the first term trains it.
+    Each term is a mean over elements. Only the first one trains the codebook, which may be a
+    parameter or the output of a network.
 
-    beta: β, the weight of the commitment term (0.25, van den Oord et al. 2017).
-    beta_on: "commitment", or "codebook" as in VQGAN's code, by mistake.
-    neighbours: how many nearest codes are averaged (authors' code: two adjectives).
+    beta: β (0.25, van den Oord et al. 2017).
+    beta_on: the term with β, "commitment", or "codebook" as in VQGAN's code, by mistake.
+    neighbours: how many nearest codes are averaged.
     """
 
     def __init__(self, beta=0.25, beta_on="commitment", neighbours=1):
@@ -106,21 +100,17 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def indices(self, z, codebook):
-        """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, Eq. 1, nearest first.
-
-        The middle axis counts the n neighbours, even if n = 1.
-        """
-        batch, dim, height, width = z.shape
-        features = z.movedim(1, -1).reshape(-1, dim)  # (B H W, D)
+        """z: (B, D, H, W), codebook: (K, D) → (B, n, H, W) int64, n neighbours by Eq. 1."""
+        features = z.movedim(1, -1).flatten(0, -2)  # (B H W, D)
         nearest = nearest_code(features, codebook, self.neighbours)
-        return nearest.view(self.neighbours, batch, height, width).movedim(0, 1)
+        return nearest.view(self.neighbours, len(z), *z.shape[2:]).movedim(0, 1)
 
     def forward(self, z, codebook):
         """z: (B, D, H, W), codebook: (K, D) → z_q (B, D, H, W), indices (B, n, H, W), loss ().
 
         In training, z_q carries the decoder's gradient straight through to z. In
-        evaluation, z_q is exactly the code, as in decoding by indices. Features and their
-        codes become almost equal, so all is at least float32, even under autocast.
+        evaluation, z_q is exactly the code. Features and their codes become almost equal,
+        so all is at least float32, even under autocast.
         """
         with torch.autocast(z.device.type, enabled=False):
             codebook = precise(codebook)
@@ -138,7 +128,7 @@ class VectorQuantizer(nn.Module):
         return z_q, indices, loss
 
 
-# ======== §3.3 step 2, Eq. 3: the modifying graph, and the transfer of codes along it
+# ======== §3.3 step 2: the modifying graph, and Eq. 3 along it
 
 class NormalizedAdjacency(nn.Module):
     """Â = D^{-1/2} (A + I) D^{-1/2} of an undirected graph, sparse (Kipf & Welling 2017).
@@ -147,8 +137,7 @@ class NormalizedAdjacency(nn.Module):
 
     edges: (E, 2) int64 nodes. Repeats count once, as the paper's A is binary.
     nodes: number of nodes N.
-    weights: (E,) entries of A instead, where repeats are summed (authors' code: how often
-        a pair occurs).
+    weights: (E,) entries of A instead, where repeats are summed.
     Raises RuntimeError if an edge names a node outside 0 … N−1.
 
     >>> NormalizedAdjacency([(0, 2), (1, 2)], nodes=3)(torch.eye(3)).diagonal()
@@ -189,9 +178,9 @@ class NormalizedAdjacency(nn.Module):
 class SymmetricProduct(torch.autograd.Function):
     """Â H for a constant symmetric Â in compressed rows.
 
-    The product is its own derivative, forward and backward. A row of Â H is a weighted sum
-    of rows of H: an embedding bag, which is faster than torch's sparse matrices. The bag's
-    own backward pass takes four times as long and has no derivative.
+    A row of Â H is a weighted sum of rows of H: an embedding bag, which is faster than
+    torch's sparse matrices. The bag's own backward pass takes four times as long and has no
+    derivative. But the product is its own derivative, forward and backward.
     """
 
     generate_vmap_rule = True
@@ -238,11 +227,10 @@ class GraphConvolution(nn.Module):
 class CodebookTransfer(nn.Module):
     """Eq. 3, the codebook transfer network: H ← ReLU(Â H W), three times.
 
-    widths: (d, …, D) features of the word vectors, hidden layers and codes. Four numbers
-        make three convolutions.
+    widths: (d, …, D) features of the word vectors, hidden layers and codes.
     adjacency: a NormalizedAdjacency; `nn.Identity()` makes the MLP of Tables 2 and 3.
-    last_relu: whether a ReLU follows the last layer, as in Eq. 3 (authors' code: none).
-    dropout: share of hidden features zeroed in training (authors' code: 0.5).
+    last_relu: whether a ReLU follows the last layer, as in Eq. 3.
+    dropout: share of hidden features zeroed in training.
 
     >>> adjacency = NormalizedAdjacency([(0, 2), (0, 3), (1, 3)], nodes=4)
     >>> CodebookTransfer((300, 512, 512, 64), adjacency)(torch.randn(4, 300)).shape
@@ -266,23 +254,14 @@ class CodebookTransfer(nn.Module):
         return F.relu(nodes) if self.last_relu else nodes
 
 
-# ======== §3.3 step 3: two codebooks, each for its half of the channels
+# ======== §3.3 step 3: two codebooks
 
 class Codebook(nn.Module):
-    """The codes of all codebooks: vectors, and a transfer network where there is one.
+    """The codes of all codebooks, which are vectors or what a network makes of them.
 
-    Every system is a choice of these arguments. Learned codes are trained vectors without
-    transfer. VQCT's are frozen word vectors through CodebookTransfer. `make_codebook` scales
-    word vectors; nothing is scaled here.
-
-    vectors: (ΣK, d) starting codes, or word vectors; trained: whether they are parameters.
+    vectors: (ΣK, d) word vectors, or starting codes; trained: whether they are parameters.
     sizes: (K_1, …) number of codes of each codebook, (adjectives, nouns) in VQCT.
     transfer: a module (ΣK, d) → (ΣK, D), or None if the vectors are the codes.
-
-    >>> transfer = CodebookTransfer((300, 64), NormalizedAdjacency([(0, 1), (0, 2)], 3))
-    >>> adjectives, nouns = Codebook(torch.randn(3, 300), (1, 2), transfer=transfer)()
-    >>> nouns.shape
-    torch.Size([2, 64])
     """
 
     def __init__(self, vectors, sizes, trained=False, transfer=None):
@@ -338,13 +317,12 @@ class Output(NamedTuple):
 class VQModel(nn.Module):
     """Encoder, codebooks and decoder: (ẑ_a, ẑ_n) = E(x), each with its own codebook.
 
-    Indices are (B, M, h, w). The middle axis counts the M tokens of a position: one for
-    each codebook, or more where neighbours are averaged.
+    A position has M tokens: one for each codebook, or more where neighbours are averaged.
 
     config: a ModelConfig.
-    prior: a mapping as prior.py writes it, or None if not `needs_prior(config)`:
-        `adjective_vectors` (Na, d), `noun_vectors` (Nn, d), `edges` (E, 2) of adjective and
-        noun index, and `edge_counts` (E,) for weighted edges.
+    prior: a mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d), `edges` (E, 2)
+        of adjective and noun index, and `edge_counts` (E,) for weighted edges; or None if
+        not `needs_prior(config)`.
     Raises ValueError for a missing prior, or choices that exclude each other.
 
     >>> vectors = dict(adjective_vectors=torch.randn(70, 9), noun_vectors=torch.randn(61, 9))
@@ -357,9 +335,11 @@ class VQModel(nn.Module):
         super().__init__()
         self.config = config
         factor = 2 ** (len(config.multipliers) - 1)
-        if config.resolution % factor or config.resolution < factor:
-            message = "resolution {} is not a multiple of {}, the encoder's reduction"
-            raise ValueError(message.format(config.resolution, factor))
+        if config.resolution % factor:
+            problem = f"resolution {config.resolution} is not a multiple of {factor}"
+            raise ValueError(f"{problem}, the encoder's reduction")
+        side = config.resolution // factor
+        self.grid = side, side  # (h, w) positions of an image
         self.codebook = make_codebook(config, prior)
         sizes = self.codebook.sizes
         self.code_dim = config.code_dim // len(sizes)  # D
@@ -378,6 +358,7 @@ class VQModel(nn.Module):
             make_quantizer(config, self.code_dim, size, count)
             for size, count in zip(sizes, neighbours)
         )
+        self.sizes = self.per_token(sizes)  # number of codes for each of the M tokens
 
     def forward(self, x):
         """(B, 3, H, W) in [-1, 1] → Output."""
@@ -411,17 +392,6 @@ class VQModel(nn.Module):
         """(B, M, h, w) int64 → (B, 3, H, W), equal to `forward` in evaluation mode."""
         return self.decode_features(map(look_up, self.by_codebook(indices), self.codebook()))
 
-    @property
-    def grid(self):
-        """(h, w) positions of an image."""
-        side = self.config.resolution // 2 ** (len(self.config.multipliers) - 1)
-        return side, side
-
-    @property
-    def sizes(self):
-        """Number of codes for each of the M tokens of a position."""
-        return self.per_token(self.codebook.sizes)
-
     def per_token(self, values):
         """One value for each codebook → a list of one for each of the M tokens."""
         values = [[x] * each.neighbours for x, each in zip(values, self.quantizers)]
@@ -434,13 +404,12 @@ class VQModel(nn.Module):
     def anneal(self, progress):
         """Set the temperature at a progress of 0 … 1, by a cosine from 1 to its end."""
         end = self.config.temperature_end
+        share = 0.5 + 0.5 * math.cos(math.pi * progress)
         for quantizer in self.quantizers:
-            if hasattr(quantizer, "temperature"):
-                share = 0.5 + 0.5 * math.cos(math.pi * progress)
-                quantizer.temperature = end + (1 - end) * share
+            quantizer.temperature = end + (1 - end) * share
 
 
-# ======== §4.1, the network: VQGAN's encoder and decoder (Esser et al. 2021)
+# ======== §4.1: VQGAN's encoder and decoder (Esser et al. 2021)
 
 class GroupNorm(nn.GroupNorm):
     """32 groups as in VQGAN, or the most below that which divide the channels.
@@ -493,20 +462,19 @@ class AttentionBlock(nn.Module):
         return x + self.project(attended.mT.reshape(x.shape))
 
 
-def downsample(channels):
-    """A strided 3×3 convolution to half the resolution, padded on the right and below."""
-    convolution = nn.Conv2d(channels, channels, 3, stride=2)
-    return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), convolution)
-
-
-def upsample(channels):
-    """Twice the resolution by nearest neighbour, then a 3×3 convolution."""
-    convolution = nn.Conv2d(channels, channels, 3, padding=1)
-    return nn.Sequential(nn.Upsample(scale_factor=2), convolution)
+def level_layers(name, in_channels, channels, blocks, attends):
+    """{name: layer} of the residual blocks of a level; if it attends, attention after each."""
+    layers = {}
+    for block in range(blocks):
+        layers[f"{name}-block-{block}"] = ResidualBlock(in_channels, channels)
+        in_channels = channels
+        if attends:
+            layers[f"{name}-attn-{block}"] = AttentionBlock(channels)
+    return layers
 
 
 def middle(width):
-    """{name: layer} of the lowest level, shared by encoder and decoder."""
+    """{name: layer} between the lowest levels, the same in encoder and decoder."""
     return {
         "mid-block_1": ResidualBlock(width, width),
         "mid-attn_1": AttentionBlock(width),
@@ -517,8 +485,7 @@ def middle(width):
 def keep_variance(network):
     """Initialise convolutions to keep their input's variance, and residual branches to 0.
 
-    torch's default shrinks the signal by √3 at each convolution, which costs 2 dB on CUB
-    after 300 steps.
+    torch's default divides it by 3 at each, which costs 2 dB on CUB after 300 steps.
     """
     for name, module in network.named_modules():
         if isinstance(module, nn.Conv2d):
@@ -531,9 +498,8 @@ def keep_variance(network):
 class Encoder(nn.Module):
     """ẑ = E(x), an image to continuous features.
 
-    channels: width of the first level; multipliers: width of each level in units of it.
-    Each level after the first halves the resolution, so (1, 1, 2, 2, 4) is f16.
-    blocks: residual blocks per level; z_channels: channels of the output.
+    channels, multipliers, blocks, z_channels: as of ModelConfig. Each level after the first
+    halves the resolution.
     """
 
     def __init__(self, channels=128, multipliers=(1, 1, 2, 2, 4), blocks=2, z_channels=256):
@@ -543,14 +509,13 @@ class Encoder(nn.Module):
         width = channels
         lowest = len(multipliers) - 1
         for level, multiplier in enumerate(multipliers):
-            for block in range(blocks):
-                wider = channels * multiplier
-                layers[f"down-{level}-block-{block}"] = ResidualBlock(width, wider)
-                width = wider
-                if level == lowest:
-                    layers[f"down-{level}-attn-{block}"] = AttentionBlock(width)
+            wider = channels * multiplier
+            layers |= level_layers(f"down-{level}", width, wider, blocks, level == lowest)
+            width = wider
             if level < lowest:
-                layers[f"down-{level}-downsample"] = downsample(width)
+                pad = nn.ZeroPad2d((0, 1, 0, 1))  # on the right and below
+                convolution = nn.Conv2d(width, width, 3, stride=2)
+                layers[f"down-{level}-downsample"] = nn.Sequential(pad, convolution)
         layers |= middle(width)
         layers["norm_out"] = GroupNorm(width)
         layers["silu"] = nn.SiLU()
@@ -572,15 +537,14 @@ class Decoder(nn.Module):
         lowest = len(multipliers) - 1
         layers = OrderedDict(conv_in=nn.Conv2d(z_channels, width, 3, padding=1))
         layers |= middle(width)
-        for level in reversed(range(len(multipliers))):
-            for block in range(blocks + 1):
-                narrower = channels * multipliers[level]
-                layers[f"up-{level}-block-{block}"] = ResidualBlock(width, narrower)
-                width = narrower
-                if level == lowest:
-                    layers[f"up-{level}-attn-{block}"] = AttentionBlock(width)
+        for level in range(lowest, -1, -1):
+            narrower = channels * multipliers[level]
+            layers |= level_layers(f"up-{level}", width, narrower, blocks + 1, level == lowest)
+            width = narrower
             if level > 0:
-                layers[f"up-{level}-upsample"] = upsample(width)
+                double = nn.Upsample(scale_factor=2)  # by nearest neighbour
+                convolution = nn.Conv2d(width, width, 3, padding=1)
+                layers[f"up-{level}-upsample"] = nn.Sequential(double, convolution)
         layers["norm_out"] = GroupNorm(width)
         layers["silu"] = nn.SiLU()
         self.layers = nn.Sequential(layers)
@@ -595,12 +559,12 @@ class Decoder(nn.Module):
             return self.to_image(hidden.to(self.to_image.weight.dtype))
 
 
-# ======== §4.1, the losses of VQ-GAN: the adversary and the perceptual distance
+# ======== §4.1: the adversary, and the perceptual distance
 
 class Discriminator(nn.Module):
     """PatchGAN (Isola et al. 2017): one logit for each overlapping patch.
 
-    layers: inner layers; three give patches of 70 × 70 pixels.
+    Three inner layers give patches of 70 × 70 pixels.
     """
 
     def __init__(self, channels=64, layers=3):
@@ -639,8 +603,7 @@ def adaptive_weight(x_hat, last_weight, reconstruction_gradient, adversarial_gra
 
     x_hat: (B, 3, H, W) reconstruction, attached to its graph.
     last_weight: weight of the layer that produced it, where norms are taken.
-    reconstruction_gradient, adversarial_gradient: (B, 3, H, W) gradients of both losses
-        at x_hat. The generator's backward pass starts from them too.
+    reconstruction_gradient, adversarial_gradient: (B, 3, H, W), of both losses at x_hat.
     """
     norms = []
     for gradient in (reconstruction_gradient, adversarial_gradient):
@@ -653,14 +616,11 @@ class LPIPS(nn.Module):
     """Learned perceptual distance v0.1 (Zhang et al. 2018) on a frozen trunk.
 
     Features of several layers get unit length over channels. Their squared differences are
-    weighted by 1×1 heads and averaged over positions. To load the published weights (the
-    LPIPS repository has the heads, vgg.pth):
-
-        trunk = torchvision.models.vgg16(weights="IMAGENET1K_V1").state_dict()
-        distance = LPIPS("vgg", trunk, torch.load("vgg.pth"))
+    weighted by 1×1 heads and averaged over positions.
 
     trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
-    trunk_state, head_state: state dicts; None makes a random trunk, or equal heads.
+    trunk_state: state dict of torchvision's network, or None for random weights.
+    head_state: that of the LPIPS repository (vgg.pth), or None for equal weights.
 
     >>> LPIPS("squeeze")(torch.zeros(2, 3, 64, 64), torch.zeros(2, 3, 64, 64))
     tensor([0., 0.])
@@ -686,10 +646,10 @@ class LPIPS(nn.Module):
             if head_state is not None:
                 head.load_state_dict({"weight": head_state[f"lin{i}.model.1.weight"]})
             self.heads.append(head)
-        shift = torch.tensor([-0.030, -0.088, -0.188])
-        scale = torch.tensor([0.458, 0.448, 0.450])
-        self.register_buffer("shift", shift.view(1, 3, 1, 1))
-        self.register_buffer("scale", scale.view(1, 3, 1, 1))
+        shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
+        scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
+        self.register_buffer("shift", shift)  # (3, 1, 1)
+        self.register_buffer("scale", scale)
         self.requires_grad_(False)  # no layer depends on the mode
 
     def forward(self, x, y):
@@ -700,31 +660,30 @@ class LPIPS(nn.Module):
         heads = iter(self.heads)
         for i, layer in enumerate(self.features):
             x, y = layer(x), layer(y)  # (B, C, h, w)
-            if i in self.taps:
-                with torch.autocast(x.device.type, enabled=False):
-                    unit_x = F.normalize(precise(x), dim=1, eps=1e-10)
-                    unit_y = F.normalize(precise(y), dim=1, eps=1e-10)
-                    head = next(heads).weight.to(unit_x.dtype)
-                    difference = F.conv2d((unit_x - unit_y).square(), head)  # (B, 1, h, w)
-                    distance = distance + difference.mean(dim=(1, 2, 3))
+            if i not in self.taps:
+                continue
+            with torch.autocast(x.device.type, enabled=False):
+                unit_x, unit_y = (F.normalize(precise(z), eps=1e-10) for z in (x, y))
+                head = next(heads).weight.to(unit_x.dtype)
+                difference = F.conv2d((unit_x - unit_y).square(), head)  # (B, 1, h, w)
+                distance = distance + difference.mean(dim=(1, 2, 3))
         return distance
 
 
 # ======== Tables 1 and 6: the quantizers that VQCT is compared with
 
 # Each has VectorQuantizer's interface: forward(z, codebook) → z_q, indices, loss;
-# indices(z, codebook), equal to those of `forward` in evaluation mode; `neighbours`; and
-# `temperature` if training anneals it.
+# indices(z, codebook), equal to those of `forward` in evaluation mode; and `neighbours`.
+# VQModel.anneal sets `temperature`.
 
 class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights, the likeliest code in evaluation.
 
     This is DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it, except that VQ-GAN
-    draws the code in evaluation too. A 1×1 convolution gives K logits a position. The loss
-    is KL(softmax(logits) ‖ uniform), summed over codes and averaged over positions.
+    draws the code in evaluation too. A 1×1 convolution gives K logits a position.
 
     dim: D, channels of ẑ; size: K, number of codes.
-    kl_weight: weight of the loss; 5e-4 is the default in VQ-GAN's code.
+    kl_weight: of the loss KL(softmax(logits) ‖ uniform), a mean over positions.
     straight_through: hard weights forward and soft ones backward; otherwise soft both ways.
     """
 
@@ -753,9 +712,8 @@ class GumbelQuantizer(nn.Module):
             indices = logits.argmax(1, keepdim=True)
             if not self.training:
                 return look_up(indices, codebook), indices, loss
-            weights = F.gumbel_softmax(
-                logits, tau=self.temperature, hard=self.straight_through, dim=1
-            )
+            temperature, hard = self.temperature, self.straight_through
+            weights = F.gumbel_softmax(logits, temperature, hard, dim=1)
             return torch.einsum("bkhw,kd->bdhw", weights, codebook), indices, loss
 
 
@@ -817,8 +775,7 @@ class RegularizedQuantizer(VectorQuantizer):
 
     1. Prior distribution: KL(p̄ ‖ uniform), where p̄ is the mean over positions of the token
        distribution softmax(−‖ẑ − e_k‖² / τ), with τ the annealed `temperature`.
-    2. Stochastic mask: a random share of positions takes a code drawn from this
-       distribution, the others take the nearest code.
+    2. Stochastic mask: a random share of positions takes a code drawn from it.
     3. Probabilistic contrastive loss: a feature is pulled to its code, against the codes of
        other positions, by cosine. Its code counts w = exp(‖e_drawn − e_nearest‖² / mean)
        times, so a farther draw pulls less.
@@ -827,8 +784,7 @@ class RegularizedQuantizer(VectorQuantizer):
     the straight-through gradient; all constants; in 3, codes instead of VGG's features, w
     instead of the distance, and at most 1,024 evenly spread positions.
 
-    kl_weight: of 1; mask_ratio: of 2; contrastive_weight: of 3.
-    eq2: arguments of VectorQuantizer, with one neighbour.
+    kl_weight, mask_ratio, contrastive_weight: of 1, 2 and 3; eq2: as of ClusteredQuantizer.
     """
 
     def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):
@@ -869,29 +825,19 @@ class RegularizedQuantizer(VectorQuantizer):
         mean = noise.sum() / (noise > 0).sum().clamp_min(1)  # over drawn codes
         log_w = noise / mean.clamp_min(1e-12)  # (P,)
         cosine = F.normalize(features, dim=1) @ F.normalize(codes, dim=1).T  # (P, P)
-        cosine = cosine / temperature
-        diagonal = torch.eye(count, dtype=torch.bool, device=features.device)
-        logits = torch.where(diagonal, cosine + log_w[:, None], cosine)
-        same = (chosen[:, None] == chosen[None]) & ~diagonal
+        logits = cosine / temperature + log_w.diag()
+        same = (chosen[:, None] == chosen).fill_diagonal_(False)
         logits = logits.masked_fill(same, -torch.inf)  # the same code is no negative
         return F.cross_entropy(logits, order)
 
 
-# ======== Tables 1 to 6: a system is a ModelConfig, a choice of quantizer, codes, transfer
-
-QUANTIZERS = {  # `quantizer` → a function that makes it; eq2: VectorQuantizer's arguments
-    "nearest": lambda config, dim, size, eq2: VectorQuantizer(**eq2),
-    "gumbel": lambda config, dim, size, eq2: GumbelQuantizer(
-        dim, size, config.kl_weight, config.straight_through),
-    "cvq": lambda config, dim, size, eq2: ClusteredQuantizer(size, config.usage_decay, **eq2),
-    "regvq": lambda config, dim, size, eq2: RegularizedQuantizer(
-        config.kl_weight, config.mask_ratio, config.contrastive_weight, **eq2),
-}
-
+# ======== Tables 1 to 6: a system is a ModelConfig
 
 def option(default, reason, **more):
-    """A dataclass field with its help text. `more`: choices; bounds `least` and `most` (by
-    default at least 1 for whole numbers, 0 for others); `each`, the type of several values.
+    """A dataclass field with its help text.
+
+    more: choices; bounds `least` (by default 1 for whole numbers, 0 for others) and `most`;
+        `each`, the type of several values.
     """
     return field(default=default, metadata={"reason": reason, **more})
 
@@ -902,36 +848,48 @@ class ModelConfig:
 
     resolution: int = option(256, "pixels per side (paper: 256)", least=24)
     channels: int = option(128, "width of the first level of encoder and decoder")
-    multipliers: tuple = option((1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
+    multipliers: tuple = option(
+        (1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
     blocks: int = option(2, "residual blocks per level")
     z_channels: int = option(256, "channels between the network and the codes")
     code_dim: int = option(256, "channels of all codebooks together")
-    codes: str = option("words", "codes start from word vectors, random ones, or VQGAN's ±1/K",
-                        choices=("words", "random", "uniform"))
-    vector_scale: str = option("rms", "word vectors are divided by their RMS, standardised, or kept",
-                               choices=("rms", "standard", "none"))
-    codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: one codebook (SCB)",
-                            choices=(1, 2))
-    codebook_size: int = option(0, "codes of a codebook without a prior; 0: as many as words",
-                                least=0, most=2**24)
+    codes: str = option(
+        "words", "codes start from word vectors, random ones, or VQGAN's ±1/K",
+        choices=("words", "random", "uniform"))
+    vector_scale: str = option(
+        "rms", "word vectors are divided by their RMS, or kept", choices=("rms", "none"))
+    codebooks: int = option(
+        2, "2: adjectives and nouns apart (MCB); 1: one codebook (SCB)", choices=(1, 2))
+    codebook_size: int = option(
+        0, "codes of a codebook without a prior; 0: as many as words", least=0, most=2**24)
     trained: bool = option(False, "train the starting vectors themselves")
-    transfer: str = option("gcn", "gcn: Eq. 3; mlp: no graph; linear: SimVQ; unit: ViT-VQGAN",
-                           choices=("gcn", "mlp", "linear", "unit", "none"))
+    transfer: str = option(
+        "gcn", "gcn: Eq. 3; mlp: no graph; linear: SimVQ; unit: ViT-VQGAN",
+        choices=("gcn", "mlp", "linear", "unit", "none"))
     transfer_layers: int = option(3, "layers of the transfer network (authors' code: 2)")
     transfer_width: int = option(512, "features of its hidden layers")
-    transfer_dropout: float = option(0.0, "dropout between its layers (authors' code: 0.5)", most=0.99)
-    last_relu: bool = option(True, "ReLU after its last layer, as in Eq. 3 (authors' code: none)")
+    transfer_dropout: float = option(
+        0.0, "dropout between its layers (authors' code: 0.5)", most=0.99)
+    last_relu: bool = option(
+        True, "ReLU after its last layer, as in Eq. 3 (authors' code: none)")
     weighted_edges: bool = option(False, "A counts occurrences of a pair (authors' code)")
-    quantizer: str = option("nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ",
-                            choices=tuple(QUANTIZERS))
+    quantizer: str = option(
+        "nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ",
+        choices=("nearest", "gumbel", "cvq", "regvq"))
     beta: float = option(0.25, "weight β of Eq. 2")
-    beta_on: str = option("commitment", "the term that β multiplies (authors' code: codebook)",
-                          choices=("commitment", "codebook"))
-    adjective_neighbours: int = option(1, "nearest adjectives that are averaged (authors' code: 2)")
-    kl_weight: float = option(5e-4, "gumbel, regvq: weight of the divergence from uniform codes")
-    straight_through: bool = option(True, "gumbel: hard codes forward, soft weights backward")
-    temperature_end: float = option(1 / 16, "gumbel, regvq: last temperature, after 1", least=1e-6)
-    usage_decay: float = option(0.99, "cvq: decay γ of each code's running usage", most=0.9999)
+    beta_on: str = option(
+        "commitment", "the term that β multiplies (authors' code: codebook)",
+        choices=("commitment", "codebook"))
+    adjective_neighbours: int = option(
+        1, "nearest adjectives that are averaged (authors' code: 2)")
+    kl_weight: float = option(
+        5e-4, "gumbel, regvq: weight of the divergence from uniform codes")
+    straight_through: bool = option(
+        True, "gumbel: hard codes forward, soft weights backward")
+    temperature_end: float = option(
+        1 / 16, "gumbel, regvq: last temperature, after 1", least=1e-6)
+    usage_decay: float = option(
+        0.99, "cvq: decay γ of each code's running usage", most=0.9999)
     mask_ratio: float = option(0.3, "regvq: share of positions whose code is drawn", most=1)
     contrastive_weight: float = option(0.0, "regvq: weight of its contrastive loss")
 
@@ -950,10 +908,16 @@ def make_quantizer(config, dim, size, neighbours):
         needs = "needs as many codes, and quantizer 'nearest'"
         raise ValueError(f"a mean of {neighbours} neighbours {needs}")
     if config.quantizer == "cvq" and (not config.trained or config.transfer != "none"):
-        needs = "so they must be trained and without transfer"
-        raise ValueError(f"quantizer 'cvq' moves the codes themselves, {needs}")
+        raise ValueError("quantizer 'cvq' needs trained codes without transfer")
+    if config.quantizer == "gumbel":
+        return GumbelQuantizer(dim, size, config.kl_weight, config.straight_through)
     eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
-    return QUANTIZERS[config.quantizer](config, dim, size, eq2)
+    if config.quantizer == "cvq":
+        return ClusteredQuantizer(size, config.usage_decay, **eq2)
+    if config.quantizer == "regvq":
+        weights = config.kl_weight, config.mask_ratio, config.contrastive_weight
+        return RegularizedQuantizer(*weights, **eq2)
+    return VectorQuantizer(**eq2)
 
 
 def needs_prior(config):
@@ -966,13 +930,11 @@ def make_codebook(config, prior=None):
     words, sizes = None, (config.codebook_size,) * config.codebooks
     if needs_prior(config):
         if prior is None:
-            needs = f"codes from '{config.codes}' with transfer '{config.transfer}'"
-            raise ValueError(f"{needs} need a prior")
+            raise ValueError("these codes need a prior")
+        parts = prior["adjective_vectors"], prior["noun_vectors"]
         dtype = torch.get_default_dtype()
-        adjectives = torch.as_tensor(prior["adjective_vectors"], dtype=dtype)
-        nouns = torch.as_tensor(prior["noun_vectors"], dtype=dtype)
-        words = torch.cat([adjectives, nouns])  # (ΣK, d)
-        sizes = (len(adjectives), len(nouns)) if config.codebooks == 2 else (len(words),)
+        words = torch.cat([torch.as_tensor(part, dtype=dtype) for part in parts])  # (ΣK, d)
+        sizes = tuple(map(len, parts)) if config.codebooks == 2 else (len(words),)
     vectors = starting_vectors(config, words, sizes)
     transfer = make_transfer(config, prior, vectors.shape[1], sizes)
     return Codebook(vectors, sizes, config.trained, transfer)
@@ -981,23 +943,20 @@ def make_codebook(config, prior=None):
 def starting_vectors(config, words, sizes):
     """(ΣK, d) vectors where codes start; words: (ΣK, d), or None without a prior.
 
-    Language models differ in scale a hundredfold. The transfer's layers assume entries of
-    about one, so word vectors are scaled here.
+    Language models differ in scale a hundredfold, and the transfer assumes entries of about
+    one. So word vectors are scaled here.
     """
-    code_dim = config.code_dim // len(sizes)  # D
-    from_words = words is not None and config.transfer in ("gcn", "mlp")
-    width = words.shape[1] if from_words else code_dim
+    if config.codes == "words":
+        rms = words.square().mean().sqrt().clamp_min(1e-12)
+        return words / rms if config.vector_scale == "rms" else words
+    width = config.code_dim // len(sizes)  # D
+    if words is not None and config.transfer in ("gcn", "mlp"):
+        width = words.shape[1]
     if config.codes == "random":
-        scale = code_dim**-0.5 if config.transfer == "linear" else 1.0
+        scale = width**-0.5 if config.transfer == "linear" else 1.0
         return torch.randn(sum(sizes), width) * scale
-    if config.codes == "uniform":
-        parts = [torch.empty(size, width).uniform_(-1 / size, 1 / size) for size in sizes]
-        return torch.cat(parts)
-    if config.vector_scale == "rms":
-        return words / words.square().mean().sqrt().clamp_min(1e-12)
-    if config.vector_scale == "standard":
-        return (words - words.mean(0)) / words.std(0).clamp_min(1e-12)
-    return words
+    parts = [torch.empty(size, width).uniform_(-1 / size, 1 / size) for size in sizes]
+    return torch.cat(parts)
 
 
 def make_transfer(config, prior, width, sizes):
@@ -1020,7 +979,7 @@ def make_transfer(config, prior, width, sizes):
     return CodebookTransfer(widths, adjacency, config.last_relu, config.transfer_dropout)
 
 
-# ======== §4.4, the second stage: a model of the tokens of an image
+# ======== §4.4: the second stage
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention over positions, then two linear layers.
@@ -1058,15 +1017,14 @@ class Block(nn.Module):
 
     def forward(self, x, signal=None, causal=False, cache=None, start=0):
         """x: (B, T, W), signal: (B, 1 or T, W) if modulated → (B, T, W)."""
-        if self.modulation is None:
-            x = x + self.attend(self.norm1(x), causal, cache, start)
-            return x + self.dropout(self.mlp(self.norm2(x)))
-        modulation = self.modulation(signal)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        modulated = self.norm1(x) * (1 + scale1) + shift1
-        x = x + gate1 * self.attend(modulated, causal, cache, start)
-        modulated = self.norm2(x) * (1 + scale2) + shift2
-        return x + gate2 * self.dropout(self.mlp(modulated))
+        shift1, scale1, gate1, shift2, scale2, gate2 = 0, 0, 1, 0, 0, 1
+        if self.modulation is not None:
+            chunks = self.modulation(signal).chunk(6, dim=-1)
+            shift1, scale1, gate1, shift2, scale2, gate2 = chunks
+        hidden = self.norm1(x) * (1 + scale1) + shift1
+        x = x + gate1 * self.attend(hidden, causal, cache, start)
+        hidden = self.norm2(x) * (1 + scale2) + shift2
+        return x + gate2 * self.dropout(self.mlp(hidden))
 
 
 def zero(layer):
@@ -1131,61 +1089,21 @@ class Condition(nn.Module):
         return features if drop is None else torch.where(drop[:, None, None], absent, features)
 
 
-class CodeEmbedding(nn.Module):
-    """A learned vector for each code, plus a linear map of the code itself.
-
-    With the map, similar codes start with similar vectors.
-
-    size: K, number of codes; width: W, features; codes: (K, D) the codes, or None.
-    """
-
-    def __init__(self, size, width, codes=None):
-        super().__init__()
-        self.learned = nn.Parameter(0.04 * torch.randn(size, width))
-        self.map = None
-        if codes is not None:
-            dim = codes.shape[1]
-            codes = (codes - codes.mean(dim=0)) / codes.std().clamp_min(1e-6)
-            self.register_buffer("codes", codes)
-            self.map = nn.Parameter(0.5 * dim**-0.5 * torch.randn(dim, width))
-
-    def forward(self, indices):
-        """(…) indices → (…, W)."""
-        x = F.embedding(indices, self.learned)
-        return x if self.map is None else x + F.embedding(indices, self.codes) @ self.map
-
-    def logits(self, x):
-        """(…, W) → (…, K), inner products with all vectors."""
-        scores = F.linear(x, self.learned)
-        if self.map is not None:
-            scores = scores + F.linear(F.linear(x, self.map), self.codes)
-        return scores
-
-
 class TokenTransformer(nn.Module):
-    """p(tokens | condition) in raster order (§4.4; Esser et al. 2021 for one codebook).
+    """p(tokens | condition) in raster order (Esser et al. 2021, for one codebook).
 
     The tokens of the previous position enter together, as the sum of their embeddings. At
     each position, the adjective is predicted first, and then the noun given the adjective.
 
     sizes: number of codes for each of the M tokens of a position.
     grid: (h, w) positions, N in all; condition: a Condition of the same width.
-    codes: M tensors (K_i, D), the tokenizer's codes for CodeEmbedding, or None.
-
-    >>> condition = Condition("class", 16, (8, 8), 64)
-    >>> gpt = TokenTransformer((70, 61), (8, 8), condition, width=64, depth=2).eval()
-    >>> sample_tokens(gpt, 2, torch.tensor([3, 5]), top_p=0.9).shape
-    torch.Size([2, 2, 8, 8])
     """
 
-    def __init__(
-        self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0, codes=None
-    ):
+    def __init__(self, sizes, grid, condition, width=256, depth=6, heads=8, dropout=0.0):
         super().__init__()
         self.sizes, self.grid, self.width = tuple(sizes), tuple(grid), width
         self.condition, self.positions = condition, Positions(grid, width)
-        tokens = list(zip(sizes, [width] * len(sizes), codes or [None] * len(sizes)))
-        self.embeddings = nn.ModuleList(CodeEmbedding(*token) for token in tokens)
+        self.embeddings = nn.ModuleList(nn.Embedding(size, width) for size in sizes)
         self.start = nn.Parameter(0.02 * torch.randn(width))
         self.dropout, self.norm = nn.Dropout(dropout), nn.LayerNorm(width)
         self.blocks = nn.ModuleList(Block(width, heads, dropout=dropout) for _ in range(depth))
@@ -1193,10 +1111,9 @@ class TokenTransformer(nn.Module):
             nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width))
             for _ in sizes
         )
-        self.outputs = nn.ModuleList(CodeEmbedding(*token) for token in tokens)
-        for output in self.outputs:
-            if output.map is not None:
-                nn.init.zeros_(output.map)  # so that no code starts more likely than others
+        self.outputs = nn.ModuleList(nn.Linear(width, size, bias=False) for size in sizes)
+        for layer in (*self.embeddings, *self.outputs):
+            nn.init.normal_(layer.weight, std=0.04)
 
     def forward(self, tokens, known=None, drop=None):
         """(B, M, h, w) tokens → a list of M logits (B, N, K_i), given all tokens before."""
@@ -1211,14 +1128,14 @@ class TokenTransformer(nn.Module):
         return [self.logits(hidden, tokens, i) for i in range(len(self.sizes))]
 
     def embed(self, tokens):
-        """(B, M, T) tokens of T positions → (B, T, W), the sum of their embeddings."""
-        return sum(embedding(tokens[:, i]) for i, embedding in enumerate(self.embeddings))
+        """(B, m ≤ M, T) tokens of T positions → (B, T, W), the sum of their embeddings."""
+        pairs = zip(self.embeddings, tokens.unbind(1))
+        return sum(embedding(index) for embedding, index in pairs)
 
     def hidden(self, previous, condition, cache=None, start=0):
         """(B, T, W) features that predict the positions start … start + T − 1.
 
-        previous: (B, T, W) embeddings of the positions before them.
-        condition: (B, 1 or N, W) features of Condition.
+        previous: (B, T, W), each the embedding of the position before.
         """
         here = slice(start, start + previous.shape[1])
         if condition.shape[1] > 1:
@@ -1230,8 +1147,8 @@ class TokenTransformer(nn.Module):
 
     def logits(self, hidden, tokens, i):
         """(B, T, K_i) logits of token i, given the tokens (B, ≥ i, T) before i."""
-        hidden = hidden + sum(self.embeddings[j](tokens[:, j]) for j in range(i))
-        return self.outputs[i].logits(self.heads[i](hidden))
+        hidden = hidden + self.embed(tokens[:, :i])
+        return self.outputs[i](self.heads[i](hidden))
 
     def loss(self, tokens, known=None, drop=None, generator=None):
         """A list of M () losses, mean negative log-likelihoods in nats. No noise is drawn."""
@@ -1240,19 +1157,12 @@ class TokenTransformer(nn.Module):
         targets = tokens.flatten(2).unbind(1)  # M times (B, N)
         return [F.cross_entropy(precise(x).mT, target) for x, target in zip(logits, targets)]
 
-    def cache(self, batch):
-        """Memory for keys and values: `depth` tensors (2, B, H, N, d)."""
-        heads = self.blocks[0].heads
-        shape = (2, batch, heads, math.prod(self.grid), self.width // heads)
-        return [self.start.new_empty(shape) for _ in self.blocks]
 
-
-def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
+def draw_tokens(logits, temperature=1.0, top_k=0, generator=None):
     """(B, K) logits → (B,) int64, an index drawn from each row.
 
     temperature: divides the logits; 0 takes the likeliest index.
     top_k: draw from so many likeliest indices; 0: all.
-    top_p: draw from the fewest of this total probability (Holtzman et al. 2020).
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -1260,12 +1170,6 @@ def draw_tokens(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     if top_k:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -math.inf)
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        probability = ordered.softmax(dim=-1)
-        before = probability.cumsum(dim=-1) - probability
-        ordered = ordered.masked_fill(before >= top_p, -math.inf)
-        logits = torch.empty_like(logits).scatter(-1, order, ordered)
     return gumbel_argmax(logits, generator)
 
 
@@ -1276,18 +1180,19 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
     model: TokenTransformer in evaluation mode; known: as of Condition.
     given: (B, M, h, w) int64 tokens to keep, −1 where one is to be drawn.
     scale: of classifier-free guidance (Ho & Salimans 2022); 1: none.
-    choice: temperature, top_k and top_p of `draw_tokens`.
+    choice: temperature and top_k of `draw_tokens`.
     """
-    positions = math.prod(model.grid)
-    tokens = model.start.new_zeros(batch, len(model.sizes), positions, dtype=torch.int64)
-    given = torch.full_like(tokens, -1) if given is None else given.flatten(2)
-    condition = model.condition(known, batch)
-    copies = 1
-    if scale != 1 and known is not None:  # a second copy of the batch has no condition
-        copies = 2
-        absent = model.condition(None, batch).expand_as(condition)
-        condition = torch.cat([condition, absent])
-    cache = model.cache(copies * batch)
+    if given is None:
+        shape = batch, len(model.sizes), *model.grid
+        given = torch.full(shape, -1, device=model.start.device)
+    tokens = given.flatten(2).clone()  # (B, M, N)
+    conditions = [model.condition(known, batch)]
+    if scale != 1:  # a second copy of the batch has no condition
+        conditions.append(model.condition(None, batch).expand_as(conditions[0]))
+    condition, copies = torch.cat(conditions), len(conditions)
+    positions, heads = tokens.shape[2], model.blocks[0].heads
+    shape = 2, copies * batch, heads, positions, model.width // heads
+    cache = [model.start.new_empty(shape) for _ in model.blocks]  # keys and values
     previous = model.start.expand(copies * batch, 1, -1)  # (B, 1, W), B here with copies
     for n in range(positions):
         hidden = model.hidden(previous, condition, cache, n)  # (B, 1, W)
@@ -1298,7 +1203,7 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
                 logits, unconditional = logits.chunk(2)
                 logits = unconditional + scale * (logits - unconditional)
             drawn = draw_tokens(logits, generator=generator, **choice)
-            here[:, i, 0] = torch.where(given[:, i, n] < 0, drawn, given[:, i, n])
+            here[:, i, 0] = torch.where(here[:, i, 0] < 0, drawn, here[:, i, 0])
         previous = model.embed(here.repeat(copies, 1, 1))
     return tokens.unflatten(2, model.grid)
 
@@ -1306,9 +1211,9 @@ def sample_tokens(model, batch, known=None, given=None, scale=1.0, generator=Non
 class Denoiser(nn.Module):
     """The noise ε in a noisy grid of features ẑ. Tokens are the nearest codes of ẑ.
 
-    It is a transformer of modulated blocks (DiT), trained to predict ε (Ho et al. 2020)
-    under the cosine schedule z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021).
-    The buffers `mean` and `std` (C, 1, 1), set by training, scale ẑ to about unit variance.
+    It predicts ε (Ho et al. 2020) by modulated blocks (DiT), under the cosine schedule
+    z_t = cos(πt/2) ẑ + sin(πt/2) ε (Nichol & Dhariwal 2021). The buffers `mean` and `std`
+    (C, 1, 1), set by training, scale ẑ to about unit variance.
 
     channels: C, channels of ẑ for all codebooks; others: as of TokenTransformer.
 
@@ -1379,7 +1284,7 @@ def sample_features(
             z_t = torch.where(mask, noisy, z_t)
         t = (now / (math.pi / 2)).expand(batch)
         noise = model(z_t, t, condition)
-        if scale != 1 and known is not None:
+        if scale != 1:
             unconditional = model(z_t, t, absent)
             noise = unconditional + scale * (noise - unconditional)
         z = ((z_t - now.sin() * noise) / now.cos()).clamp(-5, 5)  # z has unit variance
@@ -1398,7 +1303,6 @@ TAMING = {  # part of a parameter's name here → there
     "to_codes": "quant_conv",
     "from_codes": "post_quant_conv",
     "codebook.vectors": "quantize.embedding.weight",
-    "layers": "loss.discriminator.main",
     "sample.1": "sample.conv",
     "project": "proj_out",
     "shortcut": "nin_shortcut",
@@ -1406,27 +1310,14 @@ TAMING = {  # part of a parameter's name here → there
 }
 
 
-def taming_names(name):
-    """A parameter's name here → a list of its names there, whose tensors are joined."""
+def published_tensor(name, state):
+    """The tensor of a parameter here in the published state, and its first name there."""
     for ours, theirs in TAMING.items():
         name = name.replace(ours, theirs)
-    if "query_key_value" not in name:
-        return [name]
-    return [name.replace("query_key_value", letter) for letter in "qkv"]
-
-
-def fitting(network, state):
-    """Tensors of `state` for the parameters of the same shape, and the names of the others."""
-    taken, left = {}, []
-    for name, value in network.state_dict().items():
-        tensors = [state[theirs] for theirs in taming_names(name) if theirs in state]
-        if len(tensors) > 1:
-            tensors = [torch.cat(tensors)]
-        if tensors and tensors[0].shape == value.shape:
-            taken[name] = tensors[0]
-        else:
-            left.append(name)
-    return taken, left
+    # Theirs has three convolutions in place of one.
+    names = dict.fromkeys(name.replace("query_key_value", part) for part in "qkv")
+    parts = [state[name] for name in names if name in state]
+    return torch.cat(parts) if parts else None, next(iter(names))
 
 
 def load_taming(model, discriminator, state):
@@ -1438,25 +1329,30 @@ def load_taming(model, discriminator, state):
     model: VQModel; discriminator: Discriminator or None; state: the published state dict.
     Raises ValueError if encoder or decoder cannot be filled.
     """
-    taken, left = fitting(model, state)
+    taken, left = {}, []
     learned = isinstance(model.codebook.vectors, nn.Parameter)
-    if "codebook.vectors" in taken and not (learned and len(model.codebook.sizes) == 1):
-        del taken["codebook.vectors"]
-        left.append("codebook.vectors")
-    for name in left:
-        if name.startswith(("encoder", "decoder")):
-            names = taming_names(name)
-            shapes = [tuple(state[theirs].shape) for theirs in names if theirs in state]
-            wanted = tuple(model.state_dict()[name].shape)
-            message = f"{names[0]} is {shapes or 'missing'}, this network wants {wanted}"
-            raise ValueError(message)
+    takes_codes = learned and len(model.codebook.sizes) == 1
+    for name, value in model.state_dict().items():
+        tensor, published = published_tensor(name, state)
+        shape = "missing" if tensor is None else tuple(tensor.shape)
+        wanted = tuple(value.shape)
+        if shape == wanted and (takes_codes or name != "codebook.vectors"):
+            taken[name] = tensor
+        elif name.startswith(("encoder", "decoder")):
+            raise ValueError(f"{published} is {shape}, this network wants {wanted}")
+        else:
+            left.append(name)
     model.load_state_dict(taken, strict=False)
+
     if discriminator is not None:
-        taken, missing = fitting(discriminator, state)
-        published = [name for name in state if name.startswith(TAMING["layers"])]
-        if missing or len(published) > len(taken):
-            return [*left, "discriminator"]
-        discriminator.load_state_dict(taken)
+        prefix = "loss.discriminator.main"
+        taken = {name.replace(prefix, "layers"): tensor
+                 for name, tensor in state.items() if name.startswith(prefix)}
+        shapes = {name: tensor.shape for name, tensor in taken.items()}
+        if shapes == {name: x.shape for name, x in discriminator.state_dict().items()}:
+            discriminator.load_state_dict(taken)
+        else:
+            left.append("discriminator")
     return left
 
 
@@ -1475,10 +1371,9 @@ def show_equations():
         steps.append(F.relu(layer(steps[-1], adjacency)))
     print("\nEq. 3 on the pairs orange breast, orange beak, sharp beak, with W = I")
     print(f"  {'':8}{'row of Â':30}{'H0':16}{'H1':16}{'H2':16}H3 = code")
-    for word, row, *vectors in zip(words, adjacency(torch.eye(4)), *steps):
-        cells = " ".join(f"{value:.3f}" for value in row)
-        pairs = "".join(f"{f'{a:.3f} {b:.3f}':16}" for a, b in vectors)
-        print(f"  {word:8}{cells:30}{pairs}")
+    for word, *rows in zip(words, adjacency(torch.eye(4)), *steps):
+        row, *vectors = (" ".join(f"{value:.3f}" for value in row) for row in rows)
+        print(f"  {word:8}{row:30}" + "".join(f"{vector:16}" for vector in vectors))
     print("  by hand, orange in H1: (1, 0)/√(3·3) + (1, 1)/√(3·2) + (0, 2)/√(3·3)")
 
     print("\nEq. 1 and 2 at one position, whose channels are split in two (step 3)")
@@ -1523,8 +1418,4 @@ def all_gather(x):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack β and ẑ
-    try:
-        show_equations()
-        sys.stdout.flush()
-    except BrokenPipeError:  # `head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    show_equations()

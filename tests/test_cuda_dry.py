@@ -191,7 +191,7 @@ def test_the_second_stage_stays_on_the_device(small, kind, condition):
     with Unwaiting():
         trainer.train_step([[0, 1], [2, 3]])
     # Given tokens enter and drawn ones leave, however many positions or steps there are.
-    how = synthesize.Sampling(0.9, 2, 0.9, 2.0, 3)
+    how = synthesize.Sampling(0.9, 2, 2.0, 3)
     stage = trainer.ema, config
     given = torch.full_like(indices, -1)
     with Unwaiting(waits=4 if kind == "ldm" else 2):

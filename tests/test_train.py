@@ -385,7 +385,7 @@ def test_a_start_that_fails_is_named_and_touches_nothing(tmp_path):
     before = contents(out)
     for flags, message in (
         ("--resolution 33", "resolution 33 is not a multiple of"),
-        ("--quantizer cvq", "quantizer 'cvq' moves the codes themselves"),
+        ("--quantizer cvq", "quantizer 'cvq' needs trained codes without transfer"),
         ("--prior absent.npz", "'absent.npz' is no prior: .*No such file"),
         ("--init absent.ckpt", "weights 'absent.ckpt' cannot be read: .*No such file"),
         (

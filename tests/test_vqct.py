@@ -8,7 +8,6 @@ pytest tests/test_vqct.py -k gradient
 import copy
 import dataclasses
 import math
-import os
 import pickle
 import re
 import runpy
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 
 import vqct
 from train import METHODS, RECIPES
-from vqct import LPIPS, QUANTIZERS, AttentionBlock, Block, ClusteredQuantizer, Codebook
-from vqct import CodebookTransfer, CodeEmbedding, Condition, Decoder, Denoiser, Discriminator
+from vqct import LPIPS, AttentionBlock, Block, ClusteredQuantizer, Codebook
+from vqct import CodebookTransfer, Condition, Decoder, Denoiser, Discriminator
 from vqct import Encoder, GraphConvolution, GroupNorm, GumbelQuantizer, ModelConfig
 from vqct import NormalizedAdjacency, RegularizedQuantizer, TokenTransformer, UnitLength
 from vqct import VectorQuantizer, VQModel, adaptive_weight, draw_tokens, hinge_loss
@@ -976,23 +975,21 @@ def test_edges_are_weighted_when_asked(prior, small):
 
 def test_word_vectors_are_scaled_as_asked(prior, small):
     words = torch.from_numpy(np.concatenate([prior.adjective_vectors, prior.noun_vectors]))
-    none, rms, standard = (
+    none, rms = (
         VQModel(ModelConfig(**small, vector_scale=how), prior).codebook.vectors
-        for how in ("none", "rms", "standard")
+        for how in ("none", "rms")
     )
     assert torch.equal(none, words)
     assert rms.square().mean().item() == pytest.approx(1) and torch.allclose(
         rms * words.square().mean().sqrt(), words
     )
-    assert standard.mean(0).abs().max() < 1e-6 and torch.allclose(
-        standard.std(0), torch.ones(12)
-    )
 
 
 @pytest.mark.parametrize(
     "quantizer, generated",
-    [(name, 0) for name in QUANTIZERS] + [(name, 1) for name in QUANTIZERS if name != "cvq"],
-)  # it is refused: see below
+    [(name, 0) for name in ("nearest", "gumbel", "cvq", "regvq")]
+    + [(name, 1) for name in ("nearest", "gumbel", "regvq")],  # cvq is refused: see below
+)
 def test_every_quantizer_gives_gradients_to_two_codebooks(quantizer, generated, prior, small):
     origin = {} if generated else dict(codes="random", trained=True, transfer="none")
     model = VQModel(
@@ -1069,7 +1066,7 @@ def test_reconstruction_codes_and_losses_are_float32_under_autocast(method, prio
     [
         ("not a multiple of 2", dict(resolution=17)),
         ("need a prior", dict()),
-        ("'cvq' moves the codes themselves", dict(quantizer="cvq")),
+        ("'cvq' needs trained codes without transfer", dict(quantizer="cvq")),
         ("2 neighbours needs", dict(quantizer="gumbel", adjective_neighbours=2)),
         ("8 neighbours needs", dict(adjective_neighbours=8)),
     ],
@@ -1097,16 +1094,6 @@ def test_module_shows_the_equations(capsys):
         r"\(1 \+ β\) 0\.767 / 2 = 0\.4796",
     ):
         assert re.search(line, printed), line
-
-
-def test_a_closed_pipe_ends_the_module_quietly():
-    """As in `python vqct.py | head`."""
-    read, write = os.pipe()
-    os.close(read)
-    command = [sys.executable, vqct.__file__]
-    ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert ended.returncode == 0 and ended.stderr == ""
 
 
 # ======== Published weights: taming-transformers' network by its own names, two levels deep
@@ -1254,12 +1241,9 @@ def test_published_weights_that_do_not_fit_are_named(prior):
 
 def transformer(sizes=(7, 5), grid=(3, 4), condition=None, **more):
     condition = condition or Condition("segmentation", 3, grid, 16)
-    codes = [torch.randn(size, 3) for size in sizes]
-    model = TokenTransformer(
-        sizes, grid, condition, width=16, depth=2, heads=2, codes=codes, **more
-    ).eval()
+    model = TokenTransformer(sizes, grid, condition, width=16, depth=2, heads=2, **more).eval()
     for parameter in model.parameters():  # nothing may be hidden by a zero
-        torch.nn.init.normal_(parameter, std=0.3)
+        torch.nn.init.normal_(parameter, std=0.5)
     return model
 
 
@@ -1277,7 +1261,7 @@ def sample_by_forward_passes(model, batch, known=None, scale=1.0, generator=None
     return tokens
 
 
-CHOICES = dict(temperature=0), dict(), dict(top_k=3), dict(top_p=0.7, temperature=1.3)
+CHOICES = dict(temperature=0), dict(), dict(top_k=3, temperature=1.3)
 DRAWS = [
     (sizes, (3, 4), scale, choice)
     for sizes in ((7,), (7, 5), (7, 7, 5))
@@ -1318,7 +1302,7 @@ def test_a_token_is_predicted_from_earlier_ones_only():
             assert not moved[:first].any() and moved[first:].all()
 
 
-def test_tokens_are_drawn_from_their_softmax_or_its_likely_part():
+def test_tokens_are_drawn_from_their_softmax_or_its_likeliest():
     logits = torch.tensor([[0.5, 0.2, 0.2, 0.06, 0.04]]).log().repeat(20_000, 1)
 
     def counted(**choice):
@@ -1335,10 +1319,8 @@ def test_tokens_are_drawn_from_their_softmax_or_its_likely_part():
             counted(temperature=temperature), expected, atol=0.015, rtol=0
         )
     assert counted(top_k=1).tolist() == counted(temperature=0).tolist() == [1, 0, 0, 0, 0]
-    of_three = counted(top_p=0.85)
-    assert (
-        (of_three[3:] == 0).all() and (of_three[:3] > 0.1).all() and counted(top_p=0.91)[3] > 0
-    )
+    of_four = counted(top_k=4)
+    assert of_four[4] == 0 and (of_four[:4] > 0.03).all()
 
 
 @pytest.mark.parametrize(
@@ -1373,27 +1355,6 @@ def test_a_label_map_conditions_each_position_by_its_surroundings():
     assert (
         (condition(shares, 1) != condition(one, 1)).any(-1).all()
     )  # later every position hears of it
-
-
-def test_a_codes_embedding_starts_from_the_code():
-    codes = torch.randn(6, 3)
-    codes[4] = codes[1]
-    embedding = CodeEmbedding(6, 8, codes)
-    assert torch.allclose(
-        embedding.logits(torch.eye(8)).T, embedding(torch.arange(6)), atol=1e-6
-    )
-    torch.nn.init.zeros_(embedding.learned)
-    rows = embedding(torch.tensor([[1, 4], [2, 0]]))
-    assert (
-        rows.shape == (2, 2, 8)
-        and torch.equal(rows[0, 0], rows[0, 1])
-        and not torch.equal(rows[1, 0], rows[1, 1])
-    )
-    plain = CodeEmbedding(6, 8)
-    assert (
-        torch.equal(plain(torch.tensor([2])), plain.learned[2:3])
-        and "codes" in embedding.state_dict()
-    )
 
 
 def test_given_tokens_stay():

@@ -144,8 +144,8 @@ def warn_of_fid(images):
 def code_statistics(counts, names, images):
     """Dict of usage, perplexity and bits of codebooks, from (K,) counts of each one's codes.
 
-    bits are of an image, log2 K a token; bits_entropy by an ideal code for these
-    frequencies.
+    bits: of an image if each token takes log2 K bits; bits_entropy: if each takes the
+    entropy of the frequencies.
     """
     result = {name: {} for name in ("usage", "codes_used", "codes", "perplexity")}
     result |= {"bits": 0.0, "bits_entropy": 0.0}
@@ -391,8 +391,9 @@ def reconstructed(run, dataset, count):
 
 # ======== Tables
 
+# In these, the runs of a row may differ. The contents of data and prior are compared apart.
 MAY_DIFFER = """seed out data prior labels download device compile workers log_every eval_every
-    trunk_weights lpips_weights""".split()  # in a row; of data and prior, the contents may not
+    trunk_weights lpips_weights""".split()
 COLUMNS = {  # in the paper's order, then ours
     "fid": ("FID ↓", "{:.2f}"),
     "psnr": ("PSNR ↑", "{:.2f}"),

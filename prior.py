@@ -1,4 +1,4 @@
-"""Adjective and noun codebooks of a language model, and the graph of which modifies which.
+"""Build a prior: adjectives and nouns, their vectors, and the graph of which modifies which noun.
 
 Paper §3.3, step 1 and the first half of step 2. Captions are tagged, and their adjectives and nouns are
 kept. Each gets a vector of a language model, and A_ij = 1 where adjective i modifies noun j.
@@ -426,8 +426,8 @@ def _count_chunk(captions):
 
 
 # ======== Language models
-# Each is a function of (dict part → words, --weights, --dim, Counts) and returns dict part → dict word →
-# (d,) float32. Words may be missing from the result.
+# Each is a function of a dict part → words, --weights, --dim and Counts. It returns a dict part → dict
+# word → (d,) float32, where words may be missing. PARTS are the parts of speech.
 
 def glove_vectors(words, weights, dim, counts):
     """Vectors of GloVe's text, `word v1 … vd` a line; of a .zip, those of `dim` (0: 100) dimensions.
@@ -598,7 +598,7 @@ def clip_text_features(prompts, tensors):
     return F.linear(norm("text_model.final_layer_norm", x[:, -1]), tensors["text_projection.weight"])
 
 
-LANGUAGE_MODELS = {  # --embeddings: the one place to add another
+LANGUAGE_MODELS = {  # --embeddings: to add one, write a function as above, and a line here
     "clip": clip_vectors,
     "clip-text": clip_text_vectors,
     "glove": glove_vectors,
@@ -627,7 +627,7 @@ def clip_needs():
 
 def language_needs(embeddings, weights=""):
     """What must be downloaded for a prior of a language model → list of Need."""
-    of_clip = embeddings.startswith("clip") and not weights
+    of_clip = embeddings in ("clip", "clip-text") and not weights
     return [NLTKData(), *(clip_needs() if of_clip else [])]
 
 
@@ -923,7 +923,10 @@ class UserError(ValueError):
 
 @contextmanager
 def user_error(message, *kinds):
-    """A block whose errors (of any kind by default) become UserError(message), `{}` in it the error."""
+    """A block whose errors become UserError(message), where the error's first line replaces `{}`.
+
+    kinds: classes of errors; all by default.
+    """
     try:
         yield
     except (UserError, MemoryError):  # a lack of memory is no fault of what the user gave

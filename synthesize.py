@@ -47,8 +47,9 @@ class Stage:
 
     model: str = option("gpt", "gpt: a transformer of tokens; ldm: diffusion of their features",
                         choices=("gpt", "ldm"))
-    condition: str = option("none", "what a sample is drawn for",
-                            choices=("none", "class", "segmentation"))
+    condition: str = option(
+        "none", "what the model is given: nothing, the class, or the label map",
+        choices=("none", "class", "segmentation"))
 
 
 @dataclass
@@ -59,7 +60,8 @@ class SynthesisConfig(Stage):
     depth: int = option(12, "blocks of the transformer")
     heads: int = option(12, "attention heads; twice their number divides the width")
     dropout: float = option(0.1, "share of features zeroed in training", most=0.99)
-    drop_condition: float = option(0.1, "share of images trained without condition", most=0.99)
+    drop_condition: float = option(
+        0.1, "probability of dropping the condition in training, for guidance", most=0.99)
     views: int = option(8, "token grids of each image: its centre crop, and random crops")
     steps: int = option(200_000, "optimizer steps")
     batch_size: int = option(32, "images a micro-step")
@@ -134,7 +136,7 @@ def parse(argv=None):
             command.add_fields(kind, default_text=default_text)
         if name in ("sample", "complete", "tokens"):
             command.add_argument("--words", nargs="*", type=int, metavar="X",
-                                 help="print what these images read as, by number (default: all)")
+                                 help="print the words of these images; without numbers, of all")
     add_own_flags(**commands.choices)
     starts = (i for i, word in enumerate(argv) if word in COMMANDS or word.startswith("-"))
     at = next(starts, 0)  # runs come before the command

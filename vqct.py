@@ -39,10 +39,9 @@ def nearest_code(z, codebook, neighbours=1):
     Returns (N,) int64, or (neighbours, N), nearest first. Ties are broken arbitrarily.
 
     ‖ẑ − e‖² = ‖ẑ‖² + 2 (½‖e‖² − ẑ·e), so the nearest code has the least score ½‖e‖² − ẑ·e.
-    One buffer holds 2²² scores at most (those of one feature, if K is larger). Scores are
-    float32, or float64 if an argument is. A squared distance exceeds the least by a few
-    rounding errors of (‖ẑ − o‖ + ‖e − o‖)² at most, with o by `origin_of`. Codes for which
-    ‖e − o‖² is not finite come last.
+    Scores are computed in chunks of at most 2²² numbers, in one buffer. They are float32, or
+    float64 if an argument is. Features and codes are first shifted by `origin_of(codes)`, so
+    that rounding hardly moves the choice. Codes that are not finite come last.
     """
     dtype = torch.promote_types(z.dtype, codebook.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
@@ -61,7 +60,7 @@ def nearest_code(z, codebook, neighbours=1):
         for features, chosen in zip(z.split(chunk), indices.split(chunk, dim=1)):
             scores = buffer[: len(features)]  # (chunk, K), ½‖e‖² − ẑ·e
             torch.addmm(half_norms, features - origin, codes.T, alpha=-1, out=scores)
-            for nearest in chosen:  # (chunk,), then the second nearest, …
+            for nearest in chosen:  # (chunk,) filled with the nearest, then the second nearest
                 torch.argmin(scores, 1, out=nearest)
                 scores.scatter_(1, nearest[:, None], torch.finfo(dtype).max)
         return indices.squeeze(0)
@@ -88,7 +87,7 @@ class VectorQuantizer(nn.Module):
     parameter or the output of a network.
 
     beta: β (0.25, van den Oord et al. 2017).
-    beta_on: the term with β, "commitment", or "codebook" as in VQGAN's code, by mistake.
+    beta_on: the term with β: "commitment", or "codebook", a bug of VQGAN's released code.
     neighbours: how many nearest codes are averaged.
     """
 
@@ -672,9 +671,10 @@ class LPIPS(nn.Module):
 
 # ======== Tables 1 and 6: the quantizers that VQCT is compared with
 
-# Each has VectorQuantizer's interface: forward(z, codebook) → z_q, indices, loss;
-# indices(z, codebook), equal to those of `forward` in evaluation mode; and `neighbours`.
-# VQModel.anneal sets `temperature`.
+# To add one, write a class as these, and a branch in `make_quantizer`. It needs the method
+# forward(z, codebook) → z_q, indices, loss; the method indices(z, codebook), equal to those
+# of `forward` in evaluation mode; and the attribute `neighbours`. VQModel.anneal sets its
+# `temperature`.
 
 class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights, the likeliest code in evaluation.
@@ -736,11 +736,11 @@ class ClusteredQuantizer(VectorQuantizer):
     over features. The source's contrastive loss is left out. The codebook is written to, so
     it must be a leaf parameter or a view of one.
 
-    size: K, number of codes; decay: γ; eq2: arguments of VectorQuantizer.
+    size: K, number of codes; decay: γ; options: arguments of VectorQuantizer.
     """
 
-    def __init__(self, size, decay=0.99, **eq2):
-        super().__init__(**eq2)
+    def __init__(self, size, decay=0.99, **options):
+        super().__init__(**options)
         self.decay = decay
         self.register_buffer("usage", torch.zeros(size))  # N_k
 
@@ -776,19 +776,20 @@ class RegularizedQuantizer(VectorQuantizer):
     1. Prior distribution: KL(p̄ ‖ uniform), where p̄ is the mean over positions of the token
        distribution softmax(−‖ẑ − e_k‖² / τ), with τ the annealed `temperature`.
     2. Stochastic mask: a random share of positions takes a code drawn from it.
-    3. Probabilistic contrastive loss: a feature is pulled to its code, against the codes of
-       other positions, by cosine. Its code counts w = exp(‖e_drawn − e_nearest‖² / mean)
-       times, so a farther draw pulls less.
+    3. Probabilistic contrastive loss: a softmax of cosines between a feature and the codes of
+       all positions. The feature's own code is multiplied in it by
+       w = exp(‖e_drawn − e_nearest‖² / mean), so a farther draw pulls less.
 
     The paper leaves open, and we chose: squared distances in the softmax; hard draws with
     the straight-through gradient; all constants; in 3, codes instead of VGG's features, w
     instead of the distance, and at most 1,024 evenly spread positions.
 
-    kl_weight, mask_ratio, contrastive_weight: of 1, 2 and 3; eq2: as of ClusteredQuantizer.
+    kl_weight, contrastive_weight: weights of terms 1 and 3; mask_ratio: share of positions
+    in 2; options: arguments of VectorQuantizer.
     """
 
-    def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **eq2):
-        super().__init__(**eq2)
+    def __init__(self, kl_weight=0.1, mask_ratio=0.3, contrastive_weight=0.01, **options):
+        super().__init__(**options)
         self.kl_weight, self.mask_ratio = kl_weight, mask_ratio
         self.contrastive_weight, self.temperature = contrastive_weight, 1.0
 
@@ -854,17 +855,18 @@ class ModelConfig:
     z_channels: int = option(256, "channels between the network and the codes")
     code_dim: int = option(256, "channels of all codebooks together")
     codes: str = option(
-        "words", "codes start from word vectors, random ones, or VQGAN's ±1/K",
+        "words", "starting vectors: words; random: normal; uniform: −1/K to 1/K, as VQGAN",
         choices=("words", "random", "uniform"))
     vector_scale: str = option(
         "rms", "word vectors are divided by their RMS, or kept", choices=("rms", "none"))
     codebooks: int = option(
-        2, "2: adjectives and nouns apart (MCB); 1: one codebook (SCB)", choices=(1, 2))
+        2, "2: one for adjectives, one for nouns; 1: one for both", choices=(1, 2))
     codebook_size: int = option(
-        0, "codes of a codebook without a prior; 0: as many as words", least=0, most=2**24)
-    trained: bool = option(False, "train the starting vectors themselves")
+        0, "codes in each codebook without words; 0: as many as the prior's words", least=0,
+        most=2**24)
+    trained: bool = option(False, "train the starting vectors, instead of freezing them")
     transfer: str = option(
-        "gcn", "gcn: Eq. 3; mlp: no graph; linear: SimVQ; unit: ViT-VQGAN",
+        "gcn", "gcn: Eq. 3; mlp: no graph; linear: one layer; unit: unit length; none",
         choices=("gcn", "mlp", "linear", "unit", "none"))
     transfer_layers: int = option(3, "layers of the transfer network (authors' code: 2)")
     transfer_width: int = option(512, "features of its hidden layers")
@@ -911,13 +913,13 @@ def make_quantizer(config, dim, size, neighbours):
         raise ValueError("quantizer 'cvq' needs trained codes without transfer")
     if config.quantizer == "gumbel":
         return GumbelQuantizer(dim, size, config.kl_weight, config.straight_through)
-    eq2 = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
+    options = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
     if config.quantizer == "cvq":
-        return ClusteredQuantizer(size, config.usage_decay, **eq2)
+        return ClusteredQuantizer(size, config.usage_decay, **options)
     if config.quantizer == "regvq":
         weights = config.kl_weight, config.mask_ratio, config.contrastive_weight
-        return RegularizedQuantizer(*weights, **eq2)
-    return VectorQuantizer(**eq2)
+        return RegularizedQuantizer(*weights, **options)
+    return VectorQuantizer(**options)
 
 
 def needs_prior(config):

@@ -229,9 +229,8 @@ def convert(run, photographs, split, decode, output, words):
         if path.suffix == ".npz":
             write_tokens(path, run, indices)
         else:
-            names = [Path(photograph).name for photograph in photographs]
             images = run.model.decode(indices)
-            draw_grid([("original", x, names), ("from its tokens", images)], path)
+            draw_grid([("original", x), ("from its tokens", images)], path)
         print(f"{path}: {len(indices):,} photographs")
     else:
         if output and not output.endswith(".npz"):
@@ -311,7 +310,7 @@ def tokens_of(run, split, views=1, with_features=False):
     """
     dataset = run.dataset(split)
     path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
-    key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
+    key = json.dumps([run.tokenizer, identity(dataset, run.config.data, maps=True), views])
     key = hashlib.sha256(key.encode()).hexdigest()
     wanted = run, len(dataset) * views, key, path, stored if with_features else None
     if tokens := kept_tokens(*wanted):

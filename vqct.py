@@ -891,7 +891,8 @@ QUANTIZERS = {  # `quantizer` → a function that makes it; eq2: VectorQuantizer
 
 def option(default, reason, **more):
     """A dataclass field with its help text. `more`: choices; bounds `least` and `most` (by
-    default at least 1 for whole numbers, 0 for others); `each`, the type of several values.
+    default at least 1 for whole numbers, 0 for others); `each`, the type of several values;
+    `group`, the title of the flags of --help from this one on.
     """
     return field(default=default, metadata={"reason": reason, **more})
 
@@ -900,14 +901,14 @@ def option(default, reason, **more):
 class ModelConfig:
     """Shape of the network and origin of its codes; defaults are the paper's f16 network."""
 
-    resolution: int = option(256, "pixels per side (paper: 256)", least=24)
+    resolution: int = option(256, "pixels per side (paper: 256)", least=24, group="network")
     channels: int = option(128, "width of the first level of encoder and decoder")
     multipliers: tuple = option((1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
     blocks: int = option(2, "residual blocks per level")
     z_channels: int = option(256, "channels between the network and the codes")
     code_dim: int = option(256, "channels of all codebooks together")
     codes: str = option("words", "codes start from word vectors, random ones, or VQGAN's ±1/K",
-                        choices=("words", "random", "uniform"))
+                        choices=("words", "random", "uniform"), group="codes")
     vector_scale: str = option("rms", "word vectors are divided by their RMS, standardised, or kept",
                                choices=("rms", "standard", "none"))
     codebooks: int = option(2, "2: adjectives and nouns apart (MCB); 1: one codebook (SCB)",
@@ -923,7 +924,7 @@ class ModelConfig:
     last_relu: bool = option(True, "ReLU after its last layer, as in Eq. 3 (authors' code: none)")
     weighted_edges: bool = option(False, "A counts occurrences of a pair (authors' code)")
     quantizer: str = option("nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ",
-                            choices=tuple(QUANTIZERS))
+                            choices=tuple(QUANTIZERS), group="quantizers")
     beta: float = option(0.25, "weight β of Eq. 2")
     beta_on: str = option("commitment", "the term that β multiplies (authors' code: codebook)",
                           choices=("commitment", "codebook"))

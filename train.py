@@ -29,7 +29,6 @@ import time
 import zipfile
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -177,22 +176,19 @@ def resolve(given, stored=None):
     """The whole Config of some choices.
 
     given: flags by name. They win over the method, the recipe and the preset.
-    stored: configuration of a resumed run, which replaces these three.
+    stored: all choices of a resumed run, which replace these.
     Raises UserError for a flag without effect in the chosen system.
     """
-    dataset = given.get("dataset", Config.dataset)
-    usual_preset = "demo" if dataset == "demo" else "f16"
-    preset = given.get("preset") or usual_preset
-    recipe = given.get("recipe", Config.recipe)
-    method = given.get("method", Config.method)
-    usual = {**PRESETS[preset], **RECIPES[recipe], **METHODS[method]}
+    named = Config(**given)
+    usual_preset = "demo" if named.dataset == "demo" else "f16"
+    preset = named.preset or usual_preset
+    usual = {**PRESETS[preset], **RECIPES[named.recipe], **METHODS[named.method]}
     if preset != "f16" and "steps" in given:  # the adversary's share stays the same
         usual["gan_start"] = usual["gan_start"] * given["steps"] // usual["steps"]
     if {**usual, **given}.get("codebooks") == 1:  # a recipe's 512 are for two
         usual["code_dim"] = PRESETS[preset].get("code_dim", Config.code_dim)
 
-    config = Config(**({**stored, **given} if stored
-                       else {**usual, **given, "preset": preset}))
+    config = Config(**(stored or {**usual, **given, "preset": preset}))
     config.lr = config.lr or 4.5e-6 * images_per_step(config)
     if not config.data and config.dataset in DATASETS:
         config.data = f"data/{DATASETS[config.dataset].folder}"
@@ -211,8 +207,7 @@ def run_name(config, given, usual):
                  "perceptual_weight", *ModelConfig.__annotations__):
         value = given.get(name, usual[name])
         if value not in ("", usual[name]):
-            plain = isinstance(value, str) and value != "none"
-            words.append(value if plain else f"{name}-{value}")
+            words.append(f"{name}-{value}")
     if config.init:
         words.append("init")
     return "runs/" + "-".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words)
@@ -288,12 +283,7 @@ class Trainer:
         # The step at which each code was last chosen.
         self.last_used = [torch.full((size,), -1, device=device)
                           for size in self.model.codebook.sizes]
-        if distributed():
-            for network in filter(None, (self.model, self.discriminator)):
-                for tensor in network.state_dict().values():
-                    torch.distributed.broadcast(tensor, 0)
-        compiles = config.compile and not config.deterministic
-        if compiles and config.steps and device.type == "cuda":
+        if config.compile and not config.deterministic and device.type == "cuda":
             self.compile()
         codes = self.model.eval().codebook()
         self.start = [start.detach().clone() for start in codes]  # for Fig. 6
@@ -501,12 +491,11 @@ def average_gradients(network):
 def fit(trainer, batches, validate, out, journal):
     """Take a batch, step, log, validate and save, until the last step.
 
-    trainer: Trainer, or StageTrainer of synthesize.py.
-    batches: iterator of micro-batches.
+    trainer: Trainer, or StageTrainer of synthesize.py; batches: of micro-batches.
     validate: () → score (higher is better), {name: float}, rows of a picture.
     out: folder of last.pt and best.pt; journal: its metrics.jsonl, open.
-    Raises UserError, before it writes, if a value is not finite or the folder is
-    gone. After a signal it saves and raises SystemExit of 128 + its number.
+    Raises UserError if a value is not finite or the folder is gone, and SystemExit
+    after a signal, when it has saved.
     """
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)
@@ -526,13 +515,20 @@ def fit(trainer, batches, validate, out, journal):
                 stop = int(all_reduce(stop, "max")) if logs else 0
             if logs or validates or stop:
                 metrics = {name: all_reduce(x).item() for name, x in metrics.items()}
-                check_finite(metrics, trainer, out)
+                check_finite(metrics, trainer)
             if logs:
                 metrics["images/s"], left = pace(trainer, recent)
                 line = record(metrics, trainer, journal)
                 progress(f"{line} left {left}", now=last)
             if validates and not rank():
-                progress(judge(trainer, validate, out, journal), now=True)
+                score, values, rows = validate()
+                values = {f"validation_{name}": value for name, value in values.items()}
+                progress(record(values, trainer, journal), now=True)
+                if rows:
+                    draw_grid(rows, out / "reconstructions.png")
+                if score > trainer.best:
+                    trainer.best = score
+                    save_checkpoint(out / "best.pt", trainer)
             if validates or stop:
                 if not rank():
                     check_there(journal)
@@ -546,25 +542,12 @@ def fit(trainer, batches, validate, out, journal):
         torch.distributed.barrier()  # the first process may still be saving
 
 
-def judge(trainer, validate, out, journal):
-    """Validate, draw the picture and keep the best checkpoint → the log's line."""
-    score, values, rows = validate()
-    values = {f"validation_{name}": value for name, value in values.items()}
-    line = record(values, trainer, journal)
-    if rows:
-        draw_grid(rows, out / "reconstructions.png")
-    if score > trainer.best:
-        trainer.best = score
-        save_checkpoint(out / "best.pt", trainer)
-    return line
-
-
-def check_finite(metrics, trainer, out):
+def check_finite(metrics, trainer):
     """Raise UserError if a value is not finite; if all are, so are the weights."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(f"{name} is not finite at step {trainer.step:,}; "
-                            f"'{out / 'last.pt'}' is unchanged; try a smaller --lr")
+                            "try a smaller --lr")
 
 
 def record(values, trainer, journal):
@@ -695,16 +678,12 @@ class ImageDataset(Dataset):
         return item
 
 
-EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 FORMATS = "JPEG PNG BMP PPM TIFF WEBP GIF".split()  # not EPS, which runs Ghostscript
 
 
 @contextlib.contextmanager
 def open_picture(path, kind="image"):
-    """An open picture; every picture of the user's is opened here.
-
-    Raises UserError if it is missing, damaged or not one of FORMATS.
-    """
+    """An open picture of the user's. Raises UserError if it is not one of FORMATS."""
     with user_error(f"{kind} '{path}' cannot be read: {{}}"):
         with Image.open(regular(path), formats=FORMATS) as file:
             yield file
@@ -741,12 +720,8 @@ def read_image(path, side=0):
                 raise
             file = end_jpeg(Path(path).read_bytes())
         image = ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers; "
-                             "convert it to 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-            gray = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(gray.round().astype(np.uint8))
+        if image.mode[0] in "FI":  # numbers that Pillow would clip at 255
+            raise ValueError("its gray is not of 8 bits; convert it")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -926,8 +901,7 @@ def coco_records(root, split):
         coco/annotations/captions_train2017.json, captions_val2017.json
         coco/stuffthingmaps/train2017/, val2017/   label maps, if wanted
     """
-    older = (root / "train2014").is_dir() and not (root / "train2017").is_dir()
-    year = 2014 if older else 2017
+    year = 2017 if (root / "train2017").is_dir() else 2014
     require(root, f"train{year}", f"val{year}")
     table = root / "annotations" / f"captions_{split}{year}.json"
     maps = root / "stuffthingmaps" / f"{split}{year}"
@@ -950,7 +924,7 @@ def coco_records(root, split):
 class Layout(NamedTuple):
     """A published data set; the last two as in ImageDataset."""
 
-    records: Callable
+    records: object  # a function
     folder: str  # its usual name
     unlabeled: int = -1
     sides: tuple = ()
@@ -965,20 +939,20 @@ DATASETS = {  # for a new data set, add a line here
 
 COCO = "http://images.cocodataset.org"
 COCO_CAPTIONS = [f"annotations/captions_{split}2017.json" for split in ("train", "val")]
-ARCHIVES = {  # name, size, URL, md5, what it makes, where it is unpacked
+ARCHIVES = {  # name, size, URL, md5, what it makes in the data set's folder
     "cub": [("CUB-200-2011", "1.1 GB",
              "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-             "97eceeb196236b17998738112f37df78", "images.txt", "..")],
+             "97eceeb196236b17998738112f37df78", "images.txt")],
     "ade20k": [("ADE20K", "923 MB", "http://data.csail.mit.edu/places/ADEchallenge/"
                 "ADEChallengeData2016.zip",
-                "7328b3957e407ddae1d3cbf487f149ef", "images", "..")],
+                "7328b3957e407ddae1d3cbf487f149ef", "images")],
     "coco": [("COCO's training images", "18 GB", f"{COCO}/zips/train2017.zip",
-              "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", "."),
+              "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017"),
              ("COCO's validation images", "778 MB", f"{COCO}/zips/val2017.zip",
-              "442b8da7639aecaf257c1dceb8ba8c80", "val2017", ".")],
+              "442b8da7639aecaf257c1dceb8ba8c80", "val2017")],
     "captions": [("COCO's captions", "241 MB",
                   f"{COCO}/annotations/annotations_trainval2017.zip",
-                  "f4bbac642086de4f52a3fdda2de5fa2c", COCO_CAPTIONS[0], ".")],
+                  "f4bbac642086de4f52a3fdda2de5fa2c", COCO_CAPTIONS[0])],
 }
 
 
@@ -1010,15 +984,16 @@ class Archive(Need):
 
 def archives(name, root):
     """The Archives of a data set, or of COCO's captions, whose folder is `root`."""
-    if name == "coco" and (root / "train2014").is_dir():  # the older year is used instead
+    if name == "coco" and (root / "train2014").is_dir():
         return []
     local = f"{root}/annotations" if name == "captions" else "--data DIR"
-    return [Archive(*texts, local, md5, root / made, Path(os.path.normpath(root / into)))
-            for *texts, md5, made, into in ARCHIVES.get(name, ())]
+    folder = root if name in ("coco", "captions") else root.parent
+    return [Archive(*texts, local, md5, root / made, folder)
+            for *texts, md5, made in ARCHIVES.get(name, ())]
 
 
 def needs(config, with_prior):
-    """What a run needs that this repository lacks, photographs last → list of Need."""
+    """What a run needs from elsewhere, photographs last → list of Need."""
     listed = []
     if with_prior and needs_prior(config) and not config.prior and config.dataset != "demo":
         listed += [*language_needs("clip"), *archives("captions", captions_folder(config))]
@@ -1071,7 +1046,7 @@ def folder_records(root, labels="", whole=False):
     splits = []
     for base in bases if all(there) else [Path(root)]:
         splits.append([])
-        for path in list_files(base, EXTENSIONS):
+        for path in list_files(base, torchvision.datasets.folder.IMG_EXTENSIONS):
             if maps and maps in path.resolve().parents:
                 continue  # label maps may lie among the images
             captions, name = path.with_suffix(".txt"), path.relative_to(root)
@@ -1103,8 +1078,8 @@ def make_datasets(config, whole=False):
     else:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
     if not train or not val:
-        raise UserError(f"no images for the {'val' if train else 'train'} split in "
-                        f"'{root}' (which needs ten, or train/ and val/)")
+        raise UserError(f"too few images in '{root}': ten are needed, "
+                        "or some in both train/ and val/")
     return [ImageDataset(records, classes, config.resolution, config.seed, *more)
             for records in (train, val)]
 
@@ -1146,11 +1121,10 @@ def default_prior(config, dataset):
     own = [] if name == "coco" else all_captions(dataset)
     captions = [*read_corpora(folder / part for part in COCO_CAPTIONS), *own]
     path = Path(f"data/{Path(config.data).resolve().name if name == 'folder' else name}-clip.npz")
-    if path.is_file():
-        with contextlib.suppress(UserError):  # damaged, so it is made again
-            prior = Prior.load(path)
-            if prior.provenance.get("made_from") == made_from(captions, "clip", 10):
-                return prior, path
+    with contextlib.suppress(UserError):  # it is missing or damaged
+        prior = Prior.load(path)
+        if prior.provenance.get("made_from") == made_from(captions, "clip", 10):
+            return prior, path
     print(f"making '{path}' of {len(captions):,} captions, {len(own):,} of them the data set's",
           flush=True)
     prior = build_prior(captions, workers=max(1, CORES // processes()),
@@ -1275,7 +1249,6 @@ def open_run(out, trainer, overwrite=False, resumed=None):
     """Prepare a run's folder → its metrics.jsonl, open and locked.
 
     resumed: the checkpoint to continue from; otherwise an earlier run is deleted.
-    Raises UserError if another process works in it, or as `check_folder`.
     """
     if rank():
         return open(os.devnull, "wb")
@@ -1322,7 +1295,7 @@ def read_journal(path):
 def check_there(journal):
     """Raise UserError if an open file's folder was deleted or moved."""
     with user_error(f"'{journal.name}' is no longer there: its folder was deleted or "
-                    "moved; training ends"):
+                    "moved"):
         if not os.path.samestat(os.stat(journal.name), os.fstat(journal.fileno())):
             raise FileNotFoundError
 
@@ -1361,10 +1334,7 @@ def read_checkpoint(path):
 
 
 def restore(trainer, state, out):
-    """Give a trainer of either stage the state of a checkpoint.
-
-    Raises UserError for a checkpoint of other images, or one that does not fit.
-    """
+    """Give a trainer of either stage the state of a checkpoint of the same images."""
     if state["data"] != trainer.data:
         raise UserError(f"'{out}' was trained on other images than these; "
                         "point --data at a copy of its own")
@@ -1389,8 +1359,7 @@ def fitting(path):
 def resumed_choices(kind, given, changeable, out):
     """The checkpoint of a run, and its configuration with the flags of --resume.
 
-    kind: the class of the configuration. Raises UserError if the run would become
-    another one, or is finished.
+    kind: the class of the configuration; changeable: names of the flags that may differ.
     """
     state = load_checkpoint(out / "last.pt")
     with fitting(out / "last.pt"):
@@ -1413,7 +1382,7 @@ class Run:
     """A trained first stage: `model`, `config`, `prior`, `words` of the codes, ….
 
     device: as --device; data, labels: where the data set is now, or another one;
-    checkpoint: "last" or "best". Raises UserError if it is missing or damaged.
+    checkpoint: "last" or "best".
     """
 
     def __init__(self, path, device="auto", data="", labels="", checkpoint="last"):
@@ -1539,7 +1508,16 @@ def launch(main):
 
     def joined():
         if {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-            join_group()
+            backend = "gloo"
+            if torch.cuda.is_available():
+                backend = "cpu:gloo,cuda:nccl"
+                with user_error("torchrun started more processes than there are GPUs: {}"):
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # The first process may download or encode while the others wait.
+            timeout = datetime.timedelta(days=1)
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        if rank():
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
             main()
         except UserError as error:
@@ -1552,23 +1530,10 @@ def launch(main):
     command(joined)
 
 
-def join_group():
-    """Join the processes of torchrun."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        with user_error("torchrun started more processes than there are GPUs: {}"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The first process may download or encode while the others wait.
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    if rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
 @contextlib.contextmanager
 def first_process_first():
     """A block that the first process runs first; the others then find its files."""
-    if distributed() and rank():
+    if rank():
         torch.distributed.barrier()
     yield
     if distributed() and not rank():
@@ -1616,10 +1581,7 @@ def load_lpips(trunk, trunk_weights="", lpips_weights=""):
 
 
 def take_published_weights(trainer, path):
-    """Give a Trainer the weights of a taming-transformers checkpoint.
-
-    Raises UserError if they do not fit.
-    """
+    """Give a Trainer the weights of a taming-transformers checkpoint."""
     with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} "
                     "(published: --preset f16)"):
         unused = load_taming(trainer.model, trainer.discriminator, read_tensors(path))
@@ -1648,11 +1610,7 @@ def parse(argv=None):
     if not resume:
         return resolve(given), None, overwrite
     given["out"] = given.get("out") or resolve(given).out
-    out = Path(given["out"])
-    if not (out / "last.pt").is_file():
-        raise UserError(f"no run '{out}' to resume: it has no last.pt; "
-                        "--out names a run")
-    state, stored = resumed_choices(Config, given, CHANGEABLE, out)
+    state, stored = resumed_choices(Config, given, CHANGEABLE, Path(given["out"]))
     return resolve(given, stored), state, False
 
 
@@ -1666,13 +1624,11 @@ def default_text(name, value):
 def main(argv=None):
     """Train a run from its flags to its last step."""
     config, state, overwrite = parse(argv)
-    argv = sys.argv[1:] if argv is None else argv
-    again = shlex.join(["python", "train.py", *argv, "--download"])
     out, device = Path(config.out), pick_device(config.device)
     if state is None and not rank():
         check_folder(out, overwrite)  # before the data are read
     with first_process_first():
-        provide(needs(config, with_prior=state is None), config.download, again)
+        provide(needs(config, with_prior=state is None), config.download, "add --download")
         train_set, val_set = make_datasets(config)  # the latter is for evaluate.py
         if not rank():
             check_images((train_set, val_set))
@@ -1697,15 +1653,12 @@ def main(argv=None):
     with open_run(out, trainer, overwrite, state) as journal:
         if prior is not None and not rank():
             prior.save(out / "prior.npz")
-        print(f"{config.dataset}: {len(kept):,} images train, {len(chosen):,} choose "
-              f"best.pt, {len(val_set):,} evaluate; run {out}")
-        codes = " + ".join(f"{size:,}" for size in trainer.model.codebook.sizes)
-        print(f"{config.method} ({config.preset}) on {device} in {precision(trainer)}: "
-              f"{trainer.model.grid} positions of {codes} codes", flush=True)
+        print(f"{out}: {config.method} ({config.preset}) on {device} in {precision(trainer)}\n"
+              f"{config.dataset}: {len(kept):,} images train, {len(chosen):,} choose best.pt, "
+              f"{len(val_set):,} evaluate", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation), out, journal)
-    look = f"look at {out / 'reconstructions.png'}; " if config.steps else ""
-    print(f"done: {look}measure with: python evaluate.py {shlex.quote(str(out))}")
+    print(f"done: measure with: python evaluate.py {shlex.quote(str(out))}")
 
 
 # ======== Appendix, the demo: flat birds in scenes, drawn and described by code

@@ -697,7 +697,7 @@ def test_what_is_not_finite_is_not_saved(
     named = "gradient" if broken == "stopped" else broken
     with pytest.raises(
         UserError,
-        match=f"^{named} is not finite at step {step}; '.*last.pt' is unchanged",
+        match=f"^{named} is not finite at step {step}; try a smaller --lr",
     ):
         train.main(
             flags(photographs, tmp_path / "run", log_every=log_every, gan_start=60)
@@ -845,7 +845,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys, monkeypatch, call, name):
     torch.save({"weights": torch.ones(2)}, f"thesis/{name}")
     script, *more = call.split()
     assert re.search(
-        "thesis(/last.pt)?' (is no|to resume)", said(globals()[script].main, capsys, more)
+        "thesis(/last.pt)?' is no", said(globals()[script].main, capsys, more)
     )
     assert os.listdir("thesis") == [name]
 
@@ -867,9 +867,7 @@ def test_images_of_every_kind_are_read_right(tmp_path):
         np.repeat(ramp[..., None], 3, 2),
         np.where(ramp < 128, 0, 255).astype(np.uint8),
     )
-    picture, deep, turned = map(
-        Image.fromarray, (ramp, ramp.astype(np.uint16) * 257, gray)
-    )
+    picture, turned = map(Image.fromarray, (ramp, gray))
     red, blue, cyan = (
         Image.new("RGB", (16, 16), "red"),
         Image.new("RGB", (16, 16), "blue"),
@@ -879,8 +877,6 @@ def test_images_of_every_kind_are_read_right(tmp_path):
     exif[0x0112] = 6
     for name, image, expected, options in (
         ("gray.png", picture, gray, {}),
-        ("deep.png", deep, gray, {}),
-        ("deep.tif", deep, gray, {}),
         ("palette.png", picture.convert("P"), gray, {}),
         ("bits.png", Image.fromarray(seen > 0), seen[..., None], {}),
         (
@@ -905,7 +901,8 @@ def test_images_of_every_kind_are_read_right(tmp_path):
     [
         (b"P5 9 9 255\n half", "truncated|not large enough"),
         (b"P5 20000 20000 255\n", "bomb"),
-        (b"Pf\n1 1\n-1.0\n0000", "floating-point"),
+        (b"Pf\n1 1\n-1.0\n0000", "not of 8 bits"),
+        (b"P5 48 40 65535\n" + bytes(48 * 40 * 2), "not of 8 bits"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
     ],
 )

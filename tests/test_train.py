@@ -239,12 +239,12 @@ def test_flags_win_over_method_over_recipe_over_preset():
     "name, given",
     [
         ("demo-vqct", dict(steps=5, lr=1.0)),
-        ("coco-vqgan-official", dict(dataset="coco", method="vqgan", recipe="official")),
-        ("demo-vqct-edges-seed-2-random", dict(shuffle="edges", codes="random", seed=2)),
+        ("coco-vqgan-recipe-official", dict(dataset="coco", method="vqgan", recipe="official")),
+        ("demo-vqct-shuffle-edges-seed-2-codes-random", dict(shuffle="edges", codes="random", seed=2)),
         # Neither of these choices differs from what the method does anyway.
         ("demo-random-mlp", dict(method="random-mlp", codes="random", seed=0)),
         ("demo-vqct-glove", dict(prior="priors/glove.npz")),
-        ("demo-matched-cvq", dict(method="matched", quantizer="cvq")),
+        ("demo-matched-quantizer-cvq", dict(method="matched", quantizer="cvq")),
         ("demo-vqct-transfer-none", dict(transfer="none")),
         ("demo-vqct-multipliers-1-2", dict(multipliers=(1, 2))),
         ("demo-vqct-gan_weight-0.5-init", dict(init="vqgan.ckpt", gan_weight=0.5)),
@@ -326,7 +326,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         ("--data photos", "--data changes nothing with these flags; leave it out"),
         (
             "--resume",
-            "no run 'runs/demo-vqct' to resume: it has no last.pt; --out names a run",
+            "'runs/demo-vqct/last.pt' is no checkpoint of this program, or damaged: ",
         ),
     ],
 )

@@ -748,7 +748,7 @@ def draw_samples(runs, choices, part, words):
             legend = dict(zip(names, colours_of_labels(labels[:, None, None], count)))
         if run is runs[0]:
             originals = [dataset[index]["image"] / 127.5 - 1 for index in images.tolist()]
-            rows.append(("original", originals, list(map(str, images.tolist()))))
+            rows.append(("original", originals))
         if choices.label:
             tokens = with_label(tokens, choices.label, dataset.classes[:count])
         rows += rows_of_run(run, stage, tokens, images, choices, part, words)

@@ -987,17 +987,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
-    def add_fields(self, kind, sections=None, default_text=lambda name, value: value):
+    def add_fields(self, kind, default_text=lambda name, value: value):
         """Add a flag for each field of a dataclass, --batch-size for batch_size, with its bounds and choices.
 
-        sections: title → names of the fields that stand under it in --help.
+        Its own fields come before those that it inherits.
         default_text: (name, default) → how --help shows the default.
         """
-        groups = {}
-        for title, names in (sections or {}).items():
-            groups.update(dict.fromkeys(names.split(), self.add_argument_group(title)))
-        for item in fields(kind):
+        group = self
+        for item in sorted(fields(kind), key=lambda item: item.name not in kind.__annotations__):
             more, value = item.metadata, item.default
+            if "group" in more:
+                group = self.add_argument_group(more["group"])
             default = "" if value in ("", ()) else f" (default: {default_text(item.name, value)})"
             text = more["reason"] + default
             flag = dict(default=argparse.SUPPRESS, help=text.replace("%", "%%"))
@@ -1012,7 +1012,7 @@ class Parser(argparse.ArgumentParser):
                 within = bounded(type(value), least, more.get("most", 2**62))
                 flag["type"] = str if isinstance(value, str) else within
                 flag.update(choices=choices and tuple(choices), metavar=None if choices else "X")
-            groups.get(item.name, self).add_argument("--" + item.name.replace("_", "-"), **flag)
+            group.add_argument("--" + item.name.replace("_", "-"), **flag)
 
 
 def bounded(kind, least, most=2**62):

@@ -286,7 +286,7 @@ def tokens_of(run, split, views=1, with_features=False):
     """
     dataset = run.dataset(split)
     path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
-    key = json.dumps([run.tokenizer, dataset.fingerprint(), views])
+    key = json.dumps([run.tokenizer, identity(dataset, run.config.data, maps=True), views])
     key = hashlib.sha256(key.encode()).hexdigest()
     wanted = path, stored if with_features else None, key
     if tokens := kept_tokens(*wanted):

@@ -14,10 +14,8 @@ reconstructions.png.
 import contextlib
 import copy
 import datetime
-import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -27,12 +25,10 @@ import shutil
 import signal
 import sys
 import textwrap
-import threading
 import time
 import zipfile
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,13 +41,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (
     CORES, Need, Parser, Prior, Progress, PublishedFile, UserError, WordListSpeech,
     atomic_write, build_prior, checksum, command, describe_codebook, download,
-    is_hidden, language_needs, list_files, load_tensors, made_from, provide,
+    language_needs, list_files, load_tensors, made_from, provide,
     read_captions, read_corpora, read_tensors, save_png, shuffled, user_error,
 )
 from vqct import (
@@ -72,38 +68,51 @@ class Config(ModelConfig):
 
     dataset: str = option(
         "demo", "demo: birds drawn by code; folder: any images; or a published set",
-        choices=lambda: ("demo", "folder", *DATASETS))
-    data: str = option("", "folder of the data set (default: its published name, in data/)")
-    download: bool = option(False, "download what is missing: photographs, captions, weights")
+        choices=lambda: ("demo", "folder", *DATASETS), group="data and prior")
+    data: str = option("", "folder of the photographs (default: its published name, in data/)")
     labels: str = option(
         "", "for --dataset folder: folder of label maps, named as the images")
     prior: str = option(
         "", "a .npz of prior.py (default: CLIP's words of COCO and the data set)")
-    init: str = option("", "weights to start from: a VQGAN of taming-transformers")
-    method: str = option(
-        "vqct", "a system of the paper, or a control", choices=lambda: METHODS)
-    recipe: str = option(
-        "paper", "official: the settings of the authors' code", choices=lambda: RECIPES)
     shuffle: str = option(
         "none", "control: permute the words' vectors, or rewire the graph",
         choices=("none", "vectors", "edges"))
+    download: bool = option(False, "download what is missing: photographs, captions, weights")
+    workers: int = option(
+        -1, "processes that read images; -1: up to 8 for a GPU, none for a CPU", least=-1)
+
+    method: str = option(
+        "vqct", "a system of the paper, or a control", choices=lambda: METHODS, group="run")
+    recipe: str = option(
+        "paper", "official: the settings of the authors' code", choices=lambda: RECIPES)
     preset: str = option(
         "", "f16: the paper's network; demo, tiny: 64 pixels, minutes on a CPU "
         "(default: f16, for the demo data demo)", choices=("", *NETWORKS))
+    init: str = option("", "weights to start from: a VQGAN of taming-transformers")
     out: str = option("", "folder of the run (default: runs/DATASET-METHOD)")
     device: str = option(
         "auto", "cpu, cuda, cuda:1 or mps; auto: cuda or mps if there is one")
     seed: int = option(0, "seed of weights, random codes and the order of images", least=0)
     steps: int = option(500_000, "training steps", least=0)
-    batch_size: int = option(8, "images per process and micro-step")
+    log_every: int = option(20, "steps between lines of metrics.jsonl")
+    eval_every: int = option(2_000, "steps between validations and checkpoints")
+    eval_images: int = option(
+        256, "training images held out to choose best.pt, at most a twentieth")
+    amp: bool = option(True, "bfloat16 autocast on CUDA (Ampere or newer)")
+    compile: bool = option(True, "torch.compile on CUDA")
+    deterministic: bool = option(False, "repeat bit by bit on CUDA; slower, and not compiled")
+
+    batch_size: int = option(8, "images per process and micro-step", group="optimisation")
     accumulate: int = option(1, "micro-steps per step; their gradients are averaged")
     lr: float = option(
         0.0, "Adam's learning rate; 0: 4.5e-6 times the images of a step (VQGAN)")
     schedule: str = option(
         "constant", "learning rate: constant (VQGAN), or a cosine down to zero",
         choices=("constant", "cosine"))
+
     pixel_loss: str = option(
-        "l2", "l2 as in Eq. 2, or l1 as in VQGAN's code", choices=("l1", "l2"))
+        "l2", "l2 as in Eq. 2, or l1 as in VQGAN's code", choices=("l1", "l2"),
+        group="losses")
     perceptual_weight: float = option(1.0, "weight of LPIPS (VQGAN); 0: none")
     perceptual_trunk: str = option(
         "vgg", "network of LPIPS: VGG-16 (paper), or SqueezeNet 1.1, which is light",
@@ -114,31 +123,7 @@ class Config(ModelConfig):
         0.8, "weight of the adversarial loss (VQGAN); 0: no discriminator")
     gan_start: int = option(5_000, "step at which the adversarial loss starts", least=0)
     discriminator_layers: int = option(3, "inner layers; 3 gives patches of 70 × 70 pixels")
-    amp: bool = option(True, "bfloat16 autocast on CUDA (Ampere or newer)")
-    compile: bool = option(True, "torch.compile on CUDA")
-    deterministic: bool = option(False, "repeat bit by bit on CUDA; slower, and not compiled")
-    workers: int = option(
-        -1, "processes that read images; -1: up to 8 for a GPU, none for a CPU", least=-1)
-    log_every: int = option(20, "steps between lines of metrics.jsonl")
-    eval_every: int = option(2_000, "steps between validations and checkpoints")
-    eval_images: int = option(
-        256, "training images held out to choose best.pt, at most a twentieth")
 
-
-SECTIONS = {  # the groups of flags in --help
-    "data": "dataset data download labels resolution workers",
-    "run": """preset method recipe out init device seed steps log_every eval_every
-        eval_images amp compile deterministic""",
-    "prior and codes": """prior shuffle codes vector_scale codebooks codebook_size
-        code_dim trained transfer transfer_layers transfer_width transfer_dropout
-        last_relu weighted_edges quantizer adjective_neighbours""",
-    "network": "channels multipliers blocks z_channels discriminator_layers",
-    "losses": """pixel_loss beta beta_on perceptual_weight perceptual_trunk
-        trunk_weights lpips_weights gan_weight gan_start""",
-    "optimisation": "batch_size accumulate lr schedule",
-    "constants of the baselines": """kl_weight straight_through temperature_end
-        usage_decay mask_ratio contrastive_weight""",
-}
 
 SHORT = dict(batch_size=4, steps=1800, lr=3e-4, schedule="cosine", gan_weight=0.2,
              gan_start=1500, perceptual_weight=0.0, eval_every=300, eval_images=64)
@@ -191,36 +176,25 @@ def resolve(given, stored=None):
     """The whole Config of some choices.
 
     given: flags by name. They win over the method, the recipe and the preset.
-    stored: configuration of a resumed run, which replaces these three.
+    stored: all choices of a resumed run, which replace these.
     Raises UserError for a flag without effect in the chosen system.
     """
-    dataset = given.get("dataset", Config.dataset)
-    usual_preset = "demo" if dataset == "demo" else "f16"
-    preset = given.get("preset") or usual_preset
-    recipe = given.get("recipe", Config.recipe)
-    method = given.get("method", Config.method)
-    usual = {**PRESETS[preset], **RECIPES[recipe], **METHODS[method]}
+    named = Config(**given)
+    usual_preset = "demo" if named.dataset == "demo" else "f16"
+    preset = named.preset or usual_preset
+    usual = {**PRESETS[preset], **RECIPES[named.recipe], **METHODS[named.method]}
     if preset != "f16" and "steps" in given:  # the adversary's share stays the same
         usual["gan_start"] = usual["gan_start"] * given["steps"] // usual["steps"]
     if {**usual, **given}.get("codebooks") == 1:  # a recipe's 512 are for two
         usual["code_dim"] = PRESETS[preset].get("code_dim", Config.code_dim)
 
-    config = Config(**({**stored, **given} if stored
-                       else {**usual, **given, "preset": preset}))
+    config = Config(**(stored or {**usual, **given, "preset": preset}))
     config.lr = config.lr or 4.5e-6 * images_per_step(config)
     if not config.data and config.dataset in DATASETS:
         config.data = f"data/{DATASETS[config.dataset].folder}"
-    config.data = os.path.expanduser(config.data)
-    config.labels = os.path.expanduser(config.labels)
-    if config.prior and not config.prior.endswith(".npz"):
-        raise UserError("--prior takes a .npz; make one with: python prior.py "
-                        f"{shlex.quote(config.prior)} --out NAME.npz")
+    config.data, config.labels = map(os.path.expanduser, (config.data, config.labels))
     config.out = config.out or run_name(
         config, given, {**asdict(Config()), **usual, "preset": usual_preset})
-
-    if config.data and config.dataset == "demo":
-        raise UserError(f"--data {config.data} needs --dataset too: folder for any "
-                        "photographs, or a published data set")
     return refuse_idle(config, given, MATTERS)
 
 
@@ -233,8 +207,7 @@ def run_name(config, given, usual):
                  "perceptual_weight", *ModelConfig.__annotations__):
         value = given.get(name, usual[name])
         if value not in ("", usual[name]):
-            plain = isinstance(value, str) and value != "none"
-            words.append(value if plain else f"{name}-{value}")
+            words.append(f"{name}-{value}")
     if config.init:
         words.append("init")
     return "runs/" + "-".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words)
@@ -246,6 +219,7 @@ def images_per_step(config):
 
 
 MATTERS = {  # flags → where they have an effect; elsewhere they are refused
+    "data": lambda config: config.dataset != "demo",
     "prior": lambda config: needs_prior(config),
     "download": lambda config: config.dataset != "demo" or config.perceptual_weight > 0,
     "labels": lambda config: config.dataset == "folder",
@@ -309,12 +283,7 @@ class Trainer:
         # The step at which each code was last chosen.
         self.last_used = [torch.full((size,), -1, device=device)
                           for size in self.model.codebook.sizes]
-        if distributed():
-            for network in filter(None, (self.model, self.discriminator)):
-                for tensor in network.state_dict().values():
-                    torch.distributed.broadcast(tensor, 0)
-        compiles = config.compile and not config.deterministic
-        if compiles and config.steps and device.type == "cuda":
+        if config.compile and not config.deterministic and device.type == "cuda":
             self.compile()
         codes = self.model.eval().codebook()
         self.start = [start.detach().clone() for start in codes]  # for Fig. 6
@@ -512,11 +481,8 @@ def add_up(metrics, terms, share):
 def average_gradients(network):
     """Average a network's gradients over all processes → their norm, ()."""
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
-    if distributed():
-        mean = all_reduce(torch.cat([gradient.flatten() for gradient in gradients]))
-        sizes = [gradient.numel() for gradient in gradients]
-        for gradient, average in zip(gradients, mean.split(sizes)):
-            gradient.copy_(average.view_as(gradient))
+    for gradient in gradients if distributed() else ():
+        gradient.copy_(all_reduce(gradient))
     return torch.nn.utils.get_total_norm(gradients)
 
 
@@ -525,12 +491,11 @@ def average_gradients(network):
 def fit(trainer, batches, validate, out, journal):
     """Take a batch, step, log, validate and save, until the last step.
 
-    trainer: Trainer, or StageTrainer of synthesize.py.
-    batches: iterator of micro-batches.
+    trainer: Trainer, or StageTrainer of synthesize.py; batches: of micro-batches.
     validate: () → score (higher is better), {name: float}, rows of a picture.
     out: folder of last.pt and best.pt; journal: its metrics.jsonl, open.
-    Raises UserError, before it writes, if a value is not finite or the folder is
-    gone. After a signal it saves and raises SystemExit of 128 + its number.
+    Raises UserError if a value is not finite or the folder is gone, and SystemExit
+    after a signal, when it has saved.
     """
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)
@@ -550,13 +515,20 @@ def fit(trainer, batches, validate, out, journal):
                 stop = int(all_reduce(stop, "max")) if logs else 0
             if logs or validates or stop:
                 metrics = {name: all_reduce(x).item() for name, x in metrics.items()}
-                check_finite(metrics, trainer, out)
+                check_finite(metrics, trainer)
             if logs:
                 metrics["images/s"], left = pace(trainer, recent)
                 line = record(metrics, trainer, journal)
                 progress(f"{line} left {left}", now=last)
             if validates and not rank():
-                progress(judge(trainer, validate, out, journal), now=True)
+                score, values, rows = validate()
+                values = {f"validation_{name}": value for name, value in values.items()}
+                progress(record(values, trainer, journal), now=True)
+                if rows:
+                    draw_grid(rows, out / "reconstructions.png")
+                if score > trainer.best:
+                    trainer.best = score
+                    save_checkpoint(out / "best.pt", trainer)
             if validates or stop:
                 if not rank():
                     check_there(journal)
@@ -570,25 +542,12 @@ def fit(trainer, batches, validate, out, journal):
         torch.distributed.barrier()  # the first process may still be saving
 
 
-def judge(trainer, validate, out, journal):
-    """Validate, draw the picture and keep the best checkpoint → the log's line."""
-    score, values, rows = validate()
-    values = {f"validation_{name}": value for name, value in values.items()}
-    line = record(values, trainer, journal)
-    if rows:
-        draw_grid(rows, out / "reconstructions.png")
-    if score > trainer.best:
-        trainer.best = score
-        save_checkpoint(out / "best.pt", trainer)
-    return line
-
-
-def check_finite(metrics, trainer, out):
+def check_finite(metrics, trainer):
     """Raise UserError if a value is not finite; if all are, so are the weights."""
     for name, value in metrics.items():
         if not math.isfinite(value):
             raise UserError(f"{name} is not finite at step {trainer.step:,}; "
-                            f"'{out / 'last.pt'}' is unchanged; try a smaller --lr")
+                            "try a smaller --lr")
 
 
 def record(values, trainer, journal):
@@ -597,7 +556,7 @@ def record(values, trainer, journal):
     usage = trainer.usage()
     line = {"step": trainer.step, **values, "codes_used": [used for used, _ in usage]}
     with user_error(f"'{journal.name}' cannot be written: {{}}"):
-        journal.write(json.dumps(line) + "\n")
+        journal.write(json.dumps(line).encode() + b"\n")
         journal.flush()
     words = [f"step {trainer.step:,}/{trainer.config.steps:,}"]
     words += [f"{name.replace('_', ' ')} {value:.4g}"
@@ -619,19 +578,15 @@ def pace(trainer, recent):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that takes the first SIGINT or SIGTERM; a second one ends the process.
-
-    Outside the main thread, as in a notebook, signals are left alone.
-    """
-    noted, usual, numbers = [], {}, (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():
-        numbers = ()
+    """A list that takes the first SIGINT or SIGTERM; a second one ends the process."""
+    noted, usual = [], {}
 
     def note(number, frame):
         noted.append(number)
         signal.signal(number, usual[number])
 
-    usual.update({number: signal.signal(number, note) for number in numbers})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        usual[number] = signal.signal(number, note)
     try:
         yield noted
     finally:
@@ -657,27 +612,25 @@ class Record(NamedTuple):
     segmentation: Path | tuple | None = None
 
 
+@dataclass
 class ImageDataset(Dataset):
     """Square uint8 images with labels.
 
     Item (index) is the centre crop. Item (index, draw) is a random crop and flip,
     which depend on (seed, draw) alone, not on the workers.
 
-    records: list of Record; classes: names of their labels.
-    resolution: pixels per side, to which the shorter side is resized.
-    unlabeled: value of label maps for "no label", besides 255 or 65,535.
-    sides: label → label in a flipped image, such as left eye → right eye.
-
     Set `with_segmentation` for items with label maps, where −1 is "no label".
     """
 
+    records: list  # of Record
+    classes: list  # names of their labels
+    resolution: int  # pixels per side, to which the shorter side is resized
+    seed: int = 0
+    unlabeled: int = -1  # value of label maps for "no label", besides 255 or 65,535
+    sides: tuple = ()  # pairs of labels that a flip exchanges: left eye, right eye
+
     with_segmentation = False
     labels = {-1: "none"}  # names of label maps' values, if they are known
-
-    def __init__(self, records, classes, resolution, seed=0, unlabeled=-1, sides=()):
-        self.records, self.classes = records, classes
-        self.resolution, self.seed = resolution, seed
-        self.unlabeled, self.sides = unlabeled, dict(sides)
 
     def __len__(self):
         return len(self.records)
@@ -686,17 +639,6 @@ class ImageDataset(Dataset):
         """The captions of an image → list."""
         captions = self.records[index].captions
         return list(read_captions(captions)) if isinstance(captions, Path) else captions
-
-    def fingerprint(self):
-        """Cache key: labels, and the files' names, sizes and times (not of masks)."""
-        key = [(record.label, isinstance(record.segmentation, tuple))
-               for record in self.records]
-        for record in self.records:
-            for path in (record.path, record.segmentation):
-                if isinstance(path, Path):
-                    stat = path.stat()
-                    key.append((str(path), stat.st_size, stat.st_mtime_ns))
-        return key
 
     def read(self, index, rng=None):
         """→ image (3, R, R) uint8, and label map (R, R) int64 or None.
@@ -731,48 +673,32 @@ class ImageDataset(Dataset):
                 "label": self.records[index].label, "index": index}
         if labels is not None:
             item["segmentation"] = labels.flip(-1) if flip else labels
-            for label, other in self.sides.items() if flip else ():
+            for label, other in self.sides if flip else ():
                 item["segmentation"][labels.flip(-1) == label] = other
         return item
 
 
-EXTENSIONS = torchvision.datasets.folder.IMG_EXTENSIONS
 FORMATS = "JPEG PNG BMP PPM TIFF WEBP GIF".split()  # not EPS, which runs Ghostscript
-# Long notes in a PNG do not make its image unreadable.
-PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 @contextlib.contextmanager
 def open_picture(path, kind="image"):
-    """An open picture; every picture of the user's is opened here.
-
-    Raises UserError if it is missing, damaged or not one of FORMATS.
-    """
+    """An open picture of the user's. Raises UserError if it is not one of FORMATS."""
     with user_error(f"{kind} '{path}' cannot be read: {{}}"):
         with Image.open(path, formats=FORMATS) as file:
             yield file
 
 
-def unreadable(paths):
-    """The errors of those image files whose headers cannot be read."""
-    errors = []
-    for path in paths:
+def check_images(datasets):
+    """Read every image's header. Raises UserError that names all bad images."""
+    paths = [record.path for dataset in datasets for record in dataset.records if record.path]
+    progress, errors = Progress(), []
+    for done, path in enumerate(paths, 1):
         try:
             with open_picture(path):
                 pass
         except UserError as error:
             errors.append(str(error))
-    return errors
-
-
-def check_images(datasets, device, workers=-1):
-    """Read every image's header. Raises UserError that names all bad images."""
-    paths = [record.path for dataset in datasets for record in dataset.records if record.path]
-    progress, errors = Progress(), []
-    loader = make_loader(paths, device, workers, batch_size=256, collate_fn=unreadable)
-    for batch, more in enumerate(loader, 1):
-        errors += more
-        done = min(256 * batch, len(paths))
         progress(f"reading headers: {done:,} of {len(paths):,} images")
     if errors:
         raise UserError("; ".join(errors))
@@ -794,12 +720,8 @@ def read_image(path, side=0):
                 raise
             file = end_jpeg(Path(path).read_bytes())
         image = ImageOps.exif_transpose(file)
-        if image.mode == "F":
-            raise ValueError("its pixels are floating-point numbers; "
-                             "convert it to 8 or 16 bits")
-        if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
-            gray = np.asarray(image).clip(0, 65535) / 257
-            image = Image.fromarray(gray.round().astype(np.uint8))
+        if image.mode[0] in "FI":  # numbers that Pillow would clip at 255
+            raise ValueError("its gray is not of 8 bits; convert it")
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -885,8 +807,6 @@ def cub_records(root, split):
     records = []
     with user_error(f"the tables of '{root}' are inconsistent; unpack them again: {{}}"):
         for key, name in images.items():
-            if ".." in name or os.path.isabs(name):
-                raise ValueError(f"{name} lies elsewhere")
             if (splits[key] == "1") == (split == "train"):
                 text = (texts / name).with_suffix(".txt")
                 captions = text if text.exists() else sentences.get(key, ())
@@ -949,6 +869,8 @@ FACE_SIDES = [(4, 5), (5, 4), (6, 7), (7, 6), (8, 9), (9, 8)]  # l_ and r_
 def celebahq_records(root, split):
     """CelebA-HQ, split as CelebA by the original's number: 24,183 and 2,993 images.
 
+    It has to be downloaded by hand: https://github.com/switchablenorms/CelebAMask-HQ
+
         CelebAMask-HQ/CelebA-HQ-img/0.jpg, …
         CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt
         CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/00000_hair.png, …
@@ -979,11 +901,11 @@ def coco_records(root, split):
         coco/annotations/captions_train2017.json, captions_val2017.json
         coco/stuffthingmaps/train2017/, val2017/   label maps, if wanted
     """
-    older = (root / "train2014").is_dir() and not (root / "train2017").is_dir()
-    year = 2014 if older else 2017
+    year = 2017 if (root / "train2017").is_dir() else 2014
     require(root, f"train{year}", f"val{year}")
     table = root / "annotations" / f"captions_{split}{year}.json"
     maps = root / "stuffthingmaps" / f"{split}{year}"
+    maps = maps if maps.is_dir() else None
     captions = defaultdict(list)
     if table.is_file():
         with user_error(f"'{table}' is not COCO's captions file: {{}}"):
@@ -994,7 +916,7 @@ def coco_records(root, split):
                 captions[names[annotation["image_id"]]].append(text)
     records = []
     for path in list_files(root / f"{split}{year}", [".jpg"]):
-        label_map = maps / f"{path.stem}.png" if maps.is_dir() else None
+        label_map = maps and maps / f"{path.stem}.png"
         records.append(Record(path, -1, captions[path.name], label_map))
     return records, []
 
@@ -1002,39 +924,35 @@ def coco_records(root, split):
 class Layout(NamedTuple):
     """A published data set; the last two as in ImageDataset."""
 
-    records: Callable
+    records: object  # a function
     folder: str  # its usual name
-    captions: str = ""  # where its captions are, if it has any
     unlabeled: int = -1
     sides: tuple = ()
 
 
 DATASETS = {  # for a new data set, add a line here
-    "cub": Layout(cub_records, "CUB_200_2011", "text/, text_c10/ or attributes/"),
+    "cub": Layout(cub_records, "CUB_200_2011"),
     "ade20k": Layout(ade20k_records, "ADEChallengeData2016", unlabeled=0),
     "celebahq": Layout(celebahq_records, "CelebAMask-HQ", sides=FACE_SIDES),
-    "coco": Layout(coco_records, "coco", "annotations/"),
+    "coco": Layout(coco_records, "coco"),
 }
 
 COCO = "http://images.cocodataset.org"
 COCO_CAPTIONS = [f"annotations/captions_{split}2017.json" for split in ("train", "val")]
-ARCHIVES = {  # name, size, URL, md5 ("": by hand), what it makes, where it is unpacked
+ARCHIVES = {  # name, size, URL, md5, what it makes in the data set's folder
     "cub": [("CUB-200-2011", "1.1 GB",
              "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-             "97eceeb196236b17998738112f37df78", "images.txt", "..")],
+             "97eceeb196236b17998738112f37df78", "images.txt")],
     "ade20k": [("ADE20K", "923 MB", "http://data.csail.mit.edu/places/ADEchallenge/"
                 "ADEChallengeData2016.zip",
-                "7328b3957e407ddae1d3cbf487f149ef", "images", "..")],
-    "celebahq": [("CelebAMask-HQ, by hand", "2.7 GB",
-                  "https://github.com/switchablenorms/CelebAMask-HQ",
-                  "", "CelebA-HQ-img", "..")],
+                "7328b3957e407ddae1d3cbf487f149ef", "images")],
     "coco": [("COCO's training images", "18 GB", f"{COCO}/zips/train2017.zip",
-              "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017", "."),
+              "cced6f7f71b7629ddf16f17bbcfab6b2", "train2017"),
              ("COCO's validation images", "778 MB", f"{COCO}/zips/val2017.zip",
-              "442b8da7639aecaf257c1dceb8ba8c80", "val2017", ".")],
+              "442b8da7639aecaf257c1dceb8ba8c80", "val2017")],
     "captions": [("COCO's captions", "241 MB",
                   f"{COCO}/annotations/annotations_trainval2017.zip",
-                  "f4bbac642086de4f52a3fdda2de5fa2c", COCO_CAPTIONS[0], ".")],
+                  "f4bbac642086de4f52a3fdda2de5fa2c", COCO_CAPTIONS[0])],
 }
 
 
@@ -1046,14 +964,14 @@ class Archive(Need):
     path: Path  # what is there once it is unpacked
     folder: Path  # where it is unpacked
 
-    def __post_init__(self):
-        self.file = self.folder / f"download-{self.source.rpartition('/')[2]}"
-        self.fetch = self.download_and_unpack if self.md5 else None
+    @property
+    def file(self):
+        return self.folder / f"download-{self.source.rpartition('/')[2]}"
 
     def present(self):
         return self.path.exists() and not self.file.exists()
 
-    def download_and_unpack(self):
+    def fetch(self):
         if not self.file.is_file() or checksum(self.file, "md5") != self.md5:
             download(self.source, self.file, self.md5)
         print(f"unpacking {self.file}", file=sys.stderr, flush=True)
@@ -1066,27 +984,19 @@ class Archive(Need):
 
 def archives(name, root):
     """The Archives of a data set, or of COCO's captions, whose folder is `root`."""
-    folder = DATASETS["coco" if name == "captions" else name].folder
-    *_, md5, _, into = ARCHIVES[name][0]
-    if md5 and into == ".." and root.name != folder and not root.exists():
-        raise UserError(f"no folder '{root}'; a download makes one named {folder}: "
-                        f"give --data {root.parent / folder}")
-    if name == "coco" and (root / "train2014").is_dir():  # the older year is used instead
+    if name == "coco" and (root / "train2014").is_dir():
         return []
     local = f"{root}/annotations" if name == "captions" else "--data DIR"
-    return [Archive(*texts, local, md5, root / made, Path(os.path.normpath(root / into)))
-            for *texts, md5, made, into in ARCHIVES[name]]
+    folder = root if name in ("coco", "captions") else root.parent
+    return [Archive(*texts, local, md5, root / made, folder)
+            for *texts, md5, made in ARCHIVES.get(name, ())]
 
 
 def needs(config, with_prior):
-    """What a run needs that this repository lacks, photographs last → list of Need."""
-    if config.dataset == "folder" and config.data:
-        check_given(config.data, config.labels)
+    """What a run needs from elsewhere, photographs last → list of Need."""
     listed = []
-    if with_prior and takes_default_prior(config):
-        kept = any(prior_path(config, own).is_file() for own in (True, False))
-        listed += [] if kept else language_needs("clip")
-        listed += archives("captions", captions_folder(config))
+    if with_prior and needs_prior(config) and not config.prior and config.dataset != "demo":
+        listed += [*language_needs("clip"), *archives("captions", captions_folder(config))]
     if config.perceptual_weight > 0:
         local = config.trunk_weights, config.lpips_weights
         files = lpips_files(config.perceptual_trunk)
@@ -1112,65 +1022,38 @@ def read_table(path):
         return {key: rest.strip() for key, rest in pairs}
 
 
-SPLITS = {"train": ("train", "training"),
-          "val": ("val", "valid", "validation", "dev", "test", "testing")}
-
-
-def split_folders(root, maps):
-    """The folders train and val, by any name of SPLITS; [root] if there are none.
-
-    Raises UserError for one split beside other folders (except label maps), or two train/.
-    """
-    folders = [path for path in sorted(root.iterdir())
-               if path.is_dir() and not is_hidden(path.name) and path.resolve() != maps]
-    train, val = ([path for name in names for path in folders if path.name.lower() == name]
-                  for names in SPLITS.values())
-    if len(train) == 1 and val:
-        return [train[0], val[0]]
-    if (train or val) and len(folders) > 1:
-        names = ", ".join(f"'{path.name}'" for path in folders)
-        raise UserError(f"'{root}' holds {names}: which one trains and which one evaluates? "
-                        "Name them train and val, or neither of them so")
-    return [root]
-
-
-def check_given(root, labels):
-    """Raise UserError if the folder of --data or of --labels is missing."""
-    for name, folder in (("data", root), ("labels", labels)):
-        if folder and not Path(folder).is_dir():
-            raise UserError(f"--{name}: no such folder: '{folder}'")
+SPLITS = ("train", "val")
 
 
 def folder_records(root, labels="", whole=False):
     """Any tree of images → list of Record for "train" and for "val", class names.
 
-        DIR/train/CLASS/x.jpg   sub-folders are classes; other names: SPLITS
+        DIR/train/CLASS/x.jpg   sub-folders are classes
         DIR/train/CLASS/x.txt   captions of x.jpg, a line each
-        DIR/val/…               if missing, every tenth image is held out
+        DIR/val/…               without these two, every tenth image is held out
 
     labels: a tree of label maps with the same names, x.png for x.jpg.
     whole: hold none out; then both lists are the same.
-    Raises UserError for a folder that is missing.
     """
-    check_given(root, labels)
+    for folder in (root, labels):
+        if folder and not Path(folder).is_dir():
+            raise UserError(f"no such folder: '{folder}'")
     maps = Path(labels).resolve() if labels else None
-
-    @functools.cache
-    def is_data(folder):  # the label maps may lie among the images
-        return maps is None or not folder.resolve().is_relative_to(maps)
-
+    bases = [Path(root, split) for split in SPLITS]
+    there = [base.is_dir() for base in bases]
+    if any(there) and not all(there):
+        raise UserError(f"'{root}' needs both of train/ and val/, or neither")
     splits = []
-    for base in split_folders(root, maps):
-        files = [path for path in list_files(base, (*EXTENSIONS, ".txt"))
-                 if is_data(path.parent)]
-        texts = {path for path in files if path.suffix == ".txt"}
+    for base in bases if all(there) else [Path(root)]:
         splits.append([])
-        for path in files:
-            if path.suffix.lower() in EXTENSIONS:
-                text = path.with_suffix(".txt")
-                name = path.relative_to(root).with_suffix(".png")
-                splits[-1].append(Record(path, str(path.parent.relative_to(base)),
-                    text if text in texts else (), maps / name if maps else None))
+        for path in list_files(base, torchvision.datasets.folder.IMG_EXTENSIONS):
+            if maps and maps in path.resolve().parents:
+                continue  # label maps may lie among the images
+            captions, name = path.with_suffix(".txt"), path.relative_to(root)
+            splits[-1].append(Record(
+                path, str(path.parent.relative_to(base)),
+                captions if captions.is_file() else (),
+                maps / name.with_suffix(".png") if maps else None))
     classes = sorted({record.label for records in splits for record in records} - {"."})
     number = {".": -1, **{name: index for index, name in enumerate(classes)}}
     train, *val = ([record._replace(label=number[record.label]) for record in records]
@@ -1195,8 +1078,8 @@ def make_datasets(config, whole=False):
     else:
         raise UserError("--dataset folder needs --data DIR, the folder of images")
     if not train or not val:
-        raise UserError(f"no images for the {'val' if train else 'train'} split in "
-                        f"'{root}' (which needs ten, or train/ and val/)")
+        raise UserError(f"too few images in '{root}': ten are needed, "
+                        "or some in both train/ and val/")
     return [ImageDataset(records, classes, config.resolution, config.seed, *more)
             for records in (train, val)]
 
@@ -1205,21 +1088,16 @@ def make_prior(config, dataset):
     """The Prior that a Config names, by default the paper's; None if none is needed."""
     if not needs_prior(config):
         return None
-    if takes_default_prior(config):
-        prior, name = default_prior(config, dataset)
-    elif config.prior:
+    if config.prior:
         prior, name = Prior.load(config.prior), config.prior
+    elif config.dataset == "demo":
+        prior, name = build_prior(all_captions(dataset), DEMO_SPEECH, "corpus", min_count=1,
+                                  workers=1, name="demo captions"), ""
     else:
-        name = "the demo's captions"
-        prior = build_prior(all_captions(dataset), DEMO_SPEECH, "corpus", min_count=1,
-                            workers=1, name="demo captions")
-    print(f"codebook of {name}: {describe_codebook(prior)}", flush=True)
+        prior, name = default_prior(config, dataset)
+    if name:  # the demo's codebook is small, as is meant
+        print(f"codebook of {name}: {describe_codebook(prior)}", flush=True)
     return shuffled(prior, config.shuffle, config.seed)
-
-
-def takes_default_prior(config):
-    """Whether a run takes the paper's prior of its captions, made by `default_prior`."""
-    return needs_prior(config) and not config.prior and config.dataset != "demo"
 
 
 def all_captions(dataset):
@@ -1233,39 +1111,24 @@ def captions_folder(config):
     return Path(config.data if config.dataset == "coco" else "data/coco")
 
 
-def prior_path(config, own):
-    """Where a default prior is kept: data/cub-clip.npz.
-
-    own: whether the data set has captions of its own; otherwise all share one prior.
-    """
-    if not own:
-        return Path("data/coco-clip.npz")
-    folder = config.dataset == "folder"
-    name = Path(config.data).resolve().name if folder else config.dataset
-    return Path(f"data/{name}-clip.npz")
-
-
 def default_prior(config, dataset):
     """CLIP's vectors of the words in COCO 2017's captions and the data set's own.
 
-    Returns the Prior and its path. It is kept, and made again if it would differ.
+    Returns the Prior and its path, such as data/cub-clip.npz. It is kept, and made
+    again if the captions or the rules differ.
     """
-    own = [] if config.dataset == "coco" else all_captions(dataset)
-    path, folder = prior_path(config, bool(own)), captions_folder(config)
-    captions = [*read_corpora(folder / name for name in COCO_CAPTIONS), *own]
-    if path.is_file():
-        with contextlib.suppress(UserError):  # damaged, so it is made again
-            prior = Prior.load(path)
-            if prior.provenance.get("made_from") == made_from(captions, "clip", 10):
-                return prior, path
-        print(f"'{path}' is of other captions, rules or options, or damaged; it is made again")
-    layout = DATASETS.get(config.dataset)
-    where = layout.captions if layout else "x.txt beside x.jpg"
-    from_own = f", {len(own):,} of them its own (from {where})" if own else ""
-    print(f"making '{path}' once, of {len(captions):,} captions{from_own}", flush=True)
-    provide(language_needs("clip"), config.download, "add --download")
+    folder, name = captions_folder(config), config.dataset
+    own = [] if name == "coco" else all_captions(dataset)
+    captions = [*read_corpora(folder / part for part in COCO_CAPTIONS), *own]
+    path = Path(f"data/{Path(config.data).resolve().name if name == 'folder' else name}-clip.npz")
+    with contextlib.suppress(UserError):  # it is missing or damaged
+        prior = Prior.load(path)
+        if prior.provenance.get("made_from") == made_from(captions, "clip", 10):
+            return prior, path
+    print(f"making '{path}' of {len(captions):,} captions, {len(own):,} of them the data set's",
+          flush=True)
     prior = build_prior(captions, workers=max(1, CORES // processes()),
-                        name=f"MS-COCO 2017 and {config.dataset}")
+                        name=f"MS-COCO 2017 and {name}")
     prior.save(path)
     return prior, path
 
@@ -1332,24 +1195,26 @@ RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz evaluation.js
     fig7_regions.png curves.png samples.png completions.png photographs.png""".split()
 
 
-def identity(dataset, root):
-    """sha256 of labels, and of the images' names below `root`, sizes and some bytes."""
+def identity(dataset, root, maps=False):
+    """sha256 of labels, and of the images' names below `root`, sizes and some bytes.
+
+    maps: also of label maps that are files, not of painted masks.
+    """
     images = []
-    for label, path in ((record.label, record.path) for record in dataset.records):
-        images.append([label])
-        if path:
-            with open(path, "rb") as file:
-                size = file.seek(0, os.SEEK_END)
-                file.seek(size // 2)
-                middle = zlib.crc32(file.read(4096))  # uncompressed images have equal sizes
-            images[-1] += [os.path.relpath(path, root), size, middle]
+    for record in dataset.records:
+        images.append([record.label])
+        for path in (record.path, record.segmentation if maps else None):
+            if isinstance(path, Path):
+                with open(path, "rb") as file:
+                    size = file.seek(0, os.SEEK_END)
+                    file.seek(size // 2)
+                    middle = zlib.crc32(file.read(4096))  # uncompressed images have equal sizes
+                images[-1] += [os.path.relpath(path, root), size, middle]
     return hashlib.sha256(json.dumps(images).encode()).hexdigest()
 
 
 def check_folder(out, overwrite):
     """Raise UserError for a run that must be kept, or a folder with foreign files."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"'{out}' is a file, not a folder; name another --out")
     names = sorted(path.name for path in out.glob("*"))
     if "last.pt" in names and not overwrite:
         raise UserError(f"run '{out}' exists; go on with --resume, replace it with "
@@ -1383,19 +1248,21 @@ def lock(file, waiting=""):
 def open_run(out, trainer, overwrite=False, resumed=None):
     """Prepare a run's folder → its metrics.jsonl, open and locked.
 
-    resumed: the checkpoint to continue from; otherwise the folder is emptied.
-    Raises UserError if another process works in it, or as `check_folder`.
+    resumed: the checkpoint to continue from; otherwise an earlier run is deleted.
     """
     if rank():
-        return open(os.devnull, "w")
+        return open(os.devnull, "wb")
     out.mkdir(parents=True, exist_ok=True)
-    journal = open(out / "metrics.jsonl", "a+", encoding="utf-8",
-                   errors="surrogateescape", newline="\n")
+    journal = open(out / "metrics.jsonl", "a+b")
     lock(journal)
     if resumed:
         cut_journal(journal, resumed["step"])
     else:
-        empty_folder(out, overwrite, journal)
+        check_folder(out, overwrite)  # again: a run may have ended here meanwhile
+        journal.truncate(0)
+        for name in set(RUN_FILES) - {"metrics.jsonl"}:
+            (out / name).unlink(missing_ok=True)
+            (out / f"{name}.part").unlink(missing_ok=True)
     with atomic_write(out / "config.json") as part:
         config = {**asdict(trainer.config), "torch": torch.__version__}
         part.write_text(json.dumps(config, indent=1))
@@ -1404,50 +1271,31 @@ def open_run(out, trainer, overwrite=False, resumed=None):
     return journal
 
 
-def empty_folder(out, overwrite, journal):
-    """Delete the files of an earlier run, whose lock this process has."""
-    check_folder(out, overwrite)  # again: a run may have ended here meanwhile
-    journal.truncate(0)
-    for name in set(RUN_FILES) - {"metrics.jsonl"}:
-        (out / name).unlink(missing_ok=True)
-        (out / f"{name}.part").unlink(missing_ok=True)
-
-
 def cut_journal(journal, step):
-    """Cut lines later than a step, and half a last line, from metrics.jsonl.
-
-    Other lines that cannot be read stay.
-    """
+    """Cut metrics.jsonl before its first line that is later than a step, or half a line."""
     journal.seek(0)
-    lines = journal.readlines()
-    stays = []
-    for line in lines:
-        match = re.search(r'"step": (\d+),', line)
-        half = not line.endswith(("}", "\n"))  # the last one, which a kill cut
-        stays.append(not half and (match is None or int(match[1]) <= step))
-    # What comes before the first cut line is not written again, as a kill may come now too.
-    first = stays.index(False) if False in stays else len(lines)
-    journal.truncate(len("".join(lines[:first]).encode("utf-8", "surrogateescape")))
-    journal.writelines(itertools.compress(lines[first:], stays[first:]))
-    if stays and stays[-1] and not lines[-1].endswith("\n"):
-        journal.write("\n")
-    if False in stays:
-        print(f"{journal.name}: {stays.count(False):,} lines later than step {step:,} are cut")
+    length = 0
+    for line in journal:
+        match = re.search(rb'"step": (\d+),', line)
+        if match and int(match[1]) > step or not line.endswith(b"\n"):
+            break
+        length += len(line)
+    journal.truncate(length)
 
 
 def read_journal(path):
     """The lines of a metrics.jsonl that can be read → list of dicts."""
     lines = []
-    for text in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
+    for line in path.read_bytes().splitlines():
         with contextlib.suppress(ValueError):  # damaged, or cut by a kill
-            lines.append(json.loads(text))
-    return [line for line in lines if isinstance(line, dict)]
+            lines.append(json.loads(line))
+    return lines
 
 
 def check_there(journal):
     """Raise UserError if an open file's folder was deleted or moved."""
     with user_error(f"'{journal.name}' is no longer there: its folder was deleted or "
-                    "moved; training ends"):
+                    "moved"):
         if not os.path.samestat(os.stat(journal.name), os.fstat(journal.fileno())):
             raise FileNotFoundError
 
@@ -1486,10 +1334,7 @@ def read_checkpoint(path):
 
 
 def restore(trainer, state, out):
-    """Give a trainer of either stage the state of a checkpoint.
-
-    Raises UserError for a checkpoint of other images, or one that does not fit.
-    """
+    """Give a trainer of either stage the state of a checkpoint of the same images."""
     if state["data"] != trainer.data:
         raise UserError(f"'{out}' was trained on other images than these; "
                         "point --data at a copy of its own")
@@ -1503,10 +1348,7 @@ def restore(trainer, state, out):
         torch.set_rng_state(state["random"])
         if "cuda_random" in state and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], trainer.device)
-    old, new = state["config"]["steps"], trainer.config.steps
-    print(f"resumed at step {trainer.step:,}", end="\n" if new == old else "; ")
-    if new != old:
-        print(f"a cosine's rate and a temperature now follow {new:,} steps instead of {old:,}")
+    print(f"resumed at step {trainer.step:,}")
 
 
 def fitting(path):
@@ -1517,25 +1359,15 @@ def fitting(path):
 def resumed_choices(kind, given, changeable, out):
     """The checkpoint of a run, and its configuration with the flags of --resume.
 
-    kind: the class of the configuration. Raises UserError if the run would become
-    another one, is another one than config.json describes, or is finished.
+    kind: the class of the configuration; changeable: names of the flags that may differ.
     """
-    state, noted = load_checkpoint(out / "last.pt"), {}
+    state = load_checkpoint(out / "last.pt")
     with fitting(out / "last.pt"):
         stored = asdict(kind(**state["config"]))
-    path = out / "config.json"
-    if path.exists():
-        with user_error(f"'{path}' cannot be read: {{}}; "
-                        "to continue from last.pt alone, delete it"):
-            noted = json.loads(path.read_text())
-    for name in [name for name in stored if name not in changeable]:
-        flag, value = f"--{name.replace('_', '-')}", stored[name]
-        if given.get(name, value) != value:
-            raise UserError(f"--resume cannot change {flag} from {value!r}; "
-                            "start another run")
-        if noted.get(name, value) != json.loads(json.dumps(value)) and name in noted:
-            raise UserError(f"'{out}' holds last.pt of another run, "
-                            f"with {flag} {value} instead of {noted[name]}")
+    for name, value in given.items():
+        if name not in changeable and value != stored[name]:
+            raise UserError(f"--resume cannot change --{name.replace('_', '-')} from "
+                            f"{stored[name]!r}; start another run")
     if state["processes"] != processes():
         raise UserError(f"'{out}' was trained by {state['processes']} processes; "
                         "resume with as many")
@@ -1550,7 +1382,7 @@ class Run:
     """A trained first stage: `model`, `config`, `prior`, `words` of the codes, ….
 
     device: as --device; data, labels: where the data set is now, or another one;
-    checkpoint: "last" or "best". Raises UserError if it is missing or damaged.
+    checkpoint: "last" or "best".
     """
 
     def __init__(self, path, device="auto", data="", labels="", checkpoint="last"):
@@ -1581,28 +1413,25 @@ class Run:
             self.words = words if len(sizes) == 2 else [sum(words, [])]
 
     def _find_data(self, data, labels):
-        config, self.datasets = self.config, None  # they are made when first needed
+        config, self.results, self.datasets = self.config, self.path, None
         if data and config.dataset == "demo" or labels and config.dataset != "folder":
-            raise UserError(f"--data or --labels changes nothing for '{self.path}', a run of "
-                f"{config.dataset} (synthesize.py RUN tokens PHOTO reads any photograph)")
-        self.results = self.path  # those on another data set have their own folder
+            raise UserError(f"--data or --labels changes nothing for '{self.path}', "
+                            f"a run of {config.dataset}")
         if labels or not os.path.isdir(config.labels):  # most commands need no label maps
             config.labels = labels
         if data:
             config.data = os.path.expanduser(data)
             with contextlib.suppress(UserError):  # of a folder without splits
-                datasets = make_datasets(config)
-                if identity(datasets[0], config.data) == self.data:
-                    self.datasets = datasets
-            if self.datasets is None:
+                self.datasets = make_datasets(config)
+            if not self.datasets or identity(self.datasets[0], config.data) != self.data:
                 self.results = self.path / "other" / Path(data).resolve().name
                 config.labels = labels
+                self.datasets = make_datasets(config, whole=True)
 
     def dataset(self, split):
         """The "train" or "val" images of the run's data set, or of another one."""
-        if self.datasets is None:
-            whole = self.results != self.path
-            self.datasets = make_datasets(self.config, whole)
+        if self.datasets is None:  # some commands need none
+            self.datasets = make_datasets(self.config)
         return copy.copy(self.datasets[split == "val"])
 
     def read(self, path):
@@ -1641,28 +1470,24 @@ def to_bytes(x):
 def draw_grid(rows, path, size=128, columns=8):
     """Draw labelled rows of pictures as a PNG; long rows continue below.
 
-    rows: list of (label, images (3, H, W) in [-1, 1]), maybe with the images' files, whose
-    names are written over them; size: pixels a side at least.
+    rows: list of (label, images (3, H, W) in [-1, 1]); size: pixels a side at least.
     """
     size = max(size, rows[0][1][0].shape[-1])
-    length = max(len(images) for _, images, *_ in rows)
-    lines = [(label, *(items[first : first + columns] for items in row))
+    length = max(len(images) for _, images in rows)
+    lines = [(label, images[first : first + columns])
              for first in range(0, length, columns)
-             for label, *row in rows if first < len(row[0])]
+             for label, images in rows if first < len(images)]
     pitch, margin, font = size + 4, 150, ImageFont.load_default(14)
     width = margin + min(length, columns) * pitch
     grid = Image.new("RGB", (width, len(lines) * pitch), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (label, images, *names) in enumerate(lines):
+    for row, (label, images) in enumerate(lines):
         text = "\n".join(textwrap.fill(line, 18) for line in label.split("\n"))
         draw.multiline_text((8, (row + 0.5) * pitch), text, "black", font, anchor="lm")
         for column, x in enumerate(images):
             picture = TF.to_pil_image(to_bytes(x).cpu())
-            left, top = margin + column * pitch, row * pitch
-            grid.paste(picture.resize((size, size), Image.Resampling.NEAREST), (left, top))
-            for files in names:
-                draw.text((left + 4, top), os.path.basename(files[column]), "black",
-                          font, stroke_width=2, stroke_fill="white")
+            picture = picture.resize((size, size), Image.Resampling.NEAREST)
+            grid.paste(picture, (margin + column * pitch, row * pitch))
     save_png(grid, path)
 
 
@@ -1683,7 +1508,16 @@ def launch(main):
 
     def joined():
         if {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
-            join_group()
+            backend = "gloo"
+            if torch.cuda.is_available():
+                backend = "cpu:gloo,cuda:nccl"
+                with user_error("torchrun started more processes than there are GPUs: {}"):
+                    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # The first process may download or encode while the others wait.
+            timeout = datetime.timedelta(days=1)
+            torch.distributed.init_process_group(backend, timeout=timeout)
+        if rank():
+            sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
             main()
         except UserError as error:
@@ -1696,23 +1530,10 @@ def launch(main):
     command(joined)
 
 
-def join_group():
-    """Join the processes of torchrun."""
-    backend = "gloo"
-    if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
-        with user_error("torchrun started more processes than there are GPUs: {}"):
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The first process may download or encode while the others wait.
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    if rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-
-
 @contextlib.contextmanager
 def first_process_first():
     """A block that the first process runs first; the others then find its files."""
-    if distributed() and rank():
+    if rank():
         torch.distributed.barrier()
     yield
     if distributed() and not rank():
@@ -1760,21 +1581,13 @@ def load_lpips(trunk, trunk_weights="", lpips_weights=""):
 
 
 def take_published_weights(trainer, path):
-    """Give a Trainer the weights of a taming-transformers checkpoint.
-
-    A prefix of all names, such as "module.", is removed. Raises UserError if they do not fit.
-    """
-    state = read_tensors(path)
-    prefix = re.match(r"(.*\.)?", os.path.commonprefix(list(state)))[0]
-    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    without = f", names without '{prefix}'" if prefix else ""
+    """Give a Trainer the weights of a taming-transformers checkpoint."""
     with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} "
-                    f"(published: --preset f16{without})"):
-        unused = load_taming(trainer.model, trainer.discriminator, state)
+                    "(published: --preset f16)"):
+        unused = load_taming(trainer.model, trainer.discriminator, read_tensors(path))
     trainer.start = [codes.detach().clone() for codes in trainer.model.codebook()]
     networks = sorted({name.partition(".")[0] for name in unused})
-    more = f"; not taken from it: {', '.join(networks)}" if networks else ""
-    print(f"init: {path}{without}{more}")
+    print(f"init: {path}; not taken from it: {', '.join(networks) or 'nothing'}")
 
 
 # ======== Command line
@@ -1791,45 +1604,34 @@ def parse(argv=None):
                        help="continue from the run's last checkpoint")
     start.add_argument("--overwrite", action="store_true",
                        help="replace a run of the same name")
-    parser.add_fields(Config, SECTIONS, default_text)
+    parser.add_fields(Config, default_text)
     given = vars(parser.parse_args(argv))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
     if not resume:
         return resolve(given), None, overwrite
-    named = given.keys() - set(CHANGEABLE) | {"out"} & given.keys()
-    given["out"] = resolve({name: given[name] for name in named}).out
-    out = Path(given["out"])
-    if not (out / "last.pt").is_file():
-        raise UserError(f"no run '{out}' to resume: it has no last.pt; "
-                        "--out names a run")
-    state, stored = resumed_choices(Config, given, CHANGEABLE, out)
+    given["out"] = given.get("out") or resolve(given).out
+    state, stored = resumed_choices(Config, given, CHANGEABLE, Path(given["out"]))
     return resolve(given, stored), state, False
 
 
 def default_text(name, value):
-    """A flag's default in --help: "256; demo, tiny: 64"."""
-    text = lambda x: ",".join(map(str, x)) if isinstance(x, tuple) else str(x)
-    others = defaultdict(list)
-    for preset, choices in PRESETS.items():
-        if choices.get(name, value) != value:
-            others[text(choices[name])].append(preset)
-    parts = [f"{', '.join(presets)}: {other}" for other, presets in others.items()]
-    return "; ".join([text(value), *parts])
+    """A flag's default in --help: "256; demo: 64; tiny: 64"."""
+    defaults = [value] + [f"{preset}: {choices[name]}" for preset, choices in PRESETS.items()
+                          if choices.get(name, value) != value]
+    return "; ".join(map(str, defaults))
 
 
 def main(argv=None):
     """Train a run from its flags to its last step."""
     config, state, overwrite = parse(argv)
-    argv = sys.argv[1:] if argv is None else argv
-    again = shlex.join(["python", "train.py", *argv, "--download"])
     out, device = Path(config.out), pick_device(config.device)
     if state is None and not rank():
         check_folder(out, overwrite)  # before the data are read
     with first_process_first():
-        provide(needs(config, with_prior=state is None), config.download, again)
+        provide(needs(config, with_prior=state is None), config.download, "add --download")
         train_set, val_set = make_datasets(config)  # the latter is for evaluate.py
         if not rank():
-            check_images((train_set, val_set), device, config.workers)
+            check_images((train_set, val_set))
         # §3.3, steps 1 and 2: words, their vectors and the graph.
         prior = None if state else make_prior(config, train_set)
     kept, chosen = hold_out(len(train_set), config.eval_images)
@@ -1851,27 +1653,12 @@ def main(argv=None):
     with open_run(out, trainer, overwrite, state) as journal:
         if prior is not None and not rank():
             prior.save(out / "prior.npz")
-        print(f"{config.dataset}: {len(kept):,} images train, {len(chosen):,} choose "
-              f"best.pt, {len(val_set):,} evaluate; run {out}")
-        print_plan(trainer, len(kept))
+        print(f"{out}: {config.method} ({config.preset}) on {device} in {precision(trainer)}\n"
+              f"{config.dataset}: {len(kept):,} images train, {len(chosen):,} choose best.pt, "
+              f"{len(val_set):,} evaluate", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation), out, journal)
-    look = f"look at {out / 'reconstructions.png'}; " if config.steps else ""
-    print(f"done: {look}measure with: python evaluate.py {shlex.quote(str(out))}")
-
-
-def print_plan(trainer, count):
-    """Print what will be trained, on `count` images."""
-    config = trainer.config
-    codes = " + ".join(f"{len(used):,}" for used in trainer.last_used)
-    print(f"{config.method} ({config.preset}) on {trainer.device} in "
-          f"{precision(trainer)}: {trainer.model.grid} positions of {codes} codes")
-    late = " (after the end)" if config.gan_start >= config.steps else ""
-    print(f"loss: {config.pixel_loss} + {config.perceptual_weight} LPIPS + "
-          f"{config.gan_weight} adversary from step {config.gan_start:,}{late}", flush=True)
-    if images_per_step(config) > count:
-        print(f"note: a step takes {images_per_step(config):,} images, some of them more "
-              f"than once, as only {count:,} train", flush=True)
+    print(f"done: measure with: python evaluate.py {shlex.quote(str(out))}")
 
 
 # ======== Appendix, the demo: flat birds in scenes, drawn and described by code

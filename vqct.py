@@ -838,7 +838,8 @@ def option(default, reason, **more):
     """A dataclass field with its help text.
 
     more: choices; bounds `least` (by default 1 for whole numbers, 0 for others) and `most`;
-        `each`, the type of several values.
+        `each`, the type of several values; `group`, the title of the flags in --help from
+        this one on.
     """
     return field(default=default, metadata={"reason": reason, **more})
 
@@ -847,7 +848,7 @@ def option(default, reason, **more):
 class ModelConfig:
     """Shape of the network and origin of its codes; defaults are the paper's f16 network."""
 
-    resolution: int = option(256, "pixels per side (paper: 256)", least=24)
+    resolution: int = option(256, "pixels per side (paper: 256)", least=24, group="network")
     channels: int = option(128, "width of the first level of encoder and decoder")
     multipliers: tuple = option(
         (1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
@@ -856,7 +857,7 @@ class ModelConfig:
     code_dim: int = option(256, "channels of all codebooks together")
     codes: str = option(
         "words", "starting vectors: words; random: normal; uniform: −1/K to 1/K, as VQGAN",
-        choices=("words", "random", "uniform"))
+        choices=("words", "random", "uniform"), group="codes")
     vector_scale: str = option(
         "rms", "word vectors are divided by their RMS, or kept", choices=("rms", "none"))
     codebooks: int = option(
@@ -877,7 +878,7 @@ class ModelConfig:
     weighted_edges: bool = option(False, "A counts occurrences of a pair (authors' code)")
     quantizer: str = option(
         "nearest", "nearest code (Eq. 1), Gumbel-VQ, CVQ or Reg-VQ",
-        choices=("nearest", "gumbel", "cvq", "regvq"))
+        choices=("nearest", "gumbel", "cvq", "regvq"), group="quantizers")
     beta: float = option(0.25, "weight β of Eq. 2")
     beta_on: str = option(
         "commitment", "the term that β multiplies (authors' code: codebook)",

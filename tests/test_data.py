@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import train as train_module
 from conftest import SHARED
@@ -395,20 +395,12 @@ def test_every_attribute_of_cub_is_a_pair_or_left_out(tmp_path, speech):
     )
 
 
-def test_cubs_tables_name_nothing_outside_its_folder(cub):
-    for name in ("../../elsewhere.jpg", "/elsewhere.jpg"):
-        write(cub, images=[f"1 {name}"])
-        with pytest.raises(UserError, match=f"are inconsistent.*{name} lies elsewhere"):
-            split_of("cub", cub, "train")
-
-
 def test_the_prior_is_the_papers_or_the_one_that_is_named(
     cub, speech, prior, monkeypatch, tmp_path
 ):
     monkeypatch.chdir(tmp_path)
     few = functools.partial(build_prior, speech=speech, embeddings="corpus", min_count=1)
     monkeypatch.setattr(train_module, "build_prior", few)
-    monkeypatch.setattr(train_module, "provide", lambda needs, download, again: None)
     for name in COCO_CAPTIONS:
         path = tmp_path / "data" / "coco" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -458,12 +450,11 @@ def test_folder_of_images_with_classes_captions_and_label_maps(tmp_path):
     )
 
 
-@pytest.mark.parametrize("held_out", ["val", "test", "Valid", "validation", "DEV"])
-def test_folder_with_splits_of_its_own(tmp_path, held_out):
+def test_folder_with_splits_of_its_own(tmp_path):
     for path in (
         *(f"train/{c}/{i}.png" for c in "ab" for i in range(6)),
-        f"{held_out}/c/0.png",
-        f"{held_out}/1.png",
+        "val/c/0.png",
+        "val/1.png",
     ):
         photograph(tmp_path / path)
     train, val, classes = folder_records(tmp_path)
@@ -475,10 +466,8 @@ def test_folder_with_splits_of_its_own(tmp_path, held_out):
     assert classes == ["a", "b", "c"]
     (tmp_path / "unlabeled").mkdir()
     assert folder_records(tmp_path)[1] == val
-    (tmp_path / held_out).rename(tmp_path / "held back")
-    with pytest.raises(
-        UserError, match="holds 'held back', 'train', 'unlabeled': which one trains and which"
-    ):
+    (tmp_path / "val").rename(tmp_path / "test")
+    with pytest.raises(UserError, match="needs both of train/ and val/, or neither"):
         folder_records(tmp_path)
 
 
@@ -518,11 +507,11 @@ def test_a_folder_that_is_not_there_is_named_and_a_home_is_found(tmp_path, monke
     for i in range(10):
         photograph(tmp_path / "data" / f"{i}.jpg")
     assert len(split_of("folder", "~/data", "train")) == 9
-    with pytest.raises(UserError, match="^--labels: no such folder: 'nowhere'"):
+    with pytest.raises(UserError, match="^no such folder: 'nowhere'"):
         split_of("folder", "~/data", labels="nowhere")
     for name in ("absent", "data/0.jpg"):
         with pytest.raises(
-            UserError, match=f"^--data: no such folder: '{tmp_path / name}'"
+            UserError, match=f"^no such folder: '{tmp_path / name}'"
         ):
             split_of("folder", f"~/{name}")
 
@@ -642,15 +631,6 @@ def test_a_jpeg_without_its_end_is_read_and_a_half_is_not(tmp_path, options):
                 dataset[0]
 
 
-def test_long_notes_in_a_png_do_not_spoil_its_image(tmp_path):
-    notes = PngImagePlugin.PngInfo()
-    notes.add_itxt(
-        "XML:com.adobe.xmp", "<x/>" * 10**6, zip=True
-    )  # as photograph editors keep their history
-    pixels(tmp_path / "x.png", np.full((20, 20, 3), 7), pnginfo=notes)
-    assert (images_at(16, tmp_path / "x.png")[0]["image"] == 7).all()
-
-
 @pytest.mark.parametrize("size", [(30_000, 3), (2, 40_000)])
 def test_a_thin_image_costs_no_more_than_its_crop(tmp_path, size):
     Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "x.png")
@@ -680,10 +660,9 @@ def test_a_crop_is_that_of_the_whole_image_resized(tmp_path):
     assert len({int(place.indices) for place in places}) > 12
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_all_images_whose_headers_are_broken_are_named_at_once(tmp_path, workers):
+def test_all_images_whose_headers_are_broken_are_named_at_once(tmp_path):
     dataset = images_at(16, *(photograph(tmp_path / f"{i}.jpg") for i in range(600)))
-    check_images([dataset], CPU, workers)
+    check_images([dataset])
     for i, content in {
         3: b"",
         300: b"<html>",
@@ -692,7 +671,7 @@ def test_all_images_whose_headers_are_broken_are_named_at_once(tmp_path, workers
         (tmp_path / f"{i}.jpg").write_bytes(content)
     (tmp_path / "400.jpg").unlink()
     with pytest.raises(UserError) as raised:
-        check_images([dataset, dataset], CPU, workers)
+        check_images([dataset, dataset])
     parts = str(raised.value).split("; ")
     assert [part.split("'")[1] for part in parts] == [
         str(tmp_path / f"{i}.jpg") for i in (3, 300, 400, 599) * 2
@@ -847,11 +826,6 @@ def test_an_archive_is_fetched_once_and_unpacked_in_its_place(server, serve, tmp
     provide(archives("cub", root), True, "")
     assert files_in(root.parent) == set(CUB_FILES)
     assert server.requests
-    with pytest.raises(
-        UserError,
-        match="a download makes one named CUB_200_2011: give --data .*/CUB_200_2011",
-    ):
-        archives("cub", root.with_name("birds"))
 
 
 def test_an_archive_whose_unpacking_was_killed_is_unpacked_again(server, serve, tmp_path):
@@ -917,14 +891,6 @@ def test_a_failed_download_is_a_line_and_succeeds_when_it_is_tried_again(
     server.cuts_after, server.files = None, {"/0.tgz": content}
     provide(archives("cub", root), True, "")
     assert files_in(tmp_path) == set(CUB_FILES)
-
-
-@pytest.mark.parametrize("folders", [("photos", "validation"), ("Train", "train", "val")])
-def test_one_split_beside_other_folders_is_refused(tmp_path, folders):
-    for folder in folders:
-        photograph(tmp_path / folder / "0.png")
-    with pytest.raises(UserError, match="which one trains and which one evaluates"):
-        folder_records(tmp_path)
 
 
 def test_images_of_equal_names_and_sizes_are_told_apart(tmp_path):

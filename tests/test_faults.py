@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -324,19 +323,6 @@ def test_a_second_signal_ends_a_run_at_once(photographs, tmp_path):
         os.kill(process.pid, number)
     assert "stopped" not in finish(process, 130)
     assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 0
-
-
-def test_a_run_in_another_thread_leaves_signals_alone(
-    photographs, whole, tmp_path, capsys
-):
-    before, out = signal.getsignal(signal.SIGINT), tmp_path / "my run"
-    with ThreadPoolExecutor() as pool:  # as a server has
-        pool.submit(train.main, flags(photographs, out)).result()
-    assert signal.getsignal(signal.SIGINT) == before
-    assert_same_run(whole, out)
-    assert capsys.readouterr().out.endswith(
-        f"measure with: python evaluate.py '{out}'\n"
-    )  # as a shell reads it
 
 
 def test_a_killed_worker_is_one_line(photographs, tmp_path):
@@ -709,7 +695,7 @@ def test_what_is_not_finite_is_not_saved(
     named = "gradient" if broken == "stopped" else broken
     with pytest.raises(
         UserError,
-        match=f"^{named} is not finite at step {step}; '.*last.pt' is unchanged",
+        match=f"^{named} is not finite at step {step}; try a smaller --lr",
     ):
         train.main(
             flags(photographs, tmp_path / "run", log_every=log_every, gan_start=60)
@@ -805,7 +791,7 @@ def test_a_seed_repeats_a_run_and_overwriting_leaves_nothing_of_the_old(
         ("--prior=absent.npz", "'absent.npz' is no prior: "),
         ("--device=tpu", "--device tpu: "),
         ("--discriminator-layers=4", "layers 4 are too many for these images"),
-        ("--out=/dev/null", "name another --out"),
+        ("--out=/dev/null", "File exists"),
         ("--out=/dev/null/run", "Not a directory"),
         ("--seed=4611686018427387904 --batch-size=17", None),
         ("--multipliers=1,1,2 --resolution=36 --device=cpu", None),
@@ -853,7 +839,7 @@ def test_what_is_no_run_is_named(tmp_path, capsys, monkeypatch, call, name):
     torch.save({"weights": torch.ones(2)}, f"thesis/{name}")
     script, *more = call.split()
     assert re.search(
-        "thesis(/last.pt)?' (is no|to resume)", said(globals()[script].main, capsys, more)
+        "thesis(/last.pt)?' is no", said(globals()[script].main, capsys, more)
     )
     assert os.listdir("thesis") == [name]
 
@@ -875,9 +861,7 @@ def test_images_of_every_kind_are_read_right(tmp_path):
         np.repeat(ramp[..., None], 3, 2),
         np.where(ramp < 128, 0, 255).astype(np.uint8),
     )
-    picture, deep, turned = map(
-        Image.fromarray, (ramp, ramp.astype(np.uint16) * 257, gray)
-    )
+    picture, turned = map(Image.fromarray, (ramp, gray))
     red, blue, cyan = (
         Image.new("RGB", (16, 16), "red"),
         Image.new("RGB", (16, 16), "blue"),
@@ -887,8 +871,6 @@ def test_images_of_every_kind_are_read_right(tmp_path):
     exif[0x0112] = 6
     for name, image, expected, options in (
         ("gray.png", picture, gray, {}),
-        ("deep.png", deep, gray, {}),
-        ("deep.tif", deep, gray, {}),
         ("palette.png", picture.convert("P"), gray, {}),
         ("bits.png", Image.fromarray(seen > 0), seen[..., None], {}),
         (
@@ -913,7 +895,8 @@ def test_images_of_every_kind_are_read_right(tmp_path):
     [
         (b"P5 9 9 255\n half", "truncated|not large enough"),
         (b"P5 20000 20000 255\n", "bomb"),
-        (b"Pf\n1 1\n-1.0\n0000", "floating-point"),
+        (b"Pf\n1 1\n-1.0\n0000", "not of 8 bits"),
+        (b"P5 48 40 65535\n" + bytes(48 * 40 * 2), "not of 8 bits"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
     ],
 )
@@ -1116,7 +1099,7 @@ def test_label_maps_that_moved_are_named_again(photographs, tmp_path, monkeypatc
         (train.main, [f"--out={out}", "--resume", "--steps=4"]),
         (evaluate.main, [str(out), "--labels=x"]),
     ):
-        with pytest.raises(UserError, match="--labels: no such folder: '(.*moved|x)'"):
+        with pytest.raises(UserError, match="no such folder: '(.*moved|x)'"):
             main(flag)
 
 

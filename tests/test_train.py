@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -27,7 +26,6 @@ from train import (
     NAMED,
     RUN_FILES,
     Run,
-    SECTIONS,
     SEGMENTS,
     SPECIES,
     Scene,
@@ -241,12 +239,12 @@ def test_flags_win_over_method_over_recipe_over_preset():
     "name, given",
     [
         ("demo-vqct", dict(steps=5, lr=1.0)),
-        ("coco-vqgan-official", dict(dataset="coco", method="vqgan", recipe="official")),
-        ("demo-vqct-edges-seed-2-random", dict(shuffle="edges", codes="random", seed=2)),
+        ("coco-vqgan-recipe-official", dict(dataset="coco", method="vqgan", recipe="official")),
+        ("demo-vqct-shuffle-edges-seed-2-codes-random", dict(shuffle="edges", codes="random", seed=2)),
         # Neither of these choices differs from what the method does anyway.
         ("demo-random-mlp", dict(method="random-mlp", codes="random", seed=0)),
         ("demo-vqct-glove", dict(prior="priors/glove.npz")),
-        ("demo-matched-cvq", dict(method="matched", quantizer="cvq")),
+        ("demo-matched-quantizer-cvq", dict(method="matched", quantizer="cvq")),
         ("demo-vqct-transfer-none", dict(transfer="none")),
         ("demo-vqct-multipliers-1-2", dict(multipliers=(1, 2))),
         ("demo-vqct-gan_weight-0.5-init", dict(init="vqgan.ckpt", gan_weight=0.5)),
@@ -257,17 +255,23 @@ def test_a_default_folder_names_what_departs_from_the_method(name, given):
 
 
 def test_help_shows_groups_of_flags_and_the_defaults_of_the_presets(capsys):
-    names = [name for fields in SECTIONS.values() for name in fields.split()]
-    assert sorted(names) == sorted(Config.__dataclass_fields__)
     with pytest.raises(SystemExit):
         parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    places = [text.index(f" {title}: --") for title in SECTIONS]
+    titles = [
+        field.metadata["group"]
+        for field in Config.__dataclass_fields__.values()
+        if "group" in field.metadata
+    ]
+    inherited, own = titles[:3], titles[3:]
+    assert inherited == ["network", "codes", "quantizers"]
+    assert own == ["data and prior", "run", "optimisation", "losses"]
+    places = [text.index(f" {title}: --") for title in own + inherited]
     assert places == sorted(places)
     for words in (
-        "(default: 256; demo, tiny: 64)",
-        "(default: 500000; demo, tiny: 1800)",
-        "(default: 1,1,2,2,4; demo: 1,1,2; tiny: 1,1,2,4)",
+        "(default: 256; demo: 64; tiny: 64)",
+        "(default: 500000; demo: 1800; tiny: 1800)",
+        "(default: (1, 1, 2, 2, 4); demo: (1, 1, 2); tiny: (1, 1, 2, 4))",
     ):
         assert words in text
     reasons = [
@@ -276,12 +280,6 @@ def test_help_shows_groups_of_flags_and_the_defaults_of_the_presets(capsys):
         if name not in ModelConfig.__dataclass_fields__
     ]
     assert all(len(reason.partition(" (default:")[0]) <= 80 for reason in reasons)
-
-
-def test_a_batch_larger_than_the_data_set_is_said(tmp_path, capsys):
-    run_tiny(tmp_path / "run", steps=0, batch_size=100)
-    said = "a step takes 100 images, some of them more than once, as only 92 train"
-    assert said in capsys.readouterr().out
 
 
 def test_help_names_every_flag_with_its_default(capsys):
@@ -325,14 +323,10 @@ def test_help_names_every_flag_with_its_default(capsys):
         ),
         ("--reso 64", "unrecognized arguments: --reso 64"),
         ("--device gpu", "--device gpu: "),
-        (
-            "--data photos",
-            "--data photos needs --dataset too: folder for any photographs",
-        ),
-        ("--prior corpus.txt", "--prior takes a .npz; make one with: python prior.py corpus.txt --out NAME.npz"),
+        ("--data photos", "--data changes nothing with these flags; leave it out"),
         (
             "--resume",
-            "no run 'runs/demo-vqct' to resume: it has no last.pt; --out names a run",
+            "'runs/demo-vqct/last.pt' is no checkpoint of this program, or damaged: ",
         ),
     ],
 )
@@ -446,16 +440,11 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run(tmp_path):
         )  # four originals and, below, what became of them
 
 
-def test_tiny_begins_its_adversary_at_the_same_share_of_the_steps(tmp_path, capsys):
+def test_tiny_begins_its_adversary_at_the_same_share_of_the_steps():
     assert resolve({"steps": 1200}).gan_start == 1000
     assert resolve({}).gan_start == 1500
     assert resolve({"steps": 1200, "gan_start": 7}).gan_start == 7
     assert resolve({"dataset": "cub", "steps": 1200}).gan_start == 5000
-    run_tiny(tmp_path / "run", steps=2, gan_start=5)
-    assert (
-        "loss: l2 + 0.0 LPIPS + 0.2 adversary from step 5 (after the end)\n"
-        in capsys.readouterr().out
-    )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -771,63 +760,26 @@ def test_resuming_with_flags_means_what_it_means_at_the_start(choices, capsys):
     )
     rate = state["generator_optimizer"]["param_groups"][0]["lr"] / state["config"]["lr"]
     assert rate == pytest.approx(0.25 if "schedule" in choices else 1)
-    (line,) = [
-        line
-        for line in capsys.readouterr().out.splitlines()
-        if line.startswith("resumed")
-    ]
-    assert (
-        line
-        == "resumed at step 2; a cosine's rate and a temperature now follow 3 steps instead of 2"
-    )
+    assert "\nresumed at step 2\n" in "\n" + capsys.readouterr().out
 
 
-def test_a_checkpoint_of_another_run_is_refused():
-    for name, choices in (
-        ("one", {}),
-        ("other", dict(seed=1)),
-        ("wider", dict(channels=16)),
-    ):
-        run_tiny(name, steps=1, **choices)
-    for name, message in (
-        ("other", "--seed 1 instead of 0"),
-        ("wider", "--channels 16 instead of 8"),
-    ):
-        shutil.copy(f"{name}/last.pt", "one/last.pt")
-        with pytest.raises(
-            UserError, match=f"'one' holds last.pt of another run, with {message}"
-        ):
-            train_module.main(["--out", "one", "--resume", "--steps", "2"])
-        Path(
-            f"{name}/config.json"
-        ).unlink()  # a checkpoint alone is what there is to go on from
-        train_module.main(["--out", name, "--resume", "--steps", "2"])
-
-
-def test_only_lines_later_than_the_checkpoint_are_cut(capsys):
+def test_lines_later_than_the_checkpoint_are_cut():
     out = run_tiny("run", steps=4)
-    lines = (
-        (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    )  # of steps 1, 2, 3, 4, and a validation
-    lines[0] = b"\xef\xbb\xbf" + lines[0].replace(b"\n", b"\r\n")
+    journal = out / "metrics.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)  # 1, 2, 3, 4, and a validation
     lines[1] = lines[1][:9] + b"\xff\0" + lines[1][9:]
-    later = [lines[3].replace(b'"step": 4', b'"step": %d' % step) for step in (5, 6)]
-    (out / "metrics.jsonl").write_bytes(
-        b"".join([*lines, later[0], b"\x80 damaged\n", later[1], b'{"step": 7, "lo'])
-    )
+    later = lines[3].replace(b'"step": 4', b'"step": 5')
+    journal.write_bytes(b"".join([*lines, later, b"\x80 damaged\n", b'{"step": 7, "lo']))
     train_module.main(["--out", "run", "--resume", "--steps", "5"])
-    assert "metrics.jsonl: 3 lines later than step 4 are cut\n" in capsys.readouterr().out
-    kept = (out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    assert kept[: len(lines) + 1] == [*lines, b"\x80 damaged\n"]
-    assert len(kept) == len(lines) + 3
-    assert [line["step"] for line in read_journal(out / "metrics.jsonl")] == [
-        1,
-        3,
-        4,
-        4,
-        5,
-        5,
-    ]
+    kept = journal.read_bytes().splitlines(keepends=True)
+    assert kept[: len(lines)] == lines
+    assert len(kept) == len(lines) + 2
+    assert [line["step"] for line in read_journal(journal)] == [1, 3, 4, 4, 5, 5]
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"step": 5, "lo')  # half a line, as a kill leaves it
+    with open(journal, "a+b") as file:
+        train_module.cut_journal(file, 6)
+    assert journal.read_bytes() == whole
 
 
 def test_a_folder_trains_with_a_prior_lpips_and_the_cosine(prior, monkeypatch):
@@ -915,43 +867,6 @@ def test_training_starts_from_published_weights(capsys):
     assert not Path("other").exists()
 
 
-@pytest.mark.parametrize(
-    "inside, prefix",
-    [
-        ("", "module."),
-        ("model", ""),
-        ("model", "_orig_mod.module."),
-        ("state_dict", "tokenizer.vqgan."),
-    ],
-)
-def test_published_weights_may_be_wrapped(inside, prefix, capsys):
-    theirs = Published().state
-    named = {f"{prefix}{name}": value for name, value in theirs.items()}
-    torch.save({"epoch": 3, inside: named} if inside else named, "vqgan.ckpt")
-    sizes = dict(
-        channels=128,
-        z_channels=16,
-        init="vqgan.ckpt",
-        method="vqgan",
-        codebook_size=12,
-        code_dim=8,
-    )
-    run = Run(run_tiny("run", steps=0, **sizes, gan_weight=0.0), "cpu")
-    assert torch.equal(
-        run.model.state_dict()["decoder.to_image.bias"], theirs["decoder.conv_out.bias"]
-    )
-    assert (
-        f"init: vqgan.ckpt, names without '{prefix}'\n"
-        if prefix
-        else "init: vqgan.ckpt\n"
-    ) in capsys.readouterr().out
-    with pytest.raises(
-        UserError,
-        match=rf"--preset f16{f', names without .{prefix}.' if prefix else ''}\)",
-    ):
-        run_tiny("other", init="vqgan.ckpt")
-
-
 def test_weights_with_objects_are_refused_in_plain_words():
     torch.save({"weights": Foreign()}, "objects.ckpt")
     with pytest.raises(
@@ -996,7 +911,7 @@ def test_a_run_is_kept_or_overwritten_whole(tmp_path):
     assert contents(out).keys() == before.keys()
     assert load_checkpoint(out / "last.pt")["step"] == 2
     assert [line["step"] for line in lines_of(out)] == [1, 2]
-    with pytest.raises(UserError, match="'beside.txt' is a file, not a folder"):
+    with pytest.raises(FileExistsError, match="beside.txt"):
         run_tiny("beside.txt", "--overwrite", steps=1)
     assert Path("beside.txt").read_text() == "years of work"
 
@@ -1102,19 +1017,3 @@ def test_other_data_are_told_by_their_contents_not_by_their_name(tmp_path, prior
     assert moved.results == out and len(moved.dataset("val")) == 2
     other = Run(out, "cpu", data="other/birds")
     assert other.results == out / "other" / "birds" and len(other.dataset("val")) == 20
-
-
-def test_a_journal_without_its_last_newline_goes_on_in_a_line_of_its_own(tmp_path):
-    out = run_tiny("run", steps=4)
-    journal = out / "metrics.jsonl"
-    journal.write_text(journal.read_text().rstrip("\n"))
-    before = len(read_journal(journal))
-    train_module.main(["--out", "run", "--resume", "--steps", "6"])
-    assert [line["step"] for line in read_journal(journal)][before:][:1] == [5]
-    whole = journal.read_text()
-    journal.write_text(whole + '{"step": 6, "lo')  # half a line, as a kill leaves it
-    with open(journal, "a+", encoding="utf-8") as file:
-        train_module.cut_journal(file, 6)
-    assert journal.read_text() == whole
-    journal.write_text("5\n" + journal.read_text())
-    assert all(isinstance(line, dict) for line in read_journal(journal))

@@ -1092,7 +1092,7 @@ def read_tensors(path):
         callback = (dict, "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
         with torch.serialization.safe_globals([callback]):
             state = load_tensors(path)
-        state = state.get("state_dict", state)
+        state = state.get("state_dict", state.get("model", state))
         return {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
 
 

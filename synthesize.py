@@ -214,8 +214,13 @@ def convert(run, photographs, split, decode, output, words):
         for numbers in torch.arange(len(indices)).split(run.config.batch_size):
             save_images(path, numbers, to_bytes(decode_tokens(run, indices[numbers])))
     elif photographs:
-        path, words = output or "photographs", words or []
-        indices = run.model.encode(torch.cat([run.read(photo) for photo in photographs]))
+        path, words = output or run.path / "photographs.png", words or []
+        x = torch.cat([run.read(photograph) for photograph in photographs])
+        indices = run.model.encode(x)
+        if not output:
+            names = [Path(photograph).name for photograph in photographs]
+            rows = [("original", x, names), ("from its tokens", run.model.decode(indices))]
+            draw_grid(rows, path)
     else:
         indices = tokens_of(run, split).indices
     if output and not decode:

@@ -2,7 +2,7 @@
 
     python train.py                    built-in birds, minutes on a CPU
     python train.py --method vqgan     a baseline: 1,024 learned codes
-    python train.py --resume           continue the last run
+    python train.py --resume           continue that run, from its last checkpoint
     python train.py --dataset cub --download --device cuda   the paper's system
     python train.py --dataset folder --data DIR --download   own photographs
     torchrun --nproc-per-node 8 train.py --dataset cub       on eight GPUs
@@ -25,6 +25,7 @@ import shutil
 import signal
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 import zlib
@@ -41,7 +42,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from prior import (
@@ -578,14 +579,18 @@ def pace(trainer, recent):
 
 @contextlib.contextmanager
 def noted_signals():
-    """A list that takes the first SIGINT or SIGTERM; a second one ends the process."""
+    """A list that takes the first SIGINT or SIGTERM; a second one ends the process.
+
+    Outside the main thread, as in a notebook, signals are left alone.
+    """
     noted, usual = [], {}
+    main_thread = threading.current_thread() is threading.main_thread()
 
     def note(number, frame):
         noted.append(number)
         signal.signal(number, usual[number])
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM) if main_thread else ():
         usual[number] = signal.signal(number, note)
     try:
         yield noted
@@ -679,6 +684,8 @@ class ImageDataset(Dataset):
 
 
 FORMATS = "JPEG PNG BMP PPM TIFF WEBP GIF".split()  # not EPS, which runs Ghostscript
+# Long notes in a PNG do not make its image unreadable.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 
 
 @contextlib.contextmanager
@@ -807,6 +814,8 @@ def cub_records(root, split):
     records = []
     with user_error(f"the tables of '{root}' are inconsistent; unpack them again: {{}}"):
         for key, name in images.items():
+            if name.startswith("/") or ".." in name:
+                raise ValueError(f"{name} lies elsewhere")
             if (splits[key] == "1") == (split == "train"):
                 text = (texts / name).with_suffix(".txt")
                 captions = text if text.exists() else sentences.get(key, ())
@@ -869,13 +878,12 @@ FACE_SIDES = [(4, 5), (5, 4), (6, 7), (7, 6), (8, 9), (9, 8)]  # l_ and r_
 def celebahq_records(root, split):
     """CelebA-HQ, split as CelebA by the original's number: 24,183 and 2,993 images.
 
-    It has to be downloaded by hand: https://github.com/switchablenorms/CelebAMask-HQ
-
         CelebAMask-HQ/CelebA-HQ-img/0.jpg, …
         CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt
         CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/00000_hair.png, …
     """
-    require(root, "CelebA-HQ-img", "CelebA-HQ-to-CelebA-mapping.txt")
+    require(root, "CelebA-HQ-img", "CelebA-HQ-to-CelebA-mapping.txt",
+            source="https://github.com/switchablenorms/CelebAMask-HQ")  # by hand
     masks = defaultdict(dict)
     for path in (root / "CelebAMask-HQ-mask-anno").glob("*/[0-9]*_*.png"):
         number, _, part = path.stem.partition("_")
@@ -988,12 +996,18 @@ def archives(name, root):
         return []
     local = f"{root}/annotations" if name == "captions" else "--data DIR"
     folder = root if name in ("coco", "captions") else root.parent
+    if folder != root and name in ARCHIVES and not root.exists():
+        if root.name != DATASETS[name].folder:
+            raise UserError(f"no folder '{root}'; a download makes one named "
+                            f"{DATASETS[name].folder}: name it so in --data")
     return [Archive(*texts, local, md5, root / made, folder)
             for *texts, md5, made in ARCHIVES.get(name, ())]
 
 
 def needs(config, with_prior):
     """What a run needs from elsewhere, photographs last → list of Need."""
+    if config.dataset == "folder" and not os.path.isdir(config.data):
+        raise UserError(f"--dataset folder needs --data DIR; no such folder: '{config.data}'")
     listed = []
     if with_prior and needs_prior(config) and not config.prior and config.dataset != "demo":
         listed += [*language_needs("clip"), *archives("captions", captions_folder(config))]
@@ -1006,12 +1020,12 @@ def needs(config, with_prior):
     return listed
 
 
-def require(root, *names):
+def require(root, *names, source=""):
     """Raise UserError for the first of the names that a data set's folder lacks."""
     for name in names:
         if not (root / name).exists():
-            raise UserError(f"no {name} in '{root}': "
-                            "point --data at the published folder")
+            raise UserError(f"no {name} in '{root}': point --data at the published folder"
+                            + (f", from {source}" if source else ""))
 
 
 def read_table(path):
@@ -1023,6 +1037,7 @@ def read_table(path):
 
 
 SPLITS = ("train", "val")
+OTHER_NAMES = "train training val valid validation dev test testing".split()
 
 
 def folder_records(root, labels="", whole=False):
@@ -1039,12 +1054,13 @@ def folder_records(root, labels="", whole=False):
         if folder and not Path(folder).is_dir():
             raise UserError(f"no such folder: '{folder}'")
     maps = Path(labels).resolve() if labels else None
-    bases = [Path(root, split) for split in SPLITS]
-    there = [base.is_dir() for base in bases]
-    if any(there) and not all(there):
-        raise UserError(f"'{root}' needs both of train/ and val/, or neither")
+    named = [path.name for path in Path(root).iterdir() if path.name.lower() in OTHER_NAMES]
+    apart = set(SPLITS) <= set(named)
+    if named and not apart:
+        raise UserError(f"'{root}' holds {', '.join(named)}: name the folders of both splits "
+                        "train and val, or neither so")
     splits = []
-    for base in bases if all(there) else [Path(root)]:
+    for base in [Path(root, split) for split in SPLITS] if apart else [Path(root)]:
         splits.append([])
         for path in list_files(base, torchvision.datasets.folder.IMG_EXTENSIONS):
             if maps and maps in path.resolve().parents:
@@ -1073,10 +1089,8 @@ def make_datasets(config, whole=False):
     if layout:
         (train, classes), (val, _) = (layout.records(root, split) for split in SPLITS)
         more = layout.unlabeled, layout.sides
-    elif config.data:
-        train, val, classes = folder_records(root, config.labels, whole)
     else:
-        raise UserError("--dataset folder needs --data DIR, the folder of images")
+        train, val, classes = folder_records(root, config.labels, whole)
     if not train or not val:
         raise UserError(f"too few images in '{root}': ten are needed, "
                         "or some in both train/ and val/")
@@ -1134,7 +1148,7 @@ def default_prior(config, dataset):
 
 
 def hold_out(length, count):
-    """Indices of the images that train, and of those, spread, that choose best.pt."""
+    """Two lists of indices: training images, and images held out to choose best.pt."""
     chosen = spread_indices(length, min(count, math.ceil(length / 20)))
     return sorted(set(range(length)).difference(chosen)) or [0], chosen
 
@@ -1470,24 +1484,29 @@ def to_bytes(x):
 def draw_grid(rows, path, size=128, columns=8):
     """Draw labelled rows of pictures as a PNG; long rows continue below.
 
-    rows: list of (label, images (3, H, W) in [-1, 1]); size: pixels a side at least.
+    rows: list of (label, images (3, H, W) in [-1, 1]), maybe with names to write over the
+    images; size: pixels a side at least.
     """
     size = max(size, rows[0][1][0].shape[-1])
-    length = max(len(images) for _, images in rows)
-    lines = [(label, images[first : first + columns])
+    length = max(len(images) for _, images, *_ in rows)
+    lines = [(label, *(items[first : first + columns] for items in row))
              for first in range(0, length, columns)
-             for label, images in rows if first < len(images)]
+             for label, *row in rows if first < len(row[0])]
     pitch, margin, font = size + 4, 150, ImageFont.load_default(14)
     width = margin + min(length, columns) * pitch
     grid = Image.new("RGB", (width, len(lines) * pitch), "white")
     draw = ImageDraw.Draw(grid)
-    for row, (label, images) in enumerate(lines):
+    for row, (label, images, *names) in enumerate(lines):
         text = "\n".join(textwrap.fill(line, 18) for line in label.split("\n"))
         draw.multiline_text((8, (row + 0.5) * pitch), text, "black", font, anchor="lm")
         for column, x in enumerate(images):
             picture = TF.to_pil_image(to_bytes(x).cpu())
             picture = picture.resize((size, size), Image.Resampling.NEAREST)
-            grid.paste(picture, (margin + column * pitch, row * pitch))
+            corner = margin + column * pitch, row * pitch
+            grid.paste(picture, corner)
+            for listed in names:
+                draw.text(corner, listed[column], "black", font, stroke_width=2,
+                          stroke_fill="white")
     save_png(grid, path)
 
 
@@ -1581,10 +1600,16 @@ def load_lpips(trunk, trunk_weights="", lpips_weights=""):
 
 
 def take_published_weights(trainer, path):
-    """Give a Trainer the weights of a taming-transformers checkpoint."""
+    """Give a Trainer the weights of a taming-transformers checkpoint.
+
+    A prefix of all names, such as "ema.", is left out.
+    """
+    state = read_tensors(path)
+    prefix = re.match(r"(.*\.)?", os.path.commonprefix(list(state)))[0]
+    state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     with user_error(f"--init {path} is no VQGAN of taming-transformers that fits: {{}} "
                     "(published: --preset f16)"):
-        unused = load_taming(trainer.model, trainer.discriminator, read_tensors(path))
+        unused = load_taming(trainer.model, trainer.discriminator, state)
     trainer.start = [codes.detach().clone() for codes in trainer.model.codebook()]
     networks = sorted({name.partition(".")[0] for name in unused})
     print(f"init: {path}; not taken from it: {', '.join(networks) or 'nothing'}")
@@ -1656,9 +1681,12 @@ def main(argv=None):
         print(f"{out}: {config.method} ({config.preset}) on {device} in {precision(trainer)}\n"
               f"{config.dataset}: {len(kept):,} images train, {len(chosen):,} choose best.pt, "
               f"{len(val_set):,} evaluate", flush=True)
+        if images_per_step(config) > len(kept):
+            print(f"note: a step takes {images_per_step(config):,} images, some of them twice")
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation), out, journal)
-    print(f"done: measure with: python evaluate.py {shlex.quote(str(out))}")
+    print(f"done: look at {out / 'reconstructions.png'}; "
+          f"measure with: python evaluate.py {shlex.quote(str(out))}")
 
 
 # ======== Appendix, the demo: flat birds in scenes, drawn and described by code

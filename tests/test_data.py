@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import train as train_module
 from conftest import SHARED
@@ -467,7 +467,7 @@ def test_folder_with_splits_of_its_own(tmp_path):
     (tmp_path / "unlabeled").mkdir()
     assert folder_records(tmp_path)[1] == val
     (tmp_path / "val").rename(tmp_path / "test")
-    with pytest.raises(UserError, match="needs both of train/ and val/, or neither"):
+    with pytest.raises(UserError, match="name the folders of both splits"):
         folder_records(tmp_path)
 
 
@@ -900,3 +900,27 @@ def test_images_of_equal_names_and_sizes_are_told_apart(tmp_path):
     first, second = (images_at(16, *sorted((tmp_path / folder).iterdir())) for folder in "ab")
     assert first.records[0].path.stat().st_size == second.records[0].path.stat().st_size
     assert identity(first, tmp_path / "a") != identity(second, tmp_path / "b")
+
+
+def test_cubs_tables_name_nothing_outside_its_folder(cub):
+    for name in ("../../elsewhere.jpg", "/elsewhere.jpg"):
+        write(cub, images=[f"1 {name}"])
+        with pytest.raises(UserError, match=f"are inconsistent.*{name} lies elsewhere"):
+            split_of("cub", cub, "train")
+
+
+def test_long_notes_in_a_png_do_not_spoil_its_image(tmp_path):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt(
+        "XML:com.adobe.xmp", "<x/>" * 10**6, zip=True
+    )  # as photograph editors keep their history
+    pixels(tmp_path / "x.png", np.full((20, 20, 3), 7), pnginfo=notes)
+    assert (images_at(16, tmp_path / "x.png")[0]["image"] == 7).all()
+
+
+@pytest.mark.parametrize("folders", [("photos", "validation"), ("training", "val"), ("Train", "test")])
+def test_splits_of_other_names_are_refused(tmp_path, folders):
+    for folder in folders:
+        photograph(tmp_path / folder / "0.png")
+    with pytest.raises(UserError, match="name the folders of both splits train and val"):
+        folder_records(tmp_path)

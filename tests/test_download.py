@@ -400,3 +400,10 @@ def test_an_archive_that_lies_there_is_verified_too(published):
     archive.file.write_bytes(b"half of it")
     archive.fetch()
     assert archive.present() and len(published.requests) == 1
+
+
+def test_the_folder_of_photographs_is_looked_for_before_anything_is_downloaded(published):
+    for name in ("folder", "cub"):
+        with pytest.raises(UserError, match="no (such )?folder:? '.*absent'"):
+            train.main([*words_of(name), "--data", "absent"])
+    assert not published.requests

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -1134,3 +1135,16 @@ def test_evaluation_changes_nothing_and_repeats_itself(run, monkeypatch):
         "reconstructions.png",
     }
     assert again == after
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(
+    photographs, whole, tmp_path, capsys
+):
+    before, out = signal.getsignal(signal.SIGINT), tmp_path / "my run"
+    with ThreadPoolExecutor() as pool:  # as a server has
+        pool.submit(train.main, flags(photographs, out)).result()
+    assert signal.getsignal(signal.SIGINT) == before
+    assert_same_run(whole, out)
+    assert capsys.readouterr().out.endswith(
+        f"measure with: python evaluate.py '{out}'\n"
+    )  # as a shell reads it

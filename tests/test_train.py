@@ -1017,3 +1017,20 @@ def test_other_data_are_told_by_their_contents_not_by_their_name(tmp_path, prior
     assert moved.results == out and len(moved.dataset("val")) == 2
     other = Run(out, "cpu", data="other/birds")
     assert other.results == out / "other" / "birds" and len(other.dataset("val")) == 20
+
+
+def test_a_batch_larger_than_the_data_set_is_said(tmp_path, capsys):
+    run_tiny(tmp_path / "run", steps=0, batch_size=100)
+    assert "note: a step takes 100 images, some of them twice" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("inside, prefix", [("model", ""), ("state_dict", "ema."), ("", "module.")])
+def test_published_weights_may_be_wrapped(inside, prefix, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    theirs = Published().state
+    named = {f"{prefix}{name}": value for name, value in theirs.items()}
+    torch.save({"epoch": 3, inside: named} if inside else named, "vqgan.ckpt")
+    sizes = dict(channels=128, z_channels=16, codebook_size=12, code_dim=8, gan_weight=0.0)
+    run_tiny("run", steps=0, init="vqgan.ckpt", method="vqgan", **sizes)
+    bias = Run("run", "cpu").model.state_dict()["decoder.to_image.bias"]
+    assert torch.equal(bias, theirs["decoder.conv_out.bias"])

@@ -31,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import as_markdown, fid, load_inception, load_or_reason, save_images, warn_of_fid
 from prior import Parser, UserError, atomic_write, save_png, user_error
-from train import (Run, add_up, autocast, average_gradients, check_folder, draw_grid,
+from train import (Run, autocast, average_gradients, check_folder, draw_grid,
                    first_process_first, fit, fitting, hold_out, identity, launch, load_checkpoint,
                    lock, open_run, psnr, rank, refuse_idle, restore, resumed_choices,
                    spread_indices, to_bytes, train_batches)
@@ -64,8 +64,7 @@ class SynthesisConfig(Stage):
         0.1, "probability of dropping the condition in training, for guidance", most=0.99)
     views: int = option(8, "token grids of each image: its centre crop, and random crops")
     steps: int = option(200_000, "optimizer steps")
-    batch_size: int = option(32, "images a micro-step")
-    accumulate: int = option(1, "micro-steps averaged before each optimizer step")
+    batch_size: int = option(32, "images a step")
     lr: float = option(3e-4, "AdamW's step size, by a cosine to a tenth of it")
     warmup: int = option(500, "steps over which the step size rises from 0", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
@@ -471,7 +470,8 @@ def validation(config, run, network, tokens, images):
     totals, generator = {}, torch.Generator(run.device).manual_seed(0)
     for rows in torch.as_tensor(images).split(config.batch_size):
         _, losses = losses_of(config, run, network, tokens, rows, None, generator)
-        add_up(totals, losses, len(rows) / len(images))
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + value * (len(rows) / len(images))
     return {name: float(value) for name, value in totals.items()}
 
 
@@ -518,24 +518,22 @@ class StageTrainer:
         """An empty list: no codes are learned here."""
         return []
 
-    def train_step(self, batches):
-        """Metrics by name, () tensors, of one step on a list of lists of rows."""
-        config, metrics = self.config, {}
+    def train_step(self, rows):
+        """Metrics by name, () tensors, of one step on some rows of the tokens."""
+        config = self.config
         rise = min(1.0, (self.step + 1) / max(1, config.warmup))
         fall = 0.55 + 0.45 * math.cos(math.pi * self.step / config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = config.lr * rise * fall
         self.network.train()
+        drop = None
+        if config.condition != "none":
+            drop = torch.rand(len(rows), device=self.device) < config.drop_condition
+        with autocast(self):
+            loss, metrics = losses_of(config, self.run, self.network, self.train_set,
+                                      rows, drop)
         self.optimizer.zero_grad()
-        for rows in batches:
-            drop = None
-            if config.condition != "none":
-                drop = torch.rand(len(rows), device=self.device) < config.drop_condition
-            with autocast(self):
-                loss, parts = losses_of(config, self.run, self.network, self.train_set,
-                                        rows, drop)
-            (loss / len(batches)).backward()
-            add_up(metrics, parts, 1 / len(batches))
+        loss.backward()
         metrics["gradient"] = average_gradients(self.network)
         parameters = list(self.network.parameters())
         torch.nn.utils.clip_grads_with_norm_(parameters, 1.0, metrics["gradient"])
@@ -544,7 +542,7 @@ class StageTrainer:
         decay = min(config.ema, (1 + self.step) / (10 + self.step))  # averages less at first
         with torch.no_grad():
             torch._foreach_lerp_(list(self.ema.parameters()), parameters, 1 - decay)
-        return metrics
+        return {name: value.detach() for name, value in metrics.items()}
 
     def validate(self):
         """Score, losses by name, and no picture, of averaged weights on held-out images."""
@@ -577,8 +575,7 @@ def train_stage(run, resume, overwrite, **given):
     trainer = StageTrainer(config, run, count, train_set, chosen)
     if state:
         restore(trainer, state, folder)
-    steps = trainer.step * config.accumulate, config.steps * config.accumulate
-    order = train_batches(rows, config.batch_size, *steps, config.seed)
+    order = train_batches(rows, config.batch_size, trainer.step, config.steps, config.seed)
     batches = ([row for row, _ in batch] for batch in order)
     with open_run(folder, trainer, overwrite, state) as journal:
         weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6

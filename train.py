@@ -103,8 +103,7 @@ class Config(ModelConfig):
     compile: bool = option(True, "torch.compile on CUDA")
     deterministic: bool = option(False, "repeat bit by bit on CUDA; slower, and not compiled")
 
-    batch_size: int = option(8, "images per process and micro-step", group="optimisation")
-    accumulate: int = option(1, "micro-steps per step; their gradients are averaged")
+    batch_size: int = option(8, "images per step and process", group="optimisation")
     lr: float = option(
         0.0, "Adam's learning rate; 0: 4.5e-6 times the images of a step (VQGAN)")
     schedule: str = option(
@@ -216,7 +215,7 @@ def run_name(config, given, usual):
 
 def images_per_step(config):
     """How many images the processes together read in one training step."""
-    return config.batch_size * config.accumulate * processes()
+    return config.batch_size * processes()
 
 
 MATTERS = {  # flags → where they have an effect; elsewhere they are refused
@@ -326,10 +325,8 @@ class Trainer:
         return {"prior": self.prior, "last_used": self.last_used,
                 "start": self.start, "data": self.data}
 
-    def train_step(self, batches):
-        """One step of generator and discriminator → dict of () tensors.
-
-        batches: list of micro-batches (B, 3, R, R) in [-1, 1].
+    def train_step(self, x):
+        """One step on images (B, 3, R, R) in [-1, 1] → dict of () tensors.
 
         The generator (encoder, codebooks, decoder) minimises
 
@@ -341,29 +338,34 @@ class Trainer:
         w_p is `perceptual_weight`, w_g `gan_weight`, λ `adaptive_weight`, taken as
         constant. "l1" has |x − x̂|; Gumbel-VQ and Reg-VQ have other terms in the sum.
 
-        The result's "loss" is Eq. 2 and LPIPS, without the adversary, which joins
-        at `gan_start`. The discriminator minimises its hinge loss on x and x̂.
+        From `gan_start` on, the last term is added, and the discriminator minimises its
+        hinge loss on x and x̂. The result's "loss" is L without the last term.
         """
         self.model.train()
-        adversarial = (self.discriminator is not None and self.step >= self.config.gan_start)
-        metrics, share = {}, 1.0 / len(batches)
         self.follow_schedules()
+        adversarial = self.discriminator is not None and self.step >= self.config.gan_start
+        with autocast(self):
+            output = self.model(x)
+            # λ needs the gradients of two losses at the decoder's last layer. Both are
+            # taken at x̂, where the graph is cut, and then one pass goes through the decoder.
+            x_hat = output.x_hat.detach().requires_grad_()  # (B, 3, R, R)
+            loss, terms = self.reconstruction_loss(x_hat.to(x.dtype), x)
+            (gradient,) = torch.autograd.grad(loss, x_hat)  # (B, 3, R, R)
+            if adversarial:
+                gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
+                terms.update(gan_terms)
         self.generator_optimizer.zero_grad()
-        if adversarial:
-            self.discriminator_optimizer.zero_grad()
-        for x in batches:
-            terms, indices = self.micro_step(x, share, adversarial)
-            add_up(metrics, terms, share)
-            for used, chosen in zip(self.last_used, self.model.by_codebook(indices)):
-                used[chosen.flatten()] = self.step
-        self.last_used = [all_reduce(used, "max") for used in self.last_used]
-        metrics["gradient"] = average_gradients(self.model)
+        torch.autograd.backward([output.x_hat, output.quantizer_loss], [gradient, None])
+        terms = {"loss": loss + output.quantizer_loss, **terms,
+                 "quantizer": output.quantizer_loss, "gradient": average_gradients(self.model)}
         self.generator_optimizer.step()
         if adversarial:
-            metrics["discriminator_gradient"] = average_gradients(self.discriminator)
-            self.discriminator_optimizer.step()
+            terms.update(self.train_discriminator(x, x_hat.detach()))
+        for used, chosen in zip(self.last_used, self.model.by_codebook(output.indices)):
+            used[chosen.flatten()] = self.step
+        self.last_used = [all_reduce(used, "max") for used in self.last_used]
         self.step += 1
-        return metrics
+        return {name: value.detach() for name, value in terms.items()}
 
     def follow_schedules(self):
         """Set the learning rate and the quantizers' temperature of this step."""
@@ -376,25 +378,6 @@ class Trainer:
         for optimizer in filter(None, optimizers):
             for group in optimizer.param_groups:
                 group["lr"] = lr
-
-    def micro_step(self, x, share, adversarial):
-        """Add a micro-batch's gradients, times its share → ({name: value}, indices)."""
-        with autocast(self):
-            output = self.model(x)
-            # λ and the generator's backward pass both start from gradients at x̂.
-            x_hat = output.x_hat.detach().requires_grad_()  # (B, 3, R, R)
-            loss, terms = self.reconstruction_loss(x_hat.to(x.dtype), x)
-            (gradient,) = torch.autograd.grad(loss, x_hat)  # (B, 3, R, R)
-            if adversarial:
-                gradient, gan_terms = self.add_adversary(output.x_hat, x_hat, gradient)
-                terms.update(gan_terms)
-        torch.autograd.backward([output.x_hat, output.quantizer_loss],
-            [gradient * share, torch.full_like(output.quantizer_loss, share)])
-        if adversarial:
-            terms.update(self.discriminate(x, x_hat.detach(), share))
-        terms = {"loss": loss + output.quantizer_loss, **terms,
-                 "quantizer": output.quantizer_loss}
-        return terms, output.indices
 
     def reconstruction_loss(self, x_hat, x):
         """Pixel loss + w_p LPIPS → (total, {name: value})."""
@@ -416,14 +399,18 @@ class Trainer:
         terms = {"generator": generator_loss, "adaptive_weight": weight}
         return gradient + weight.to(gradient.dtype) * gan_gradient, terms
 
-    def discriminate(self, x, x_hat, share):
-        """Add the discriminator's gradients on the same images → {name: value}."""
+    def train_discriminator(self, x, x_hat):
+        """One step of the discriminator on the same images → {name: value}."""
         with autocast(self):
             real = self.discriminator(x).float()  # (B, 1, h, w)
             fake = self.discriminator(x_hat).float()  # (B, 1, h, w)
             loss = hinge_loss(real, fake)
-        (loss * share).backward()
-        return {"discriminator": loss, "real_logits": real.mean(), "fake_logits": fake.mean()}
+        self.discriminator_optimizer.zero_grad()
+        loss.backward()
+        gradient = average_gradients(self.discriminator)
+        self.discriminator_optimizer.step()
+        return {"discriminator": loss, "real_logits": real.mean(),
+                "fake_logits": fake.mean(), "discriminator_gradient": gradient}
 
     def usage(self):
         """[codes chosen in the latest epoch, all codes] for each codebook."""
@@ -473,12 +460,6 @@ def precision(trainer):
     return "float32"
 
 
-def add_up(metrics, terms, share):
-    """Add a micro-step's terms, times its share of the step, to the metrics."""
-    for name, value in terms.items():
-        metrics[name] = metrics.get(name, 0.0) + value.detach() * share
-
-
 def average_gradients(network):
     """Average a network's gradients over all processes → their norm, ()."""
     gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
@@ -492,7 +473,7 @@ def average_gradients(network):
 def fit(trainer, batches, validate, out, journal):
     """Take a batch, step, log, validate and save, until the last step.
 
-    trainer: Trainer, or StageTrainer of synthesize.py; batches: of micro-batches.
+    trainer: Trainer, or StageTrainer of synthesize.py; batches: iterator of batches.
     validate: () → score (higher is better), {name: float}, rows of a picture.
     out: folder of last.pt and best.pt; journal: its metrics.jsonl, open.
     Raises UserError if a value is not finite or the folder is gone, and SystemExit
@@ -505,8 +486,7 @@ def fit(trainer, batches, validate, out, journal):
     seed_rank(trainer)
     with noted_signals() as signals:
         while trainer.step < config.steps:
-            micro_batches = [next(batches) for _ in range(config.accumulate)]
-            metrics = trainer.train_step(micro_batches)
+            metrics = trainer.train_step(next(batches))
             last = trainer.step == config.steps
             logs = last or trainer.step % config.log_every == 0
             validates = last or trainer.step % config.eval_every == 0
@@ -1159,7 +1139,7 @@ def spread_indices(length, count):
 
 
 def train_batches(kept, batch_size, start, steps, seed):
-    """Yield a list of (index, draw) for each micro-step from `start` to `steps`.
+    """Yield a list of (index, draw) for each step from `start` to `steps`.
 
     The kept images are shuffled each epoch; each process takes its share of a batch.
     """
@@ -1200,7 +1180,7 @@ def worker_init(worker):
 
 # ======== Runs: their folders, checkpoints, and reading them again
 
-VERSION = 4  # of checkpoints
+VERSION = 5  # of checkpoints
 SOURCES = [Path(__file__).with_name(name) for name in ("vqct.py", "train.py")]
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
 RUN_FILES = """config.json metrics.jsonl last.pt best.pt prior.npz evaluation.json
@@ -1669,9 +1649,8 @@ def main(argv=None):
     elif config.init:
         take_published_weights(trainer, config.init)
 
-    first = trainer.step * config.accumulate
-    last = config.steps * config.accumulate
-    order = train_batches(kept, config.batch_size, first, last, config.seed)
+    order = train_batches(
+        kept, config.batch_size, trainer.step, config.steps, config.seed)
     loader = make_loader(train_set, device, config.workers, batch_sampler=order)
     validation = make_loader(Subset(train_set, chosen), device, 0,
                              batch_size=config.batch_size)

@@ -270,7 +270,7 @@ def bench_step():
         network.to(memory_format=torch.contiguous_format)
     make = lambda: (torch.rand(batch, 3, resolution, resolution, device=DEVICE) * 2 - 1,)
     step = lambda trainer: lambda x: trainer.train_step(
-        [x.contiguous(memory_format=torch.channels_last)]
+        x.contiguous(memory_format=torch.channels_last)
     )
     taming = functools.partial(taming_step, theirs)
     title = f"training step, f16 network with adversary, {batch} images of {resolution}²"
@@ -314,7 +314,7 @@ def bench_count(batch=8):
         # Its hooks on modules, for counts by module, do not allow torch.autograd.grad.
         counter.mod_tracker = mock.MagicMock(parents={"Global"})
         with counter:
-            trainer.train_step([x])
+            trainer.train_step(x)
         networks = trainer.model, trainer.discriminator
         weights = [p for network in networks for p in network.parameters()]
 

@@ -156,7 +156,7 @@ def test_a_step_stays_on_the_device(small, case):
     trainer = train.Trainer(config, PRIOR, CUDA)
     x = torch.empty(2, 3, 32, 32, device=CUDA)
     with Unwaiting() as mode:
-        metrics = trainer.train_step([x])
+        metrics = trainer.train_step(x)
     assert mode.norm_types == {torch.bfloat16 if config.amp else torch.float32}
     gradients = [parameter.grad for parameter in trainer.model.parameters()]
     assert {x.device for x in (*metrics.values(), *gradients)} == {CUDA}
@@ -189,7 +189,7 @@ def test_the_second_stage_stays_on_the_device(small, kind, condition):
     config = synthesize.SynthesisConfig(kind, condition, **shape)
     trainer = synthesize.StageTrainer(config, run, 3, tokens, [0])
     with Unwaiting():
-        trainer.train_step([[0, 1], [2, 3]])
+        trainer.train_step([0, 1])
     # Given tokens enter and drawn ones leave, however many positions or steps there are.
     how = synthesize.Sampling(0.9, 2, 2.0, 3)
     stage = trainer.ema, config

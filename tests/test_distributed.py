@@ -18,7 +18,6 @@ from vqct import ClusteredQuantizer, Condition, TokenTransformer, all_gather
 METHODS = (
     dict(method="vqvae"),
     dict(method="vqct-vqvae"),
-    dict(method="vqct-vqvae", accumulate=2),
     dict(gan_start=0),
 )
 
@@ -34,7 +33,7 @@ def gradients(choice):
         - 1
     )
     metrics = trainer.train_step(
-        list(x.view(trainer.config.accumulate, processes(), -1, 3, 32, 32)[:, rank()])
+        x.view(processes(), -1, 3, 32, 32)[rank()]
     )
     return (
         {name: parameter.grad for name, parameter in trainer.model.named_parameters()},

@@ -216,7 +216,7 @@ def test_every_second_stage_trains_and_completes(run, model, condition):
 @every_model
 def test_a_resumed_second_stage_equals_an_uninterrupted_one(run, model, monkeypatch):
     folder, which = run / "synthesis" / f"{model}-class", [f"--model={model}", "--condition=class"]
-    flags = [*which, *SMALL, "--steps=4", "--dropout=0.2", "--accumulate=2"]
+    flags = [*which, *SMALL, "--steps=4", "--dropout=0.2"]
     read = lambda: re.sub(r'"images/s": [\d.]+', "", (folder / "metrics.jsonl").read_text())
     main(["run", "train", *flags])
     whole, lines, step = torch.load(folder / "last.pt"), read(), StageTrainer.train_step
@@ -235,7 +235,7 @@ def test_averaged_weights_follow_without_a_graph(run):
     torch.testing.assert_close(dict(network.state_dict()), dict(stored), rtol=0, atol=0)
     trainer = StageTrainer(config, here, network.condition.count, tokens, range(4))
     vector = lambda network: torch.nn.utils.parameters_to_vector(network.parameters()).detach().clone()
-    start, _ = vector(trainer.network), trainer.train_step([[0, 1]])
+    start, _ = vector(trainer.network), trainer.train_step([0, 1])
     expected = start.lerp(vector(trainer.network), 9 / 11)  # a decay of 2 / 11
     torch.testing.assert_close(vector(trainer.ema), expected)
     assert not any(average.requires_grad for average in trainer.ema.parameters())

@@ -198,7 +198,7 @@ def test_flags_win_over_method_over_recipe_over_preset():
     assert not config.amp
     assert config.trained
     assert others == [None, False]  # neither resumed nor overwritten
-    config = resolve({"dataset": "cub", "batch_size": 4, "accumulate": 2})
+    config = resolve({"dataset": "cub", "batch_size": 8})
     assert (config.preset, config.resolution, config.channels, config.data) == (
         "f16",
         256,
@@ -461,26 +461,6 @@ def test_every_method_trains_and_reloads(method, tmp_path):
         assert torch.equal(run.model.decode(run.model.encode(x)), run.model(x).x_hat)
 
 
-def test_accumulating_equals_one_large_batch(tmp_path):
-    """Without the adversary, whose batch norm sees micro-batches."""
-    states = []
-    for batch, micro in ((8, 1), (4, 2), (2, 4)):
-        out = run_tiny(
-            f"{micro}",
-            method="vqct-vqvae",
-            batch_size=batch,
-            accumulate=micro,
-            steps=1,
-            lr=1e-3,
-        )
-        states.append(load_checkpoint(out / "last.pt")["generator_optimizer"]["state"])
-    for index, slot in states[0].items():
-        apart = max(
-            (slot["exp_avg"] - other[index]["exp_avg"]).norm() for other in states[1:]
-        )
-        assert apart <= 1e-4 * slot["exp_avg"].norm() + 1e-7
-
-
 @pytest.mark.parametrize("pixel_loss", ["l2", "l1"])
 def test_shared_forward_gives_the_gradients_of_the_written_loss(prior, pixel_loss):
     """One backward pass from gradients at the reconstruction equals backward through Eq. 2 + λ·GAN."""
@@ -488,9 +468,7 @@ def test_shared_forward_gives_the_gradients_of_the_written_loss(prior, pixel_los
     trainer.generator_optimizer.step = trainer.discriminator_optimizer.step = lambda: None
     model, discriminator = trainer.model.double(), trainer.discriminator.double()
     x = torch.randn(4, 3, 32, 32).double()
-    metrics = [trainer.train_step([x, x]) for _ in range(2)][
-        1
-    ]  # nothing adds up over micro-steps, or steps
+    metrics = [trainer.train_step(x) for _ in range(2)][1]  # nothing adds up over steps
     found = [
         {name: p.grad.clone() for name, p in network.named_parameters()}
         for network in (model, discriminator)
@@ -530,7 +508,7 @@ def test_a_step_follows_the_schedules(prior):
         [],
     )
     for _ in range(2):
-        trainer.train_step([torch.zeros(1, 3, 32, 32)])
+        trainer.train_step(torch.zeros(1, 3, 32, 32))
         optimizers = trainer.generator_optimizer, trainer.discriminator_optimizer
         assert all(each.defaults["betas"] == (0.5, 0.9) for each in optimizers)  # VQGAN's
         found += [
@@ -542,9 +520,7 @@ def test_a_step_follows_the_schedules(prior):
 
 
 def test_codes_used_counts_the_latest_epoch(prior):
-    trainer = Trainer(
-        tiny(accumulate=2), prior.tensors(), CPU, training_images=75
-    )  # ten steps
+    trainer = Trainer(tiny(batch_size=8), prior.tensors(), CPU, training_images=75)  # ten steps
     assert trainer.usage() == [[0, 7], [0, 9]]
     trainer.step = 30
     trainer.last_used[0][:] = torch.tensor([-1, 5, 19, 20, 25, 29, 0])
@@ -590,7 +566,7 @@ def test_a_compiled_step_is_the_step(monkeypatch, prior):
     trainers[1].compile()
     for step in range(2):
         x = torch.rand(trainers[0].config.batch_size, 3, 32, 32) * 2 - 1
-        values = [trainer.train_step([x]) for trainer in trainers]
+        values = [trainer.train_step(x) for trainer in trainers]
         torch.testing.assert_close(*values, rtol=1e-4, atol=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     trainers[1].validate(make_loader(DemoDataset("val", 32), CPU, batch_size=3))
@@ -625,7 +601,7 @@ def test_without_a_compiler_networks_are_trained_as_they_are(monkeypatch, prior)
     )  # and again afterwards
     trainer = Trainer(tiny(gan_start=0), prior.tensors(), CPU)
     trainer.compile()
-    assert trainer.train_step([torch.rand(2, 3, 32, 32)])["loss"].isfinite()
+    assert trainer.train_step(torch.rand(2, 3, 32, 32))["loss"].isfinite()
 
 
 @pytest.mark.parametrize(
@@ -706,7 +682,7 @@ def test_seed_repeats_a_run_whatever_the_workers():
 @pytest.mark.parametrize("method", ["vqct", "cvq", "regvq", "gumbel"])
 def test_resuming_equals_an_uninterrupted_run(method, prior):
     prior.save("prior.npz")
-    choices = dict(method=method, batch_size=2, accumulate=2, steps=6, eval_every=3)
+    choices = dict(method=method, batch_size=4, steps=6, eval_every=3)
     if method == "vqct":
         choices["prior"] = "prior.npz"
     if method in ("regvq", "gumbel"):

@@ -1657,11 +1657,11 @@ def main(argv=None):
     with open_run(out, trainer, overwrite, state) as journal:
         if prior is not None and not rank():
             prior.save(out / "prior.npz")
+        if images_per_step(config) > len(kept):
+            print(f"note: a step takes {images_per_step(config):,} images, some of them twice")
         print(f"{out}: {config.method} ({config.preset}) on {device} in {precision(trainer)}\n"
               f"{config.dataset}: {len(kept):,} images train, {len(chosen):,} choose best.pt, "
               f"{len(val_set):,} evaluate", flush=True)
-        if images_per_step(config) > len(kept):
-            print(f"note: a step takes {images_per_step(config):,} images, some of them twice")
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation), out, journal)
     print(f"done: look at {out / 'reconstructions.png'}; "

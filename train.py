@@ -481,10 +481,10 @@ def fit(trainer, batches, validate, out, journal):
     """
     config, progress = trainer.config, Progress()
     recent = deque([(trainer.step, time.monotonic())], maxlen=20)
-    torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
-    torch.backends.cudnn.benchmark = not config.deterministic
     seed_rank(trainer)
     with noted_signals() as signals:
+        torch.use_deterministic_algorithms(config.deterministic, warn_only=True)
+        torch.backends.cudnn.benchmark = not config.deterministic
         while trainer.step < config.steps:
             metrics = trainer.train_step(next(batches))
             last = trainer.step == config.steps

@@ -144,7 +144,7 @@ SHORT = dict(batch_size=4, steps=1800, lr=3e-4, schedule="cosine", gan_weight=0.
              gan_start=1500, perceptual_weight=0.0, eval_every=300, eval_images=64)
 PRESETS = {
     "f16": NETWORKS["f16"],
-    "demo": {**NETWORKS["demo"], **SHORT},
+    "demo": {**NETWORKS["demo"], **SHORT, "steps": 1200, "gan_start": 1000, "lr": 6e-4},
     "tiny": {**NETWORKS["tiny"], **SHORT},
 }
 RECIPES = {
@@ -1880,9 +1880,9 @@ def print_plan(trainer, count):
 # ======== Appendix, the demo: flat birds in scenes, drawn and described by code
 
 COLOURS = dict(
-    red="#d63a30", orange="#f08a24", yellow="#f6d44a", green="#4f9d45", olive="#8a9440",
-    teal="#1f8f93", blue="#3570c8", purple="#8c86b8", pink="#f2929f", brown="#7a5236",
-    beige="#dcc79e", white="#f6f5ef", gray="#959ca4", dark="#4a4d58", black="#24242b",
+    red="#d65a4e", orange="#ee9c50", yellow="#f2d772", green="#6aab63", olive="#99a163",
+    teal="#43a0a4", blue="#4f86c9", purple="#9791bd", pink="#f0a0aa", brown="#8c6a50",
+    beige="#dccba8", white="#f1efe7", gray="#a0a6ad", dark="#5d6170", black="#363843",
 )
 PLUMAGE = "leg tail breast belly wing beak head eye".split()
 SPECIES = {  # its colours; lengths of legs, tail, beak and crest
@@ -1899,12 +1899,12 @@ SPECIES = {  # its colours; lengths of legs, tail, beak and crest
     "parrot": ("dark blue green yellow green dark red black", 0.08, 0.50, 0.08, 0),
     "duck": ("yellow black brown white gray yellow green black", 0.08, 0.15, 0.16, 0),
 }
-SIZES = {"tiny": 0.50, "small": 0.55, "large": 0.60, "big": 0.65}
+BIRD_SIZES = {"tiny": 0.50, "small": 0.55, "large": 0.60, "big": 0.65}
 LIGHTS = {  # adjectives, and the colour of the sky
     "day": "bright sunny #a4d2f4", "morning": "warm golden #f9e3b8",
     "evening": "rosy soft #ecb6ba", "dawn": "misty cold #dde8ea",
 }
-# Background, ground and perch; the background's bumps, their height; half the perch's width.
+# Background, ground, perch; the background's bumps and their height; half the perch's width.
 PLACES = {
     "forest": ("leafy tall tree green", "soft damp moss olive", "wet log brown", 2, 0.375, 1),
     "meadow": ("low hill olive", "fresh tall grass green", "wooden post brown", 1, 0.125, 0.125),
@@ -1913,12 +1913,11 @@ PLACES = {
     "beach": ("open wide sea teal", "smooth dry sand beige", "round stone dark", 0, 0.5, 0.1875),
     "field": ("distant ridge purple", "deep fresh snow white", "bare stump brown", 2, 0.25, 0.1875),
 }
-SIZES = {"tiny": 0.50, "small": 0.55, "large": 0.60, "big": 0.65}
 LAYERS = [text.split() for row in PLACES.values() for text in row[:3]]
 LEVEL, PERCH = 11 / 16, 14 / 16  # where the ground begins, and where the bird stands
 SEGMENTS = ["sky", "behind", "ground", "perch", *PLUMAGE]
 DEMO_SPEECH = WordListSpeech(
-    {*COLOURS, *SIZES, "long", "short", "round",
+    {*COLOURS, *BIRD_SIZES, "long", "short", "round",
      *(word for text in LIGHTS.values() for word in text.split()[:-1]),
      *(word for *adjectives, _, _ in LAYERS for word in adjectives)},
     {*SPECIES, *LIGHTS, *PLACES, *PLUMAGE, *(noun for *_, noun, _ in LAYERS),
@@ -1940,10 +1939,10 @@ class Scene:
     def __init__(self, split, index):
         self.rng = np.random.default_rng((list(SPLITS).index(split), index))
         self.name, self.size, self.place, self.light = map(
-            self.rng.choice, map(list, (SPECIES, SIZES, PLACES, LIGHTS)))
+            self.rng.choice, map(list, (SPECIES, BIRD_SIZES, PLACES, LIGHTS)))
         colours, self.leg, self.tail, self.beak, self.crest = SPECIES[self.name]
         self.colours = dict(zip(PLUMAGE, colours.split()))
-        shift = SIZES[self.size] * (self.tail - self.beak) / 2
+        shift = BIRD_SIZES[self.size] * (self.tail - self.beak) / 2
         self.x = round(16 * shift + self.rng.uniform(6.3, 8.7)) / 16  # where it stands
         self.flipped = self.rng.random() < 0.5
         self.captions = self.describe()
@@ -1992,7 +1991,7 @@ class Scene:
     def bird_shapes(self):
         """The same of a bird that looks right. Its points are in units of its size."""
         x, y = (0.36, -0.44) if self.leg > 0.3 else (0.28, -0.28)  # of the head
-        size, foot, crest = SIZES[self.size], 0.25 + self.leg, self.crest
+        size, foot, crest = BIRD_SIZES[self.size], 0.25 + self.leg, self.crest
         tail, tip = -0.36 - self.tail, x + 0.2 + self.beak
         for part, shape, *points in (
             ("leg", "rectangle", (-0.03, 0), (0.02, foot)),

@@ -264,7 +264,7 @@ def test_help_shows_groups_of_flags_and_the_defaults_of_the_presets(capsys):
     assert places == sorted(places)
     for words in (
         "(default: 256; demo, tiny: 64)",
-        "(default: 500000; demo, tiny: 1800)",
+        "(default: 500000; demo: 1200; tiny: 1800)",
         "(default: 1,1,2,2,4; demo: 1,1,2; tiny: 1,1,2,4)",
     ):
         assert words in text
@@ -444,10 +444,12 @@ def test_training_lowers_the_loss_and_leaves_a_whole_run(tmp_path):
         )  # four originals and, below, what became of them
 
 
-def test_tiny_begins_its_adversary_at_the_same_share_of_the_steps(tmp_path, capsys):
-    assert resolve({"steps": 1200}).gan_start == 1000
-    assert resolve({}).gan_start == 1500
-    assert resolve({"steps": 1200, "gan_start": 7}).gan_start == 7
+def test_small_presets_begin_their_adversary_at_the_same_share_of_the_steps(tmp_path, capsys):
+    assert resolve({"steps": 600}).gan_start == 500
+    assert resolve({}).gan_start == 1000
+    assert resolve({"steps": 600, "gan_start": 7}).gan_start == 7
+    assert resolve({"preset": "tiny"}).gan_start == 1500
+    assert resolve({"preset": "tiny", "steps": 1200}).gan_start == 1000
     assert resolve({"dataset": "cub", "steps": 1200}).gan_start == 5000
     run_tiny(tmp_path / "run", steps=2, gan_start=5)
     assert (

@@ -1896,8 +1896,8 @@ SPECIES = {  # its colours; lengths of legs, tail, beak and crest
     "crow": ("dark black black black dark dark black white", 0.14, 0.30, 0.20, 0),
     "magpie": ("dark black black white blue dark black white", 0.14, 0.55, 0.14, 0),
     "gull": ("yellow gray white white gray yellow white black", 0.14, 0.20, 0.18, 0),
-    "parrot": ("dark blue green yellow green dark red black", 0.08, 0.50, 0.08, 0),
-    "duck": ("yellow black brown white gray yellow green black", 0.08, 0.15, 0.16, 0),
+    "parrot": ("dark blue green yellow blue dark red black", 0.08, 0.50, 0.08, 0),
+    "duck": ("yellow black brown white gray yellow teal black", 0.08, 0.15, 0.16, 0),
 }
 BIRD_SIZES = {"tiny": 0.50, "small": 0.55, "large": 0.60, "big": 0.65}
 LIGHTS = {  # adjectives, and the colour of the sky

@@ -129,7 +129,7 @@ SHORT = dict(batch_size=4, steps=1800, lr=3e-4, schedule="cosine", gan_weight=0.
              gan_start=1500, perceptual_weight=0.0, eval_every=300, eval_images=64)
 PRESETS = {
     "f16": NETWORKS["f16"],
-    "demo": {**NETWORKS["demo"], **SHORT},
+    "demo": {**NETWORKS["demo"], **SHORT, "steps": 1200, "gan_start": 1000, "lr": 6e-4},
     "tiny": {**NETWORKS["tiny"], **SHORT},
 }
 RECIPES = {
@@ -1670,64 +1670,58 @@ def main(argv=None):
 
 # ======== Appendix, the demo: flat birds in scenes, drawn and described by code
 
-def table(text):
-    """A dict of the lines of a text: first word → the others, numbers as floats."""
-    number = lambda word: float(word) if word[-1].isdigit() else word
-    rows = (line.split() for line in text.strip().splitlines())
-    return {name: list(map(number, words)) for name, *words in rows}
-
-
-COLOURS = dict(pair.split() for pair in """red #cc2420, crimson #96142a, orange #ee7c1c,
-    golden #e0ac30, yellow #f4d832, green #3f8c3a, olive #737834, teal #148088, blue #2c62c0,
-    pink #ea8e96, chestnut #804024, brown #6e5034, beige #c8b690, white #f4f4ee, pale #dcd8c4,
-    gray #8c9298, dark #36363e, black #141418""".split(","))
-PLUMAGE = "crown throat back breast belly wing bar tail beak leg".split()
-# Colours of the plumage; size, plumpness, and lengths of beak, tail, legs and crest.
-SPECIES = table("""
-    robin dark orange brown orange white brown dark brown yellow brown .60 1.1 .18 .35 .22 0
-    cardinal red black crimson red red crimson red crimson orange brown .62 1.0 .15 .60 .20 .22
-    jay blue white blue pale white blue white blue black dark .64 1.0 .20 .50 .22 .18
-    goldfinch black yellow yellow yellow beige black white black orange pink .52 1.15 .14 .30 .22 0
-    kingfisher teal white teal orange orange teal blue blue black red .58 1.1 .46 .18 .12 .12
-    heron dark white gray pale white gray dark gray yellow olive .60 .75 .44 .20 .52 .16
-    sparrow chestnut gray brown beige pale chestnut white brown dark pink .50 1.15 .12 .34 .20 0
-    crow black black black black dark black dark black black black .70 .92 .28 .44 .22 0
-    bullfinch black pink gray pink pink dark white black black brown .54 1.3 .10 .34 .18 0
-    magpie black black black black white blue white teal black black .60 .90 .20 .80 .26 0
-    gull white white gray white white gray dark gray yellow pink .68 .92 .26 .32 .28 0
-    parrot red golden green green olive green yellow blue beige gray .64 1.0 .12 .70 .14 0
-    duck green green brown chestnut pale gray white beige yellow orange .68 1.1 .26 .18 .14 0""")
-LIGHTS = {  # two adjectives, and the colour of the sky
-    "morning": ("warm", "golden", "#f6dcae"), "day": ("bright", "sunny", "#8ec4f2"),
-    "afternoon": ("cloudy", "dim", "#b4bcc4"), "evening": ("rosy", "soft", "#dc96a4"),
-    "dawn": ("misty", "cold", "#d2dee4")}
-# Noun, two adjectives and colour of the background (then its bumps and their height), of
-# the ground, and of the perch (then its half width and its height).
-PLACES = table("""
-    forest tree leafy tall green 5 .40 moss soft damp olive twig thin bare brown .9 .05
-    meadow hill low distant olive 2 .20 grass tall fresh green post wooden old brown .06 .5
-    cliff mountain steep blue blue 3 .45 gravel gray coarse gray rock rough big dark .3 .2
-    lake shore quiet distant green 1 .10 water calm clear teal log wet brown brown .5 .1
-    beach sea open blue blue 0 .16 sand smooth pale beige stone wet dark dark .2 .15
-    field ridge distant gray gray 4 .20 snow white deep white stump old round brown .15 .4""")
-SEGMENTS = "sky behind ground perch back breast belly head wing tail beak eye leg".split()
-NAMED = [row[first : first + 3] for row in PLACES.values() for first in (0, 6, 10)]
+COLOURS = dict(
+    red="#d65a4e", orange="#ee9c50", yellow="#f2d772", green="#6aab63", olive="#99a163",
+    teal="#43a0a4", blue="#4f86c9", purple="#9791bd", pink="#f0a0aa", brown="#8c6a50",
+    beige="#dccba8", white="#f1efe7", gray="#a0a6ad", dark="#5d6170", black="#363843",
+)
+PLUMAGE = "leg tail breast belly wing beak head eye".split()
+SPECIES = {  # its colours; lengths of legs, tail, beak and crest
+    "robin": ("brown brown orange white brown yellow brown black", 0.14, 0.25, 0.10, 0),
+    "cardinal": ("orange dark red red dark orange red black", 0.12, 0.40, 0.10, 0.15),
+    "jay": ("black blue white white blue black blue black", 0.12, 0.35, 0.14, 0.15),
+    "goldfinch": ("orange black yellow yellow black orange black white", 0.10, 0.20, 0.10, 0),
+    "kingfisher": ("dark blue orange orange teal dark teal white", 0.10, 0.10, 0.35, 0),
+    "heron": ("yellow dark gray gray dark yellow white black", 0.32, 0.15, 0.30, 0),
+    "flamingo": ("dark red pink pink red black pink black", 0.34, 0.15, 0.14, 0),
+    "crow": ("dark black black black dark dark black white", 0.14, 0.30, 0.20, 0),
+    "magpie": ("dark black black white blue dark black white", 0.14, 0.55, 0.14, 0),
+    "gull": ("yellow gray white white gray yellow white black", 0.14, 0.20, 0.18, 0),
+    "parrot": ("dark blue green yellow blue dark red black", 0.08, 0.50, 0.08, 0),
+    "duck": ("yellow black brown white gray yellow teal black", 0.08, 0.15, 0.16, 0),
+}
+BIRD_SIZES = {"tiny": 0.50, "small": 0.55, "large": 0.60, "big": 0.65}
+LIGHTS = {  # adjectives, and the colour of the sky
+    "day": "bright sunny #a4d2f4", "morning": "warm golden #f9e3b8",
+    "evening": "rosy soft #ecb6ba", "dawn": "misty cold #dde8ea",
+}
+# Background, ground, perch; the background's bumps and their height; half the perch's width.
+PLACES = {
+    "forest": ("leafy tall tree green", "soft damp moss olive", "wet log brown", 2, 0.375, 1),
+    "meadow": ("low hill olive", "fresh tall grass green", "wooden post brown", 1, 0.125, 0.125),
+    "cliff": ("steep high mountain purple", "coarse gravel beige", "rough rock dark", 2, 0.375, 0.25),
+    "lake": ("quiet distant shore green", "calm clear water blue", "old root brown", 1, 0.125, 0.375),
+    "beach": ("open wide sea teal", "smooth dry sand beige", "round stone dark", 0, 0.5, 0.1875),
+    "field": ("distant ridge purple", "deep fresh snow white", "bare stump brown", 2, 0.25, 0.1875),
+}
+LAYERS = [text.split() for row in PLACES.values() for text in row[:3]]
+LEVEL, PERCH = 11 / 16, 14 / 16  # where the ground begins, and where the bird stands
+SEGMENTS = ["sky", "behind", "ground", "perch", *PLUMAGE]
 DEMO_SPEECH = WordListSpeech(
-    {*COLOURS, *"tiny small large big long short".split(),
-     *(word for row in LIGHTS.values() for word in row[:2]),
-     *(word for _, *adjectives in NAMED for word in adjectives)},
-    {*SPECIES, *LIGHTS, *PLACES, *PLUMAGE, *(noun for noun, *_ in NAMED),
-     *"bird crest bill foot eye scene light".split()}, plurals={"feet": "foot"})
+    {*COLOURS, *BIRD_SIZES, "long", "short", "round",
+     *(word for text in LIGHTS.values() for word in text.split()[:-1]),
+     *(word for *adjectives, _, _ in LAYERS for word in adjectives)},
+    {*SPECIES, *LIGHTS, *PLACES, *PLUMAGE, *(noun for *_, noun, _ in LAYERS),
+     *"bird crown bill scene light".split()})
 CAPTIONS = (
-    "a {size} {back} bird with a {breast} breast, a {bill} {beak} beak and a small dark eye",
+    "a {size} bird with a {breast} breast, a {bill} {beak} beak and a round {eye} eye",
     "this {size} {name} has a {breast} breast, a {belly} belly and {leg} legs",
-    "a {size} bird whose back is {back} and whose belly is {belly}",
-    "its wings are {wing} with {bar} bars and its tail is {long} and {tail}",
-    "a bird with {wing} wings, a {long} {tail} tail and {leg} feet",
-    "the {top} of the {name} is {crown}, its throat is {throat} and its {bill} bill is {beak}",
-    "a {size} {name} perched on a {perch} in {lit} light",
+    "a bird with {wing} wings and a {long} {tail} tail",
+    "the crown of the {name} is {head}, and its {bill} bill is {beak}",
+    "a {size} {name} with a {head} head on a {perch} in {lit} light",
     "a {behind} behind a {name} on a {lit} {light}",
-    "a {lit} scene of a {place} with {ground} and a {back} {name} on a {perch}")
+    "a {lit} scene of a {place} with {ground} and a {name} on a {perch}",
+)
 
 
 class Scene:
@@ -1735,30 +1729,26 @@ class Scene:
 
     def __init__(self, split, index):
         self.rng = np.random.default_rng((list(SPLITS).index(split), index))
-        self.label = int(self.rng.integers(len(SPECIES)))
-        self.facing = int(self.rng.choice((-1, 1)))
-        self.name, self.place, self.light = (
-            list(SPECIES)[self.label], self.pick(PLACES), self.pick(LIGHTS))
-        *plumage, size, self.plump, self.beak, self.tail, self.leg, self.crest = SPECIES[self.name]
-        self.colours = dict(zip(PLUMAGE, plumage))
-        self.size = size * self.rng.uniform(0.85, 1.12)
-        self.x, self.y, self.shift = self.rng.uniform((.44, .80, -.1), (.56, .88, .1))
+        self.name, self.size, self.place, self.light = map(
+            self.rng.choice, map(list, (SPECIES, BIRD_SIZES, PLACES, LIGHTS)))
+        colours, self.leg, self.tail, self.beak, self.crest = SPECIES[self.name]
+        self.colours = dict(zip(PLUMAGE, colours.split()))
+        shift = BIRD_SIZES[self.size] * (self.tail - self.beak) / 2
+        self.x = round(16 * shift + self.rng.uniform(6.3, 8.7)) / 16  # where it stands
+        self.flipped = self.rng.random() < 0.5
         self.captions = self.describe()
-
-    def pick(self, words):
-        return str(self.rng.choice(list(words)))
 
     def describe(self):
         """Four captions, whose words are those of DEMO_SPEECH."""
-        words = {**self.colours, "name": self.name, "place": self.place, "light": self.light,
-                 "lit": self.pick(LIGHTS[self.light][:2]),
-                 "size": "tiny small large big".split()[np.digitize(self.size, (.50, .58, .66))],
-                 "bill": "long" if self.beak > 0.19 else "short",
-                 "long": "long" if self.tail > 0.45 else "short",
-                 "top": "crest" if self.crest else "crown"}
-        for layer, first in (("behind", 0), ("ground", 6), ("perch", 10)):
-            noun, *adjectives = PLACES[self.place][first : first + 3]
-            words[layer] = f"{self.pick(adjectives)} {noun}"
+        words = {
+            **vars(self), **self.colours,
+            "lit": self.rng.choice(LIGHTS[self.light].split()[:-1]),
+            "bill": "long" if self.beak > 0.15 else "short",
+            "long": "long" if self.tail > 0.3 else "short",
+        }
+        for layer, text in zip(("behind", "ground", "perch"), PLACES[self.place]):
+            *adjectives, noun, colour = text.split()
+            words[layer] = f"{self.rng.choice([*adjectives, colour])} {noun}"
         captions = self.rng.choice(CAPTIONS, 4, replace=False)
         return [re.sub(r"\ba (?=[aeiou])", "an ", text.format(**words)) for text in captions]
 
@@ -1766,86 +1756,66 @@ class Scene:
         """→ image (3, R, R) and label map (1, R, R), uint8, drawn four times as large."""
         side = 4 * resolution
         image, labels = (Image.new(mode, (side, side)) for mode in ("RGB", "L"))
-        brushes = ImageDraw.Draw(image), ImageDraw.Draw(labels)
-
-        def paint(segment, colour, shape, *points, **angles):
+        for segment, colour, shape, *points in (*self.place_shapes(), *self.bird_shapes()):
             points = [(side * x, side * y) for x, y in points]
-            for brush, ink in zip(brushes, (COLOURS.get(colour, colour), SEGMENTS.index(segment))):
-                getattr(brush, shape)(points, fill=ink, **angles)
-
-        self.paint_place(paint)
-        self.paint_bird(paint)
+            getattr(ImageDraw.Draw(image), shape)(points, fill=COLOURS.get(colour, colour))
+            getattr(ImageDraw.Draw(labels), shape)(points, fill=SEGMENTS.index(segment))
         labels = labels.resize((resolution, resolution), Image.Resampling.NEAREST)
-        return TF.pil_to_tensor(image.reduce(4)), TF.pil_to_tensor(labels)
+        pictures = TF.pil_to_tensor(image.reduce(4)), TF.pil_to_tensor(labels)
+        return [picture.flip(-1) if self.flipped else picture for picture in pictures]
 
-    def paint_place(self, paint):
-        """The sky, the background, the ground and the perch."""
-        colour, bumps, high, ground, wood, half, thick = (
-            PLACES[self.place][column] for column in (3, 4, 5, 9, 13, 14, 15))
-        x, y, level = self.x, self.y, 0.66
-        paint("sky", LIGHTS[self.light][2], "rectangle", (0, 0), (1, 1))
-        paint("behind", colour, "rectangle", (0, level - 0.3 * high), (1, level))
-        for bump in range(int(bumps)):
-            middle, wide = self.shift + (bump + 0.5) / bumps, 0.7 / bumps
-            left, right, top = middle - wide, middle + wide, level - high
-            if colour in ("green", "olive"):
-                paint("behind", colour, "ellipse", (left, top), (right, level + high))
-            else:
-                paint("behind", colour, "polygon", (left, level), (middle, top), (right, level))
-        paint("ground", ground, "rectangle", (0, level), (1, 1))
-        paint("perch", wood, "rectangle", (x - half, y), (x + half, y + thick))
+    def place_shapes(self):
+        """Segment, colour, shape and points of all that is not the bird."""
+        behind, ground, perch, bumps, high, half = PLACES[self.place]
+        *_, noun, colour = behind.split()
+        yield "sky", LIGHTS[self.light].split()[-1], "rectangle", (0, 0), (1, 1)
+        yield "behind", colour, "rectangle", (0, LEVEL - high / 4), (1, LEVEL)
+        for bump in range(bumps):
+            left, middle, right = ((bump + share) / bumps for share in (-0.25, 0.5, 1.25))
+            shape, *points = "ellipse", (left, LEVEL - high), (right, LEVEL + high)
+            if noun in ("mountain", "ridge"):
+                shape, *points = "polygon", (left, LEVEL), (middle, LEVEL - high), (right, LEVEL)
+            yield "behind", colour, shape, *points
+        yield "ground", ground.split()[-1], "rectangle", (0, LEVEL), (1, 1)
+        yield "perch", perch.split()[-1], "rectangle", (self.x - half, PERCH), (self.x + half, 1)
 
-    def paint_bird(self, paint):
-        """The bird, in units of its size from the middle of its body."""
-        deep, hx, hy = 0.23 * self.plump, 0.36, -0.26 - 0.3 * (self.leg > 0.5)  # depth, head
-        foot, end, crest = deep + 0.5 * self.leg, -0.42 - 0.7 * self.tail, self.crest
-        x0, y0 = self.x, self.y - self.size * foot
-
-        def polygon(segment, name, *points, shape="polygon", **angles):
-            points = [(x0 + self.facing * self.size * x, y0 + self.size * y) for x, y in points]
-            if shape != "polygon" and self.facing < 0:  # an oval's left corner comes first
-                (right, top), (left, bottom) = points
-                points = [(left, top), (right, bottom)]
-            paint(segment, self.colours.get(name, name), shape, *points, **angles)
-
-        def oval(segment, name, x, y, wide, high, shape="ellipse", **angles):
-            corners = (x - wide, y - high), (x + wide, y + high)
-            polygon(segment, name, *corners, shape=shape, **angles)
-
-        for x in (0.0, 0.1):
-            polygon("leg", "leg", (x, 0), (x + .04, 0), (x + .04, foot), (x, foot))
-        polygon("tail", "tail", (-.28, -.08), (end, .02), (end, .14), (-.28, .10))
-        oval("back", "back", 0, 0, .42, deep)
-        polygon("back", "back", (.05, -.15), (hx - .10, hy), (hx + .10, hy), (.40, .05))
-        oval("belly", "belly", 0, 0, .42, deep, "chord", start=0, end=180)
-        oval("breast", "breast", .25, .02, .17, .85 * deep)
-        polygon("wing", "wing", (.16, -.10), (.02, .10), (-.50, .10), (-.22, -.14))
-        polygon("wing", "bar", (-.10, -.06), (-.04, -.06), (-.14, .10), (-.20, .10))
-        nape, tip = hx - .12 - crest, hx + .2 + self.beak
-        polygon("head", "crown", (hx + .08, hy - .1), (nape, hy - .1 - crest), (hx - .14, hy))
-        polygon("beak", "beak", (hx + .1, hy - .05), (tip, hy + .05), (hx + .1, hy + .09))
-        oval("head", "throat", hx, hy, .16, .16)
-        oval("head", "crown", hx, hy, .16, .16, "chord", start=180, end=360)
-        oval("eye", "white", hx + .06, hy - .02, .05, .05)
-        oval("eye", "black", hx + .07, hy - .02, .032, .032)
+    def bird_shapes(self):
+        """The same of a bird that looks right. Its points are in units of its size."""
+        x, y = (0.36, -0.44) if self.leg > 0.3 else (0.28, -0.28)  # of the head
+        size, foot, crest = BIRD_SIZES[self.size], 0.25 + self.leg, self.crest
+        tail, tip = -0.36 - self.tail, x + 0.2 + self.beak
+        for part, shape, *points in (
+            ("leg", "rectangle", (-0.03, 0), (0.02, foot)),
+            ("leg", "rectangle", (0.09, 0), (0.14, foot)),
+            ("tail", "polygon", (-0.2, -0.1), (tail, 0.02), (tail, 0.15), (-0.2, 0.15)),
+            ("breast", "ellipse", (-0.42, -0.27), (0.42, 0.27)),
+            ("belly", "ellipse", (-0.36, -0.1), (0.22, 0.27)),
+            ("breast", "polygon", (0.1, -0.2), (x - 0.1, y), (x + 0.1, y), (0.4, 0.05)),
+            ("wing", "ellipse", (-0.46, -0.26), (0.14, 0.13)),
+            ("wing", "polygon", (-0.3, -0.22), (-0.1, 0.12), (-0.58, 0.12)),
+            ("beak", "polygon", (x + 0.1, y - 0.08), (tip, y + 0.04), (x + 0.1, y + 0.12)),
+            ("head", "polygon", (x, y - 0.19), (x - 0.1 - crest, y - 0.1 - crest), (x - 0.19, y)),
+            ("head", "ellipse", (x - 0.19, y - 0.19), (x + 0.19, y + 0.19)),
+            ("eye", "ellipse", (x + 0.03, y - 0.08), (x + 0.13, y + 0.02)),
+        ):
+            points = [(self.x + size * x, PERCH + size * (y - foot)) for x, y in points]
+            yield part, self.colours[part], shape, *points
 
 
 class DemoDataset(ImageDataset):
-    """Birds drawn on first use and kept, the same for every seed."""
+    """Birds drawn on demand, the same for every seed."""
 
     SIZES = {"train": 2048, "val": 256}
     labels = dict(enumerate(SEGMENTS))
 
     def __init__(self, split, resolution, seed=0):
         self.scenes = [Scene(split, index) for index in range(self.SIZES[split])]
-        self.drawn = {}
-        records = [Record(None, scene.label, scene.captions, ()) for scene in self.scenes]
+        records = [Record(None, list(SPECIES).index(scene.name), scene.captions, ())
+                   for scene in self.scenes]
         super().__init__(records, list(SPECIES), resolution, seed)
 
     def read(self, index, rng=None):
-        if index not in self.drawn:
-            self.drawn[index] = self.scenes[index].draw(self.resolution)
-        image, labels = self.drawn[index]
+        image, labels = self.scenes[index].draw(self.resolution)
         return image, labels[0].long() if self.with_segmentation else None
 
 

@@ -311,7 +311,7 @@ def test_a_second_signal_ends_a_run_at_once(photographs, tmp_path):
     process = begin(
         tmp_path,
         train.main,
-        flags(photographs, tmp_path / "run", batch_size=10**6, workers=1),
+        flags(photographs, tmp_path / "run", batch_size=20_000, workers=1),
     )
     wait_for(process, process.log, 4)
     for number in (

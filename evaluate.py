@@ -556,7 +556,7 @@ def draw_toy(prior, path, steps=80):
     rate = 1.5 * (feature - start[nearest]).norm().item() / steps
     paths = {
         "VQ-VAE: each code is a parameter": pull(learned, feature, rate, steps),
-        "VQCT: one network makes all codes": pull(transferred, feature, 5e-4, steps),
+        "VQCT: one network makes all codes": pull(transferred, feature, 5e-5, steps),
     }
     shown = np.concatenate([feature[None].numpy(), *(x.reshape(-1, 2) for x in paths.values())])
     panels = []

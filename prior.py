@@ -452,7 +452,7 @@ def glove_vectors(words, weights, dim, counts):
 
 
 def glove_lines(weights, dim):
-    """Yield the lines of GloVe's text, or of the text of `dim` (0: 100) dimensions in its .zip."""
+    """Yield the lines of GloVe's text, or of one text in its .zip."""
     if not weights.endswith(".zip"):
         with open(weights, encoding="utf-8", newline="\n") as stream:
             yield from stream
@@ -664,7 +664,7 @@ class Prior:
             return prior
 
     def check(self):
-        """Raise ValueError if lengths differ, a vector is not finite, or an edge names no word."""
+        """Raise ValueError if the arrays do not fit each other, or a vector is not finite."""
         for part in PARTS:
             words, vectors = self[f"{part}_words"], self[f"{part}_vectors"]
             if vectors.shape != (len(words), self.noun_vectors.shape[-1]):
@@ -1071,10 +1071,7 @@ def list_files(root, suffixes, above=()):
 
 
 def read_tensors(path):
-    """The tensors of a published file, by name → dict.
-
-    Raises UserError if it is missing, damaged, or holds objects that `weights_only` refuses.
-    """
+    """The tensors of a published file, by name → dict. Raises UserError if it cannot be read."""
     import torch
 
     with user_error(f"weights '{path}' cannot be read: {{}}"):

@@ -9,7 +9,7 @@ kept. Each gets a vector of a language model, and A_ij = 1 where adjective i mod
 
 The first two make a prior, of CLIP's vectors by default. `show` prints what a prior holds; its flags:
 python prior.py show --help. A corpus is a text file with a caption per line, a caption file of a public
-data set, or a folder of .txt files. A prior is one .npz file.
+data set, or a folder of .txt files.
 """
 
 import argparse
@@ -189,13 +189,12 @@ def parts_of_speech(tagged, speech):
 
     tagged: list of (word, Penn tag); speech: WordNetSpeech, or an object with its methods.
     """
-    words = [word.lower() for word, _ in tagged]
-    tags = [tag for _, tag in tagged]
-    kinds = "".join(kind_of(word, tag, speech) for word, tag in zip(words, tags))
+    tagged = [(word.lower(), tag) for word, tag in tagged]
+    kinds = "".join(kind_of(word, tag, speech) for word, tag in tagged)
     for letter, pattern, _ in RULES:
         kinds = re.sub(pattern, lambda match: re.sub("[BEGS]", letter, match[0]), kinds)
     tokens = []
-    for word, tag, kind in zip(words, tags, kinds):
+    for (word, tag), kind in zip(tagged, kinds):
         part, lemma = "", word
         if kind == "A":
             part = "adjective"
@@ -237,10 +236,11 @@ class WordNetSpeech:
 
         with user_error("NLTK's data cannot be read: {}; download it again, and unpack the tagger's zip"):
             self.tagger = PerceptronTagger()
-            adjectives, nouns, adverbs = (frozenset(wordnet.all_lemma_names(pos)) for pos in "anr")
+            adjectives, self.nouns, self.adverbs = (
+                frozenset(wordnet.all_lemma_names(pos)) for pos in "anr"
+            )
             frequencies = wordnet.open("cntlist.rev").read()
         self.adjectives = adjectives | {"rufous"}  # a colour of birds that WordNet 3.0 lacks
-        self.nouns, self.adverbs = nouns, adverbs
         self.counts = Counter()  # (word, "1" for a noun or "2" for a verb) → times in WordNet's texts
         for word, part, count in re.findall(r"(?m)^(\S+)%([12])\S* \d+ (\d+)", frequencies):
             self.counts[word, part] += int(count)
@@ -291,7 +291,7 @@ class WordNetSpeech:
 class WordListSpeech:
     """Parts of speech by two lists of words, for text whose words are known in advance.
 
-    plurals: irregular plural → singular; plurals in -s or -es are recognised.
+    Plurals in -s or -es are recognised.
 
     >>> speech = WordListSpeech(["small", "orange", "white"], ["bird", "breast", "belly"])
     >>> (sentence,) = speech("a small bird with an orange breast whose belly is white")
@@ -305,9 +305,8 @@ class WordListSpeech:
     TAGS |= dict.fromkeys(("of", "in", "on", "with"), "IN")
     TAGS |= dict.fromkeys(("and", "or", "but"), "CC")
 
-    def __init__(self, adjectives, nouns, plurals=None):
+    def __init__(self, adjectives, nouns):
         self.adjectives, self.nouns = frozenset(adjectives), frozenset(nouns)
-        self.plurals = dict(plurals or {})
 
     def __call__(self, caption):
         """Caption → list of sentences, each a list of Token."""
@@ -321,7 +320,7 @@ class WordListSpeech:
         return word in self.adjectives
 
     def noun(self, word):
-        singulars = (word, self.plurals.get(word), word.removesuffix("s"), word.removesuffix("es"))
+        singulars = word, word.removesuffix("s"), word.removesuffix("es")
         return next((singular for singular in singulars if singular in self.nouns), None)
 
     def lists(self, word, tag):
@@ -346,8 +345,7 @@ def modifying_pairs(tokens):
     for pattern, _ in EDGES:
         for match in re.finditer(pattern, kinds):
             noun = tokens[match.start("noun")]
-            first, end = match.span("adjectives")
-            for token in tokens[first:end]:
+            for token in tokens[slice(*match.span("adjectives"))]:
                 if token.part == "adjective" and noun.part:
                     yield token.lemma, noun.lemma
 
@@ -427,7 +425,7 @@ def _count_chunk(captions):
 
 # ======== Language models
 # Each is a function of a dict part → words, --weights, --dim and Counts. It returns a dict part → dict
-# word → (d,) float32, where words may be missing. PARTS are the parts of speech.
+# word → (d,) float32, where words may be missing.
 
 def glove_vectors(words, weights, dim, counts):
     """Vectors of GloVe's text, `word v1 … vd` a line; of a .zip, those of `dim` (0: 100) dimensions.
@@ -454,7 +452,7 @@ def glove_vectors(words, weights, dim, counts):
 
 
 def glove_lines(weights, dim):
-    """Yield the lines of GloVe's text, or of the text of `dim` (0: 100) dimensions in its .zip."""
+    """Yield the lines of GloVe's text, or of one text in its .zip."""
     if not weights.endswith(".zip"):
         with open(weights, encoding="utf-8", newline="\n") as stream:
             yield from stream
@@ -492,8 +490,7 @@ def corpus_vectors(words, weights, dim, counts):
     frequency = near.sum(axis=0)
     smoothed = frequency**0.75 / (frequency**0.75).sum()  # lifts the PMI of rare contexts less
     with np.errstate(divide="ignore"):
-        pmi = np.log(near / (frequency[:, None] * smoothed))
-    ppmi = np.maximum(pmi, 0)
+        ppmi = np.maximum(np.log(near / (frequency[:, None] * smoothed)), 0)
     dim = dim or min(100, len(kept) - 1)
     u, s, _ = np.linalg.svd(ppmi)
     vectors = u[:, :dim] * np.sqrt(s[:dim])
@@ -567,8 +564,7 @@ def clip_text_vectors(words, weights, dim, counts):
 def clip_text_features(prompts, tensors):
     """CLIP's text features (N, D) of prompts (N, T), token indices that end in the end token.
 
-    The text tower of Radford et al. 2021: pre-norm blocks with causal attention, heads of 64 channels,
-    and the activation x·σ(1.702 x).
+    The text tower of Radford et al. 2021, with heads of 64 channels and the activation x·σ(1.702 x).
 
     tensors: float32, named as in Hugging Face's CLIPModel.
     """
@@ -618,9 +614,10 @@ CLIP_FILES = {  # name → size, sha256
 def clip_needs():
     """CLIP's vocabulary and weights → list of PublishedFile."""
     local = "--prior FILE.npz, made by python prior.py CORPUS --weights DIR --out FILE.npz"
-    cached = "clip-vit-base-patch32-"
     return [
-        PublishedFile(f"CLIP's {name}", size, CLIP_URL + name, local, cached + name, sha256)
+        PublishedFile(
+            f"CLIP's {name}", size, CLIP_URL + name, local, f"clip-vit-base-patch32-{name}", sha256
+        )
         for name, (size, sha256) in CLIP_FILES.items()
     ]
 
@@ -667,7 +664,7 @@ class Prior:
             return prior
 
     def check(self):
-        """Raise ValueError if lengths differ, a vector is not finite, or an edge names no word."""
+        """Raise ValueError if the arrays do not fit each other, or a vector is not finite."""
         for part in PARTS:
             words, vectors = self[f"{part}_words"], self[f"{part}_vectors"]
             if vectors.shape != (len(words), self.noun_vectors.shape[-1]):
@@ -684,9 +681,11 @@ class Prior:
         """The arrays as tensors and lists of strings, which a checkpoint may hold → dict."""
         import torch
 
-        arrays = {name: x for name, x in vars(self).items() if name != "provenance"}
-        as_tensor = lambda x: x.tolist() if x.dtype.kind == "U" else torch.from_numpy(x)
-        return {name: as_tensor(x) for name, x in arrays.items()}
+        return {
+            name: x.tolist() if x.dtype.kind == "U" else torch.from_numpy(x)
+            for name, x in vars(self).items()
+            if name != "provenance"
+        }
 
 
 def build_prior(
@@ -722,7 +721,6 @@ def build_prior(
         "weights": weights,
         "without_vector": {part: len(seen[part]) - len(words[part]) for part in PARTS},
         "part_of_speech": speech.name,
-        "plurals": getattr(speech, "plurals", {}),
     }
     edges, edge_counts = edges_between(words, counts.pairs)
     return Prior(**arrays, edges=edges, edge_counts=edge_counts, provenance=provenance)
@@ -730,12 +728,11 @@ def build_prior(
 
 def made_from(captions, embeddings, min_count):
     """What decides a prior's words and edges: it is made again where this differs → dict."""
-    rules = [*map(str, RULES), *map(str, EDGES)]
     return {
         "captions_sha256": text_checksum(captions),
         "embeddings": embeddings,
         "min_count": min_count,
-        "rules_sha256": text_checksum(rules),
+        "rules_sha256": text_checksum(map(str, RULES + EDGES)),
     }
 
 
@@ -760,10 +757,9 @@ def edges_between(words, pairs):
 def describe_codebook(prior):
     """A prior's sizes and bits beside the authors' → str."""
     adjectives, nouns = len(prior.adjective_words), len(prior.noun_words)
-    bits = math.log2(adjectives * nouns)
     return (
-        f"{adjectives:,} adjectives + {nouns:,} nouns, {bits:.1f} bits per position "
-        "(the authors: 1,949 + 4,258, 23.0 bits)"
+        f"{adjectives:,} adjectives + {nouns:,} nouns, {math.log2(adjectives * nouns):.1f} bits "
+        "per position (the authors: 1,949 + 4,258, 23.0 bits)"
     )
 
 
@@ -844,10 +840,8 @@ def show_prior(prior, caption):
 def show_caption(prior, caption):
     """Print what a caption becomes: tags, parts of speech, nodes and modifying pairs."""
     words = {part: prior[f"{part}_words"].tolist() for part in PARTS}
-    if prior.provenance.get("part_of_speech") == WordListSpeech.name:
-        speech = WordListSpeech(*words.values(), prior.provenance["plurals"])
-    else:
-        speech = WordNetSpeech()
+    listed = prior.provenance.get("part_of_speech") == WordListSpeech.name
+    speech = WordListSpeech(*words.values()) if listed else WordNetSpeech()
     print(f"\n{caption}\n  {'word':16} {'tag':6} {'part of speech':15} node")
     for tokens in speech(caption):
         for token in tokens:
@@ -958,11 +952,12 @@ def command(main):
         sys.exit(141)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         message = str(error).strip() or "out of memory"
+        of_user = isinstance(error, UserError)
         if message.startswith("Caught "):  # by a loader, with the traceback of its worker
             message = re.sub(r"^\S*Error: ", "", message.splitlines()[-1])
-        elif not isinstance(error, UserError):
+        elif not of_user:
             message = message.splitlines()[0]
-        short = not isinstance(error, UserError) and re.search(SHORTAGE, message, re.IGNORECASE)
+        short = not of_user and re.search(SHORTAGE, message, re.IGNORECASE)
         if isinstance(error, RuntimeError) and not short:
             raise
         print(f"error: {message}", file=sys.stderr, flush=True)
@@ -1008,9 +1003,9 @@ class Parser(argparse.ArgumentParser):
             else:
                 choices = more.get("choices")
                 choices = choices() if callable(choices) else choices
-                least = more.get("least", 0 if isinstance(value, float) else 1)
-                within = bounded(type(value), least, more.get("most", 2**62))
-                flag["type"] = str if isinstance(value, str) else within
+                if not isinstance(value, str):
+                    least = more.get("least", 0 if isinstance(value, float) else 1)
+                    flag["type"] = bounded(type(value), least, more.get("most", 2**62))
                 flag.update(choices=choices and tuple(choices), metavar=None if choices else "X")
             group.add_argument("--" + item.name.replace("_", "-"), **flag)
 
@@ -1060,14 +1055,14 @@ def save_png(image, path):
 def list_files(root, suffixes, above=()):
     """Yield the files below a folder that end in one of the suffixes, in any case, sorted.
 
-    Hidden ones are left out. Linked folders are followed; `above`, the folders that this one lies in,
-    ends loops of links. Raises UserError if there is no such folder.
+    Hidden ones and macOS's `__MACOSX` are left out. Linked folders are followed; `above`, the folders
+    that this one lies in, ends loops of links. Raises UserError if there is no such folder.
     """
     real = os.path.realpath(root)
     if not os.path.isdir(real):
         raise UserError(f"no such folder: '{root}'")
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
-        if is_hidden(entry.name) or real in above:
+        if entry.name.startswith(".") or entry.name == "__MACOSX" or real in above:
             continue
         if entry.is_dir():
             yield from list_files(entry.path, suffixes, (*above, real))
@@ -1075,16 +1070,8 @@ def list_files(root, suffixes, above=()):
             yield Path(entry.path)
 
 
-def is_hidden(name):
-    """Whether a file's name starts with a dot, or is macOS's `__MACOSX`."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
 def read_tensors(path):
-    """The tensors of a published file, by name → dict.
-
-    Raises UserError if it is missing, damaged, or holds objects that `weights_only` refuses.
-    """
+    """The tensors of a published file, by name → dict. Raises UserError if it cannot be read."""
     import torch
 
     with user_error(f"weights '{path}' cannot be read: {{}}"):
@@ -1108,7 +1095,7 @@ def load_tensors(file):
 
 
 def text_checksum(lines):
-    """The sha256 of a list of strings, in hexadecimal digits."""
+    """The sha256 of strings, in hexadecimal digits."""
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
@@ -1146,7 +1133,7 @@ def download(url, path, digest):
 class Need:
     """Something that a command needs. present() says whether it is there; fetch() downloads it."""
 
-    what: str  # its name
+    what: str
     size: str  # "528 MB"
     source: str  # its URL, or the command that downloads it
     local: str  # how to point at a local copy
@@ -1214,11 +1201,9 @@ def provide(needs, download, again):
     Raises UserError that lists what is still missing; `again` tells there how to download it.
     """
     missing = [need for need in needs if not need.present()]
-    if download:
-        for need in missing:
-            if need.fetch:
-                need.fetch()
-        missing = [need for need in missing if not need.fetch]
+    for need in [need for need in missing if download and need.fetch]:
+        need.fetch()
+        missing.remove(need)
     if not missing:
         return
     lines = [

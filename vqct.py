@@ -67,10 +67,7 @@ def nearest_code(z, codebook, neighbours=1):
 
 
 def origin_of(codes):
-    """(K, D) → (D,), the median of about a hundred codes, which outliers do not move.
-
-    Distances do not depend on the origin, but their rounding does.
-    """
+    """(K, D) → (D,), the median of about a hundred codes, which outliers do not move."""
     sample = codes[:: len(codes) // 100 + 1].sort(0).values
     return sample[len(sample) // 2].nan_to_num(0, 0, 0)
 
@@ -152,21 +149,18 @@ class NormalizedAdjacency(nn.Module):
             ones = torch.ones(len(edges))
             entries = ones if weights is None else torch.as_tensor(weights, device="cpu")
             entries = torch.cat([entries, entries, torch.ones(nodes)]).double()
-            shape = (nodes, nodes)
-            matrix = torch.sparse_coo_tensor(index, entries, shape, check_invariants=True)
-            matrix = matrix.coalesce()  # A + I
+            matrix = torch.sparse_coo_tensor(
+                index, entries, (nodes, nodes), check_invariants=True
+            ).coalesce()  # A + I
             row, column = matrix.indices()
-            value = matrix.values()
-            if weights is None:
-                value = torch.ones_like(value)
+            value = torch.ones_like(matrix.values()) if weights is None else matrix.values()
             degree = torch.zeros(nodes).double().index_add_(0, row, value)
             value = value * degree[row].rsqrt() * degree[column].rsqrt()
             row_start = F.pad(row.bincount(minlength=nodes).cumsum(0), (1, 0))
         device = torch.get_default_device()
-        value = value.to(device, torch.get_default_dtype())
         self.register_buffer("row_start", row_start.to(device))  # (N + 1,)
         self.register_buffer("column", column.to(device))  # (2E + N,)
-        self.register_buffer("value", value)  # (2E + N,)
+        self.register_buffer("value", value.to(device, torch.get_default_dtype()))
 
     def forward(self, nodes):
         """(N, D) → Â nodes, (N, D)."""
@@ -243,9 +237,8 @@ class CodebookTransfer(nn.Module):
         self.last_relu = last_relu
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, vectors):
+    def forward(self, nodes):
         """(N, d) word vectors of the graph's nodes → (N, D) codes."""
-        nodes = vectors  # H
         for layer in self.layers[:-1]:
             nodes = F.relu(layer(nodes, self.adjacency))  # (N, hidden)
             nodes = self.dropout(nodes)
@@ -318,7 +311,6 @@ class VQModel(nn.Module):
 
     A position has M tokens: one for each codebook, or more where neighbours are averaged.
 
-    config: a ModelConfig.
     prior: a mapping with `adjective_vectors` (Na, d), `noun_vectors` (Nn, d), `edges` (E, 2)
         of adjective and noun index, and `edge_counts` (E,) for weighted edges; or None if
         not `needs_prior(config)`.
@@ -335,8 +327,7 @@ class VQModel(nn.Module):
         self.config = config
         factor = 2 ** (len(config.multipliers) - 1)
         if config.resolution % factor:
-            problem = f"resolution {config.resolution} is not a multiple of {factor}"
-            raise ValueError(f"{problem}, the encoder's reduction")
+            raise ValueError(f"resolution {config.resolution} is not a multiple of {factor}")
         side = config.resolution // factor
         self.grid = side, side  # (h, w) positions of an image
         self.codebook = make_codebook(config, prior)
@@ -645,10 +636,8 @@ class LPIPS(nn.Module):
             if head_state is not None:
                 head.load_state_dict({"weight": head_state[f"lin{i}.model.1.weight"]})
             self.heads.append(head)
-        shift = torch.tensor([-0.030, -0.088, -0.188])[:, None, None]
-        scale = torch.tensor([0.458, 0.448, 0.450])[:, None, None]
-        self.register_buffer("shift", shift)  # (3, 1, 1)
-        self.register_buffer("scale", scale)
+        self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188])[:, None, None])
+        self.register_buffer("scale", torch.tensor([0.458, 0.448, 0.450])[:, None, None])
         self.requires_grad_(False)  # no layer depends on the mode
 
     def forward(self, x, y):
@@ -680,7 +669,7 @@ class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights, the likeliest code in evaluation.
 
     This is DALL-E's relaxation (Ramesh et al. 2021) as VQ-GAN uses it, except that VQ-GAN
-    draws the code in evaluation too. A 1×1 convolution gives K logits a position.
+    draws the code in evaluation too.
 
     dim: D, channels of ẑ; size: K, number of codes.
     kl_weight: of the loss KL(softmax(logits) ‖ uniform), a mean over positions.
@@ -712,8 +701,9 @@ class GumbelQuantizer(nn.Module):
             indices = logits.argmax(1, keepdim=True)
             if not self.training:
                 return look_up(indices, codebook), indices, loss
-            temperature, hard = self.temperature, self.straight_through
-            weights = F.gumbel_softmax(logits, temperature, hard, dim=1)
+            weights = F.gumbel_softmax(
+                logits, self.temperature, self.straight_through, dim=1
+            )
             return torch.einsum("bkhw,kd->bdhw", weights, codebook), indices, loss
 
 
@@ -762,7 +752,7 @@ class ClusteredQuantizer(VectorQuantizer):
         alpha = torch.exp(-10 * len(codebook) * self.usage / (1 - self.decay) - 1e-3)
         alpha = alpha[:, None].to(codebook.dtype)  # (K, 1)
         features = all_gather(features)
-        chunk = max(1, 2**22 // len(features))  # at most 2²² distances, as in nearest_code
+        chunk = max(1, 2**22 // len(features))  # at most 2²² distances
         for codes, amount in zip(codebook.split(chunk), alpha.split(chunk)):
             anchors = gumbel_argmax(-torch.cdist(codes, features).square())
             codes.lerp_(features[anchors], amount)
@@ -816,10 +806,9 @@ class RegularizedQuantizer(VectorQuantizer):
     @staticmethod
     def contrast(features, codebook, chosen, nearest, positions=1024, temperature=0.07):
         """(N, D), (K, D), (N,), (N,) → () cross-entropy of each position's own code."""
-        last = len(features) - 1
         count = min(positions, len(features))  # P
         order = torch.arange(count, device=features.device)
-        spread = order * last // max(1, count - 1)
+        spread = order * (len(features) - 1) // max(1, count - 1)
         features, chosen, nearest = features[spread], chosen[spread], nearest[spread]
         codes = codebook[chosen]  # (P, D)
         noise = (codes - codebook[nearest]).square().sum(1).detach()  # (P,)
@@ -908,14 +897,15 @@ NETWORKS = {  # preset → its departures from ModelConfig's defaults
 def make_quantizer(config, dim, size, neighbours):
     """The quantizer of a ModelConfig, for a codebook of `size` codes of `dim` channels."""
     if neighbours > size or neighbours > 1 and config.quantizer != "nearest":
-        needs = "needs as many codes, and quantizer 'nearest'"
-        raise ValueError(f"a mean of {neighbours} neighbours {needs}")
-    if config.quantizer == "cvq" and (not config.trained or config.transfer != "none"):
-        raise ValueError("quantizer 'cvq' needs trained codes without transfer")
+        raise ValueError(
+            f"a mean of {neighbours} neighbours needs as many codes, and quantizer 'nearest'"
+        )
     if config.quantizer == "gumbel":
         return GumbelQuantizer(dim, size, config.kl_weight, config.straight_through)
     options = dict(beta=config.beta, beta_on=config.beta_on, neighbours=neighbours)
     if config.quantizer == "cvq":
+        if not config.trained or config.transfer != "none":
+            raise ValueError("quantizer 'cvq' needs trained codes without transfer")
         return ClusteredQuantizer(size, config.usage_decay, **options)
     if config.quantizer == "regvq":
         weights = config.kl_weight, config.mask_ratio, config.contrastive_weight
@@ -1011,8 +1001,7 @@ class Block(nn.Module):
         query, key, value = joined.permute(2, 0, 3, 1, 4)  # (B, H, T, d)
         if cache is not None:
             stop = start + x.shape[1]
-            cache[0, :, :, start:stop] = key
-            cache[1, :, :, start:stop] = value
+            cache[:, :, :, start:stop] = torch.stack([key, value])
             key, value = cache[:, :, :, :stop]  # (B, H, start + T, d)
             causal = False
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=causal)
@@ -1121,12 +1110,9 @@ class TokenTransformer(nn.Module):
     def forward(self, tokens, known=None, drop=None):
         """(B, M, h, w) tokens → a list of M logits (B, N, K_i), given all tokens before."""
         tokens = tokens.flatten(2)  # (B, M, N)
-        batch = len(tokens)
-        # Position n is predicted from position n − 1, and the first one from `start`.
-        start = self.start.expand(batch, 1, -1)  # (B, 1, W)
-        embedded = self.embed(tokens[:, :, :-1])  # (B, N − 1, W)
-        previous = torch.cat([start, embedded], dim=1)  # (B, N, W)
-        condition = self.condition(known, batch, drop)  # (B, 1 or N, W)
+        start = self.start.expand(len(tokens), 1, -1)  # (B, 1, W), before the first position
+        previous = torch.cat([start, self.embed(tokens[:, :, :-1])], dim=1)  # (B, N, W)
+        condition = self.condition(known, len(tokens), drop)  # (B, 1 or N, W)
         hidden = self.hidden(previous, condition)  # (B, N, W)
         return [self.logits(hidden, tokens, i) for i in range(len(self.sizes))]
 
@@ -1243,8 +1229,7 @@ class Denoiser(nn.Module):
 
     def forward(self, z_t, t, condition):
         """z_t: (B, C, h, w), t: (B,) in [0, 1], condition: (B, 1 or N, W) → ε (B, C, h, w)."""
-        half = self.width // 2
-        frequency = torch.linspace(0, math.log(1000), half, device=t.device).exp()
+        frequency = torch.linspace(0, math.log(1000), self.width // 2, device=t.device).exp()
         angle = t[:, None] * frequency  # (B, W/2)
         time = torch.cat([angle.sin(), angle.cos()], dim=1)  # (B, W)
         time = self.time(time.to(self.mean.dtype))
@@ -1277,7 +1262,6 @@ def sample_features(
     shape = batch, model.channels, *model.grid
     like = dict(device=model.mean.device, dtype=model.mean.dtype)
     condition = model.condition(known, batch)
-    absent = model.condition(None, batch)
     z_t = torch.randn(shape, generator=generator, **like)
     angles = torch.linspace(model.LAST, 0, steps + 1, device=z_t.device) * math.pi / 2
     for now, then in zip(angles[:-1], angles[1:]):
@@ -1288,7 +1272,7 @@ def sample_features(
         t = (now / (math.pi / 2)).expand(batch)
         noise = model(z_t, t, condition)
         if scale != 1:
-            unconditional = model(z_t, t, absent)
+            unconditional = model(z_t, t, model.condition(None, batch))
             noise = unconditional + scale * (noise - unconditional)
         z = ((z_t - now.sin() * noise) / now.cos()).clamp(-5, 5)  # z has unit variance
         noise = (z_t - now.cos() * z) / now.sin()
@@ -1326,15 +1310,14 @@ def published_tensor(name, state):
 def load_taming(model, discriminator, state):
     """Fill our networks from a VQ-GAN of taming-transformers → names of what it leaves.
 
-    Encoder and decoder are filled whole, and a discriminator whole or not at all. The 1×1
-    convolutions at the codes, and one learned codebook, are filled if shapes agree.
+    A discriminator is filled whole or not at all. The 1×1 convolutions at the codes, and one
+    learned codebook, are filled if shapes agree.
 
     model: VQModel; discriminator: Discriminator or None; state: the published state dict.
     Raises ValueError if encoder or decoder cannot be filled.
     """
-    taken, left = {}, []
-    learned = isinstance(model.codebook.vectors, nn.Parameter)
-    takes_codes = learned and len(model.codebook.sizes) == 1
+    taken, left, codebook = {}, [], model.codebook
+    takes_codes = isinstance(codebook.vectors, nn.Parameter) and len(codebook.sizes) == 1
     for name, value in model.state_dict().items():
         tensor, published = published_tensor(name, state)
         shape = "missing" if tensor is None else tuple(tensor.shape)
@@ -1351,8 +1334,8 @@ def load_taming(model, discriminator, state):
         prefix = "loss.discriminator.main"
         taken = {name.replace(prefix, "layers"): tensor
                  for name, tensor in state.items() if name.startswith(prefix)}
-        shapes = {name: tensor.shape for name, tensor in taken.items()}
-        if shapes == {name: x.shape for name, x in discriminator.state_dict().items()}:
+        shapes = lambda state: {name: tensor.shape for name, tensor in state.items()}
+        if shapes(taken) == shapes(discriminator.state_dict()):
             discriminator.load_state_dict(taken)
         else:
             left.append("discriminator")

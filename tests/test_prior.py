@@ -417,11 +417,9 @@ def test_nltk_data_that_cannot_be_read_are_a_line(monkeypatch):
         WordNetSpeech()
 
 
-SPEECH = WordListSpeech(
-    "small red orange white".split(), "bird wing belly titmouse foot".split(), {"feet": "foot"}
-)
+SPEECH = WordListSpeech("small red orange white".split(), "bird wing belly titmouse beak".split())
 BIRDS = [
-    "a small bird with red feet",
+    "a small bird with red beaks",
     "its wings are white",
     "a white bird with a red wing and an orange belly",
 ]
@@ -430,7 +428,7 @@ BIRDS = [
 def test_counts_do_not_depend_on_workers(monkeypatch):
     monkeypatch.setattr(prior_module, "CHUNK", 3)
     whole = count_captions(BIRDS * 7, SPEECH, True)
-    found = pairs("small bird, red foot, white wing, white bird, red wing, orange belly")
+    found = pairs("small bird, red beak, white wing, white bird, red wing, orange belly")
     assert (
         whole.captions == 21
         and whole.pairs == dict.fromkeys(found, 7)

@@ -620,10 +620,7 @@ class ImageDataset(Dataset):
         return list(read_captions(captions)) if isinstance(captions, Path) else captions
 
     def read(self, index, rng=None):
-        """→ image (3, R, R) uint8, and label map (R, R) int64 or None.
-
-        The crop is the centre, or drawn by `rng`.
-        """
+        """→ image (3, R, R) uint8, and label map (R, R) int64 or None."""
         record, side = self.records[index], self.resolution
         image = read_image(record.path, side if rng else 0)
         width, height = (int(side * length / min(image.size)) for length in image.size)
@@ -965,8 +962,7 @@ def archives(name, root):
     folder = root if name in ("coco", "captions") else root.parent
     if folder != root and name in ARCHIVES and not root.exists():
         if root.name != DATASETS[name].folder:
-            raise UserError(f"no folder '{root}'; a download makes one named "
-                            f"{DATASETS[name].folder}: name it so in --data")
+            raise UserError(f"no folder '{root}'; a download makes {DATASETS[name].folder}")
     return [Archive(*texts, local, md5, root / made, folder)
             for *texts, md5, made in ARCHIVES.get(name, ())]
 

@@ -30,12 +30,11 @@ import torchvision
 import torchvision.transforms.v2.functional as TF
 from PIL import Image, ImageDraw, ImageFont
 
-from prior import (PARTS, Parser, PublishedFile, UserError, WordListSpeech, atomic_write, examples,
-                   nearest_words, provide, read_tensors, save_png, user_error)
-from train import (Run, draw_grid, first_process_first, identity, launch, load_lpips, lpips_files,
-                   processes, psnr, rank, read_journal, spread_indices, to_bytes)
-from vqct import (Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, all_gather,
-                  option)
+from prior import (PARTS, Parser, PublishedFile, UserError, WordListSpeech, atomic_write, command,
+                   examples, nearest_words, provide, read_tensors, save_png, user_error)
+from train import (Run, draw_grid, identity, load_lpips, lpips_files, psnr, read_journal,
+                   spread_indices, to_bytes)
+from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, option
 
 
 # ======== Metrics
@@ -183,18 +182,16 @@ def caption_alignment(run, indices, dataset, permutations=999):
         said = {(token.part, token.lemma) for caption in dataset.captions_of(index)
                 for sentence in speech(caption) for token in sentence}
         mentioned.append([number[pair] for pair in number.keys() & said])
-    starts = np.cumsum([0, *map(len, run.words)])
+    starts = np.cumsum([0, *map(len, words.values())])
     codes = [chosen[captioned].reshape(len(captioned), -1) + start
              for chosen, start in zip(indices, starts)]
     counts = count_matrix(np.concatenate(codes, axis=1), len(pairs))
     spoken = count_matrix(mentioned, len(pairs))
 
-    alignment, rng, start = {}, np.random.default_rng(0), 0
-    for part, listed in words.items():
-        columns = slice(start, start + len(listed))
-        ratio, p = alignment_of(counts[:, columns], spoken[:, columns], rng, permutations)
+    alignment, rng = {}, np.random.default_rng(0)
+    for part, start, end in zip(words, starts, starts[1:]):
+        ratio, p = alignment_of(counts[:, start:end], spoken[:, start:end], rng, permutations)
         alignment[part] = {"ratio": ratio, "p": p, "images": len(captioned)}
-        start += len(listed)
     return alignment
 
 
@@ -257,15 +254,14 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
     """Scores, indices and features of every image of a dataset through a run's model.
 
     Returns scores: dict of (N,) arrays psnr, l1, l2, baseline_psnr, maybe lpips;
-    indices: (N, M, h, w) int32;
-    features: of originals and reconstructions, (2, N, 2048), or [].
+    indices: (N, M, h, w) int32 tensor;
+    features: of originals and reconstructions, a (2, N, 2048) array, or [].
     """
     scores, indices, features = {}, [], []
-    share = range(rank(), len(dataset), processes())
-    share = share or range(1)  # with fewer images than processes, the first again
-    for x, batch in run.batches(dataset, share, "reconstructing"):
+    for x, batch in run.batches(dataset, None, "reconstructing"):
         output = run.model(x)
         x_hat = output.x_hat.float()
+        original, decoded = batch["image"].to(run.device, non_blocking=True), to_bytes(x_hat)
         values = {
             "psnr": psnr(x_hat, x),
             "l1": (x_hat - x).abs().mean(dim=(1, 2, 3)),
@@ -277,35 +273,22 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
         for name, value in values.items():
             scores.setdefault(name, []).append(value)
         indices.append(output.indices.int())
-        original = batch["image"].to(run.device, non_blocking=True)
         if inception is not None:
-            pair = inception(original), inception(to_bytes(x_hat))
-            features.append(torch.stack(pair, dim=1))  # (B, 2, 2048)
-        if save and rank() < len(dataset):
+            pair = inception(original), inception(decoded)
+            features.append(torch.stack(pair))  # (2, B, 2048)
+        if save:
             save_images(save / "originals", batch["index"], original)
-            save_images(save / "reconstructions", batch["index"], to_bytes(x_hat))
-
-    def gather(batches):
-        return of_all_processes(torch.cat(batches), len(dataset)).cpu().numpy()
-
-    scores = {name: gather(values).astype(np.float64) for name, values in scores.items()}
-    indices = gather(indices)
+            save_images(save / "reconstructions", batch["index"], decoded)
+    scores = {name: torch.cat(values).cpu().double().numpy() for name, values in scores.items()}
     if features:
-        features = gather(features).swapaxes(0, 1).astype(np.float64)
-    return scores, indices, features
+        features = torch.cat(features, dim=1).cpu().double().numpy()
+    return scores, torch.cat(indices).cpu(), features
 
 
 def save_images(folder, indices, images):
     """Write (B, 3, H, W) uint8 images as folder/INDEX.png."""
     for index, image in zip(indices.tolist(), images.cpu()):
         save_png(TF.to_pil_image(image), folder / f"{index:06d}.png")
-
-
-def of_all_processes(rows, total):
-    """(total, …) rows in order; each of n processes has every n-th of them."""
-    share = math.ceil(total / processes())
-    rows = torch.cat([rows, rows.new_zeros(share - len(rows), *rows.shape[1:])])
-    return all_gather(rows).unflatten(0, (-1, share)).transpose(0, 1).flatten(0, 1)[:total]
 
 
 class Evaluation(NamedTuple):
@@ -316,15 +299,14 @@ class Evaluation(NamedTuple):
     indices: list  # (N, n, h, w) arrays, one for each codebook
 
 
-def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None, save=None):
-    """The Evaluation of one run, or None in all processes of torchrun except the first."""
+def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None):
+    """The Evaluation of one run."""
     run = Run(path, choices.device, choices.data, choices.labels, choices.checkpoint)
     dataset, baseline = run.dataset("val"), mean_image(run)
     networks = [network and network.to(run.device) for network in (inception, lpips)]
+    save = choices.save and Path(choices.save, run.path.resolve().name)
     scores, indices, features = reconstruct(run, dataset, baseline, *networks, save)
-    if rank():
-        return None
-    indices = [codes.numpy() for codes in run.model.by_codebook(torch.from_numpy(indices))]
+    indices = [codes.numpy() for codes in run.model.by_codebook(indices)]
     counts = [np.bincount(codes.ravel(), minlength=len(words))
               for codes, words in zip(indices, run.words)]
     unsplit = dataset.records is run.dataset("train").records
@@ -501,8 +483,7 @@ def compare(evaluations, folder):
 def draw_codebook_space(prior, path, neighbours=4):
     """Fig. 1: the paper's words, or others of the prior, and their nearest neighbours.
 
-    Positions are the first two principal components of the words shown. Lines join
-    each chosen word to its nearest by cosine in the full space.
+    Positions are the first two principal components of the words shown.
     """
     panels = []
     for part in PARTS:
@@ -819,18 +800,12 @@ def main(argv=None):
     torch.backends.cudnn.allow_tf32 = False  # so that results are those of a CPU
     files = [inception_file(), *lpips_files(choices.perceptual_trunk)]
     local = choices.inception, choices.trunk_weights, choices.lpips_weights
-    with first_process_first():
-        if choices.download:
-            provide([file for file, path in zip(files, local) if not path], True, "")
-        inception, no_fid = load_or_reason(load_inception, choices.inception)
-        lpips, no_lpips = load_or_reason(
-            lambda *paths: load_lpips(choices.perceptual_trunk, *paths), *local[1:])
-    evaluations = []
-    for path in paths:
-        save = choices.save and Path(choices.save, path.resolve().name)
-        evaluations.append(evaluate(path, choices, inception, lpips, save))
-    if rank():
-        return
+    if choices.download:
+        provide([file for file, path in zip(files, local) if not path], True, "")
+    inception, no_fid = load_or_reason(load_inception, choices.inception)
+    lpips, no_lpips = load_or_reason(
+        lambda *paths: load_lpips(choices.perceptual_trunk, *paths), *local[1:])
+    evaluations = [evaluate(path, choices, inception, lpips) for path in paths]
     results = [evaluation.result for evaluation in evaluations]
     images = {(result["contents"]["images"], result["config"]["resolution"])
               for result in results}
@@ -842,4 +817,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    launch(main)
+    command(main)

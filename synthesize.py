@@ -31,10 +31,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from evaluate import as_markdown, fid, load_inception, load_or_reason, save_images, warn_of_fid
 from prior import Parser, UserError, atomic_write, save_png, user_error
-from train import (Run, autocast, average_gradients, check_folder, draw_grid,
-                   first_process_first, fit, fitting, hold_out, identity, launch, load_checkpoint,
-                   lock, open_run, psnr, rank, refuse_idle, restore, resumed_choices,
-                   spread_indices, to_bytes, train_batches)
+from train import (Run, add_start_flags, autocast, average_gradients, check_folder, default_text,
+                   draw_grid, first_process_first, fit, fitting, hold_out, identity, launch,
+                   load_checkpoint, lock, open_run, psnr, rank, refuse_idle, restore,
+                   resumed_choices, spread_indices, to_bytes, train_batches)
 from vqct import (Condition, Denoiser, TokenTransformer, look_up, option, sample_features,
                   sample_tokens)
 
@@ -132,7 +132,7 @@ def parse(argv=None):
         command.add_argument("--labels", default="", help="where its label maps are now")
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
         if kind:
-            command.add_fields(kind, default_text=default_text)
+            command.add_fields(kind, lambda *default: default_text(*default, SMALL))
         if name in ("sample", "complete", "tokens"):
             command.add_argument("--words", nargs="*", type=int, metavar="X",
                                  help="print the words of these images; without numbers, of all")
@@ -144,17 +144,9 @@ def parse(argv=None):
     return {**vars(parser.parse_args(argv[at:])), "runs": argv[:at]}
 
 
-def default_text(name, value):
-    """A flag's default in --help: "32; demo: 16"."""
-    others = [f"{preset}: {small[name]}" for preset, small in SMALL.items() if name in small]
-    return "; ".join([str(value), *others])
-
-
 def add_own_flags(train, complete, evaluate, tokens, **others):
     """Add the flags that one command alone has to the parsers of these commands."""
-    start = train.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    start.add_argument("--overwrite", action="store_true", help="replace the second stage")
+    add_start_flags(train)
     complete.add_argument("--part", default="top", choices=("top", "bottom", "left", "right"),
                           help="the half that is kept; gpt sees it only above and to the left")
     evaluate.add_argument("--inception", default="", help="local copy of FID's weights")
@@ -218,8 +210,8 @@ def convert(run, photographs, split, decode, output, words):
         indices = run.model.encode(x)
         if not output:
             names = [Path(photograph).name for photograph in photographs]
-            rows = [("original", x, names), ("from its tokens", run.model.decode(indices))]
-            draw_grid(rows, path)
+            draw_grid([("original", x, names),
+                       ("from its tokens", run.model.decode(indices))], path)
     else:
         indices = tokens_of(run, split).indices
     if output and not decode:
@@ -284,10 +276,7 @@ def encode_dataset(run, dataset, views, file):
 
 
 def tokens_of(run, split, views=1, with_features=False):
-    """Tokens of a split, kept in the run; made again if tokenizer, files or views change.
-
-    One process at a time makes them, as several commands share them.
-    """
+    """Tokens of a split, kept in the run; made again if tokenizer, files or views change."""
     dataset = run.dataset(split)
     path, stored = run.results / f"tokens-{split}.npz", run.results / f"features-{split}.npy"
     key = json.dumps([run.tokenizer, identity(dataset, run.config.data, maps=True), views])
@@ -428,8 +417,7 @@ def stage_folder(run, config, root=None):
 def load_stage(run, folder):
     """A network, with its best averaged weights, and its SynthesisConfig.
 
-    Raises UserError if there is none, or one of another tokenizer or of other
-    classes.
+    Raises UserError if there is none, or one of another tokenizer or other classes.
     """
     state = load_checkpoint(folder / "best.pt")
     check_stage(run, state, folder)
@@ -515,7 +503,7 @@ class StageTrainer:
                 "data": self.data, "classes": self.classes}
 
     def usage(self):
-        """An empty list: no codes are learned here."""
+        """An empty list, as no codes are learned."""
         return []
 
     def train_step(self, rows):
@@ -578,12 +566,11 @@ def train_stage(run, resume, overwrite, **given):
     order = train_batches(rows, config.batch_size, trainer.step, config.steps, config.seed)
     batches = ([row for row, _ in batch] for batch in order)
     with open_run(folder, trainer, overwrite, state) as journal:
-        weights = sum(parameter.numel() for parameter in trainer.network.parameters()) / 1e6
+        weights = sum(map(torch.numel, trainer.network.parameters())) / 1e6
         print(f"{folder}: {weights:.1f} M weights on {run.device}, {len(rows):,} grids of tokens")
         fit(trainer, batches, trainer.validate, folder, journal)
-    name = f"--model {config.model} --condition {config.condition}"
-    path = shlex.quote(str(run.path))
-    print(f"done: look at samples with: python synthesize.py {path} sample {name}")
+    print(f"done: look at samples with: python synthesize.py {shlex.quote(str(run.path))} "
+          f"sample --model {config.model} --condition {config.condition}")
 
 
 # ======== Sampling
@@ -615,10 +602,7 @@ def draw_images(run, stage, tokens, rows, choices, seed, given):
 
 
 def codes_of(run, given):
-    """(B, M, h, w) tokens, or −1 → (B, C, h, w) their codes, and a mask of where they are.
-
-    Raises UserError for tokens of Gumbel-VQ, whose codes are not among its features.
-    """
+    """(B, M, h, w) tokens, or −1 → (B, C, h, w) their codes, and a mask of where they are."""
     if run.config.quantizer == "gumbel" and (given >= 0).any():
         raise UserError("--model ldm cannot keep tokens of Gumbel-VQ, whose codes are no features")
     codes, masks = [], []
@@ -630,15 +614,11 @@ def codes_of(run, given):
 
 def known_part(part, grid):
     """(h, w) bool, True in the half "top", "bottom", "left" or "right"; "": nowhere."""
-    (height, width), known = grid, torch.zeros(grid, dtype=torch.bool)
-    halves = {
-        "": known[:0],
-        "top": known[: height // 2],
-        "bottom": known[height // 2 :],
-        "left": known[:, : width // 2],
-        "right": known[:, width // 2 :],
-    }
-    halves[part].fill_(True)  # a view of known
+    row, column = (length // 2 for length in grid)
+    halves = {"": np.s_[:0], "top": np.s_[:row], "bottom": np.s_[row:],
+              "left": np.s_[:, :column], "right": np.s_[:, column:]}
+    known = torch.zeros(grid, dtype=torch.bool)
+    known[halves[part]] = True
     return known
 
 
@@ -664,7 +644,6 @@ def pin_words(run, given, pins):
 def draw_samples(runs, choices, part, words):
     """The commands sample and complete: a PNG with a column for each image.
 
-    Rows are originals, label maps, and for each run what `rows_of_run` lists.
     part: half that is kept, or ""; words: as in `print_words`.
     """
     folder = stage_folder(runs[0], choices, runs[0].results)
@@ -698,8 +677,7 @@ def draw_samples(runs, choices, part, words):
 def rows_of_run(run, stage, tokens, images, choices, part, words):
     """Tokens decoded, what is kept of them, and samples → list of (label, pictures)."""
     name, indices = run.path.name, tokens.indices[images]
-    known = known_part(part, run.model.grid)
-    decoded = decode_tokens(run, indices)
+    known, decoded = known_part(part, run.model.grid), decode_tokens(run, indices)
     rows, title = [(f"{name}: tokens decoded", decoded)], "sample"
     if part:
         mask = F.interpolate(known[None, None].float(), size=run.config.resolution)[0]
@@ -707,8 +685,7 @@ def rows_of_run(run, stage, tokens, images, choices, part, words):
         title = "completed"
     given = pin_words(run, torch.where(known, indices, -1), choices.pin)
     for repeat in range(choices.repeat):
-        seed = choices.seed + repeat
-        drawn = draw_images(run, stage, tokens, images, choices, seed, given)
+        drawn = draw_images(run, stage, tokens, images, choices, choices.seed + repeat, given)
         label = "\n".join([f"{name}: {title} {repeat + 1}", *choices.pin])
         rows.append((label, decode_tokens(run, drawn)))
         titles = {i: f"{title} {repeat + 1} for image {i}" for i in images.tolist()}
@@ -750,7 +727,7 @@ def evaluate_stage(run, stage, choices, inception):
     every = torch.arange(len(val_set.labels))
     losses = validation(config, run, network, val_set, every)
     loss = losses.pop("loss")
-    result = dict(run=str(run.path), model=config.model, condition=config.condition)
+    result = dict(run=str(run.path), model=config.model, condition=config.condition, fid=None)
     if config.model == "gpt":
         result["bits"] = losses  # of each token of a position
         result["bits_image"] = loss * math.prod(run.model.grid)
@@ -769,7 +746,6 @@ def evaluate_stage(run, stage, choices, inception):
             for kept, images in zip(features, (batch["image"], samples)):
                 kept.append(inception(images.to(run.device)).cpu().double())
     result["psnr"] = torch.cat(scores).mean().item()
-    result["fid"] = None
     if inception is not None and len(every) > 1:
         result["fid"] = fid(*(torch.cat(kept).numpy() for kept in features))
     with atomic_write(stage_folder(run, config, run.results) / "evaluation.json") as part:

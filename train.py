@@ -317,8 +317,8 @@ class Trainer:
     def parts(self):
         """The networks and optimizers that a checkpoint holds, by name."""
         names = ("model", "generator_optimizer", "discriminator", "discriminator_optimizer")
-        return {name: getattr(self, name) for name in names
-                if getattr(self, name) is not None}
+        parts = {name: getattr(self, name) for name in names}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def notes(self):
         """What else a checkpoint holds."""
@@ -374,9 +374,8 @@ class Trainer:
         lr = self.config.lr
         if self.config.schedule == "cosine":
             lr = lr * (0.5 + 0.5 * math.cos(math.pi * progress))
-        optimizers = self.generator_optimizer, self.discriminator_optimizer
-        for optimizer in filter(None, optimizers):
-            for group in optimizer.param_groups:
+        for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
+            for group in optimizer.param_groups if optimizer else ():
                 group["lr"] = lr
 
     def reconstruction_loss(self, x_hat, x):
@@ -386,8 +385,7 @@ class Trainer:
         if self.perceptual is None:
             return terms["pixel"], terms
         terms["perceptual"] = self.perceptual(x_hat, x).mean()
-        weight = self.config.perceptual_weight
-        return terms["pixel"] + weight * terms["perceptual"], terms
+        return terms["pixel"] + self.config.perceptual_weight * terms["perceptual"], terms
 
     def add_adversary(self, attached, x_hat, gradient):
         """The gradient at x̂ with that of λ w_g (−D(x̂)) → ((B, 3, R, R), {name: value})."""
@@ -443,21 +441,17 @@ def psnr(x_hat, x):
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
-# Shared by the steps of both stages
-
-
 def autocast(trainer):
     """Autocast to bfloat16 if that is the trainer's `precision`."""
-    enabled = precision(trainer) == "bfloat16"
-    return torch.autocast(trainer.device.type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(trainer.device.type, torch.bfloat16,
+                          enabled=precision(trainer) == "bfloat16")
 
 
 def precision(trainer):
     """"bfloat16" with --amp on a GPU that computes in it, otherwise "float32"."""
-    if trainer.config.amp and trainer.device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16"
-    return "float32"
+    amp = (trainer.config.amp and trainer.device.type == "cuda"
+           and torch.cuda.is_bf16_supported(including_emulation=False))
+    return "bfloat16" if amp else "float32"
 
 
 def average_gradients(network):
@@ -473,7 +467,7 @@ def average_gradients(network):
 def fit(trainer, batches, validate, out, journal):
     """Take a batch, step, log, validate and save, until the last step.
 
-    trainer: Trainer, or StageTrainer of synthesize.py; batches: iterator of batches.
+    trainer: Trainer, or StageTrainer of synthesize.py.
     validate: () → score (higher is better), {name: float}, rows of a picture.
     out: folder of last.pt and best.pt; journal: its metrics.jsonl, open.
     Raises UserError if a value is not finite or the folder is gone, and SystemExit
@@ -626,11 +620,7 @@ class ImageDataset(Dataset):
         return list(read_captions(captions)) if isinstance(captions, Path) else captions
 
     def read(self, index, rng=None):
-        """→ image (3, R, R) uint8, and label map (R, R) int64 or None.
-
-        The crop is the centre, or drawn by `rng`; then a large JPEG may be decoded
-        at a fraction of its size.
-        """
+        """→ image (3, R, R) uint8, and label map (R, R) int64 or None."""
         record, side = self.records[index], self.resolution
         image = read_image(record.path, side if rng else 0)
         width, height = (int(side * length / min(image.size)) for length in image.size)
@@ -653,14 +643,15 @@ class ImageDataset(Dataset):
         index, draw = key if isinstance(key, tuple) else (key, None)
         rng = None if draw is None else np.random.default_rng((self.seed, draw))
         image, labels = self.read(index, rng)
-        flip = rng is not None and rng.random() < 0.5
-        item = {"image": image.flip(-1) if flip else image,
-                "label": self.records[index].label, "index": index}
-        if labels is not None:
-            item["segmentation"] = labels.flip(-1) if flip else labels
-            for label, other in self.sides if flip else ():
-                item["segmentation"][labels.flip(-1) == label] = other
-        return item
+        if rng and rng.random() < 0.5:
+            image = image.flip(-1)
+            if labels is not None:
+                flipped = labels.flip(-1)
+                labels = flipped.clone()
+                for label, other in self.sides:
+                    labels[flipped == label] = other
+        item = {"image": image, "label": self.records[index].label, "index": index}
+        return item if labels is None else {**item, "segmentation": labels}
 
 
 FORMATS = "JPEG PNG BMP PPM TIFF WEBP GIF".split()  # not EPS, which runs Ghostscript
@@ -720,9 +711,8 @@ def end_jpeg(data):
 
     If pixels are missing too, a filler before the mark changes the image.
     """
-    fillers = b"", bytes(range(1, 255)) * 20
     plain, filled = (Image.open(io.BytesIO(data + filler + b"\xff\xd9"))
-                     for filler in fillers)
+                     for filler in (b"", bytes(range(1, 255)) * 20))
     if plain.tobytes() != filled.tobytes():
         raise ValueError("it is truncated")
     return plain
@@ -799,16 +789,12 @@ def cub_records(root, split):
             if (splits[key] == "1") == (split == "train"):
                 text = (texts / name).with_suffix(".txt")
                 captions = text if text.exists() else sentences.get(key, ())
-                label = int(labels[key]) - 1
-                records.append(Record(root / "images" / name, label, captions))
+                records.append(Record(root / "images" / name, int(labels[key]) - 1, captions))
         return records, [classes[key] for key in sorted(classes, key=int)]
 
 
 def cub_sentences(root):
-    """Image → its attributes as sentences: wing_color::blue is "its wings are blue".
-
-    Attributes without an adjective, such as `has_bill_shape::dagger`, are left out.
-    """
+    """Image → its attributes as sentences: wing_color::blue is "its wings are blue"."""
     marks = root / "attributes" / "image_attribute_labels.txt"
     names = [path for folder in (root, root / "attributes", root.parent)
              if (path := folder / "attributes.txt").is_file()]
@@ -841,11 +827,10 @@ def ade20k_records(root, split):
     table = root / "sceneCategories.txt"
     scenes = read_table(table) if table.is_file() else {}
     classes = sorted(set(scenes.values()))
-    records = []
-    for path in list_files(root / "images" / folder, [".jpg"]):
-        scene = scenes.get(path.stem)
-        records.append(Record(path, classes.index(scene) if scene else -1, (),
-                              root / "annotations" / folder / f"{path.stem}.png"))
+    number = {scene: index for index, scene in enumerate(classes)}
+    records = [Record(path, number.get(scenes.get(path.stem), -1), (),
+                      root / "annotations" / folder / f"{path.stem}.png")
+               for path in list_files(root / "images" / folder, [".jpg"])]
     return records, classes
 
 
@@ -861,9 +846,10 @@ def celebahq_records(root, split):
         CelebAMask-HQ/CelebA-HQ-img/0.jpg, …
         CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt
         CelebAMask-HQ/CelebAMask-HQ-mask-anno/0/00000_hair.png, …
+
+    Source: https://github.com/switchablenorms/CelebAMask-HQ, by hand.
     """
-    require(root, "CelebA-HQ-img", "CelebA-HQ-to-CelebA-mapping.txt",
-            source="https://github.com/switchablenorms/CelebAMask-HQ")  # by hand
+    require(root, "CelebA-HQ-img", "CelebA-HQ-to-CelebA-mapping.txt")
     masks = defaultdict(dict)
     for path in (root / "CelebAMask-HQ-mask-anno").glob("*/[0-9]*_*.png"):
         number, _, part = path.stem.partition("_")
@@ -871,9 +857,8 @@ def celebahq_records(root, split):
     first, end = {"train": (0, 162_771), "val": (162_771, 182_638)}[split]
     records = []
     for number, line in read_table(root / "CelebA-HQ-to-CelebA-mapping.txt").items():
-        # The table may or may not have a header.
         if number.isdigit() and first <= int(line.split()[0]) < end:
-            face = masks[int(number)] if masks else {}
+            face = masks.get(int(number), {})
             painted = tuple((label, face[part])
                             for label, part in enumerate(FACE_PARTS.split(), 1)
                             if part in face)
@@ -893,7 +878,6 @@ def coco_records(root, split):
     require(root, f"train{year}", f"val{year}")
     table = root / "annotations" / f"captions_{split}{year}.json"
     maps = root / "stuffthingmaps" / f"{split}{year}"
-    maps = maps if maps.is_dir() else None
     captions = defaultdict(list)
     if table.is_file():
         with user_error(f"'{table}' is not COCO's captions file: {{}}"):
@@ -904,7 +888,7 @@ def coco_records(root, split):
                 captions[names[annotation["image_id"]]].append(text)
     records = []
     for path in list_files(root / f"{split}{year}", [".jpg"]):
-        label_map = maps and maps / f"{path.stem}.png"
+        label_map = maps / f"{path.stem}.png" if maps.is_dir() else None
         records.append(Record(path, -1, captions[path.name], label_map))
     return records, []
 
@@ -978,8 +962,7 @@ def archives(name, root):
     folder = root if name in ("coco", "captions") else root.parent
     if folder != root and name in ARCHIVES and not root.exists():
         if root.name != DATASETS[name].folder:
-            raise UserError(f"no folder '{root}'; a download makes one named "
-                            f"{DATASETS[name].folder}: name it so in --data")
+            raise UserError(f"no folder '{root}'; a download makes {DATASETS[name].folder}")
     return [Archive(*texts, local, md5, root / made, folder)
             for *texts, md5, made in ARCHIVES.get(name, ())]
 
@@ -1000,12 +983,11 @@ def needs(config, with_prior):
     return listed
 
 
-def require(root, *names, source=""):
+def require(root, *names):
     """Raise UserError for the first of the names that a data set's folder lacks."""
     for name in names:
         if not (root / name).exists():
-            raise UserError(f"no {name} in '{root}': point --data at the published folder"
-                            + (f", from {source}" if source else ""))
+            raise UserError(f"no {name} in '{root}': point --data at the published folder")
 
 
 def read_table(path):
@@ -1051,7 +1033,7 @@ def folder_records(root, labels="", whole=False):
                 captions if captions.is_file() else (),
                 maps / name.with_suffix(".png") if maps else None))
     classes = sorted({record.label for records in splits for record in records} - {"."})
-    number = {".": -1, **{name: index for index, name in enumerate(classes)}}
+    number = {name: index for index, name in enumerate([".", *classes], -1)}
     train, *val = ([record._replace(label=number[record.label]) for record in records]
                    for records in splits)
     if val or whole:
@@ -1288,18 +1270,19 @@ def read_journal(path):
 
 def check_there(journal):
     """Raise UserError if an open file's folder was deleted or moved."""
-    with user_error(f"'{journal.name}' is no longer there: its folder was deleted or "
-                    "moved"):
+    with user_error(f"'{journal.name}' is no longer there: its folder was deleted or moved"):
         if not os.path.samestat(os.stat(journal.name), os.fstat(journal.fileno())):
             raise FileNotFoundError
 
 
 def save_checkpoint(path, trainer):
-    """Save networks, optimizers, step, configuration and random state of a trainer."""
-    state = {"version": VERSION, "config": asdict(trainer.config), "step": trainer.step,
+    """Save the whole state of a trainer."""
+    state = {
+        "version": VERSION, "config": asdict(trainer.config), "step": trainer.step,
         "best": trainer.best, "code": CODE, "processes": processes(),
         "random": torch.get_rng_state(), **trainer.notes(),
-        **{name: part.state_dict() for name, part in trainer.parts().items()},}
+        **{name: part.state_dict() for name, part in trainer.parts().items()},
+    }
     if trainer.device.type == "cuda":
         state["cuda_random"] = torch.cuda.get_rng_state(trainer.device)
     archive = io.BytesIO()
@@ -1309,12 +1292,7 @@ def save_checkpoint(path, trainer):
 
 
 def load_checkpoint(path):
-    """A dict of `save_checkpoint`. Raises UserError for any other file."""
-    return read_checkpoint(path)[0]
-
-
-def read_checkpoint(path):
-    """A checkpoint and the sha256 of its file, which a training may replace."""
+    """A dict of `save_checkpoint`, with the file's "sha256". Raises UserError for others."""
     with user_error(f"'{path}' is no checkpoint of this program, or damaged: {{}}"):
         data = Path(path).read_bytes()
         damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()  # torch does not
@@ -1322,9 +1300,8 @@ def read_checkpoint(path):
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = load_tensors(io.BytesIO(data))
         if state["version"] != VERSION:
-            raise ValueError(f"it is of version {state['version']}, "
-                             f"this code reads {VERSION}")
-        return state, hashlib.sha256(data).hexdigest()
+            raise ValueError(f"it is of version {state['version']}, this code reads {VERSION}")
+        return {**state, "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def restore(trainer, state, out):
@@ -1337,8 +1314,7 @@ def restore(trainer, state, out):
         for name, part in trainer.parts().items():
             part.load_state_dict(state[name])
         for name in state.keys() & {"last_used", "start"}:
-            tensors = [tensor.to(trainer.device) for tensor in state[name]]
-            setattr(trainer, name, tensors)
+            setattr(trainer, name, [tensor.to(trainer.device) for tensor in state[name]])
         torch.set_rng_state(state["random"])
         if "cuda_random" in state and trainer.device.type == "cuda":
             torch.cuda.set_rng_state(state["cuda_random"], trainer.device)
@@ -1353,7 +1329,7 @@ def fitting(path):
 def resumed_choices(kind, given, changeable, out):
     """The checkpoint of a run, and its configuration with the flags of --resume.
 
-    kind: the class of the configuration; changeable: names of the flags that may differ.
+    changeable: names of the flags that may differ.
     """
     state = load_checkpoint(out / "last.pt")
     with fitting(out / "last.pt"):
@@ -1382,12 +1358,12 @@ class Run:
     def __init__(self, path, device="auto", data="", labels="", checkpoint="last"):
         self.path, self.device = Path(path), pick_device(device)
         file = self.path / f"{checkpoint}.pt"
-        state, self.tokenizer = read_checkpoint(file)
+        state = load_checkpoint(file)
+        self.tokenizer = state["sha256"]
         with fitting(file):
             self.config = Config(**state["config"])
-            self.prior, self.step = state["prior"], state["step"]
-            self.start, self.data, self.code = state["start"], state["data"], state["code"]
-            self.processes = state["processes"]
+            for name in ("prior", "step", "start", "data", "code", "processes"):
+                setattr(self, name, state[name])
             self.model = VQModel(self.config, self.prior)
             self.model.load_state_dict(state["model"])
         self.model.to(self.device).eval().requires_grad_(False).codebook.freeze()
@@ -1513,8 +1489,7 @@ def launch(main):
                 with user_error("torchrun started more processes than there are GPUs: {}"):
                     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             # The first process may download or encode while the others wait.
-            timeout = datetime.timedelta(days=1)
-            torch.distributed.init_process_group(backend, timeout=timeout)
+            torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
         if rank():
             sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
@@ -1604,11 +1579,7 @@ CHANGEABLE = """out steps lr device data download labels trunk_weights lpips_wei
 def parse(argv=None):
     """Command line → (Config, checkpoint to resume from or None, --overwrite)."""
     parser = Parser(description=__doc__)
-    start = parser.add_mutually_exclusive_group()
-    start.add_argument("--resume", action="store_true",
-                       help="continue from the run's last checkpoint")
-    start.add_argument("--overwrite", action="store_true",
-                       help="replace a run of the same name")
+    add_start_flags(parser)
     parser.add_fields(Config, default_text)
     given = vars(parser.parse_args(argv))
     resume, overwrite = given.pop("resume"), given.pop("overwrite")
@@ -1619,11 +1590,18 @@ def parse(argv=None):
     return resolve(given, stored), state, False
 
 
-def default_text(name, value):
+def add_start_flags(parser):
+    """Add the flags of both stages that say what becomes of an earlier training."""
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="continue from its last checkpoint")
+    start.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def default_text(name, value, presets=PRESETS):
     """A flag's default in --help: "256; demo: 64; tiny: 64"."""
-    defaults = [value] + [f"{preset}: {choices[name]}" for preset, choices in PRESETS.items()
-                          if choices.get(name, value) != value]
-    return "; ".join(map(str, defaults))
+    others = [f"{preset}: {choices[name]}" for preset, choices in presets.items()
+              if choices.get(name, value) != value]
+    return "; ".join([str(value), *others])
 
 
 def main(argv=None):
@@ -1642,8 +1620,8 @@ def main(argv=None):
     kept, chosen = hold_out(len(train_set), config.eval_images)
 
     tensors = state["prior"] if state else prior and prior.tensors()
-    data = identity(train_set, config.data)
-    trainer = Trainer(config, tensors, device, len(kept), data)  # step 3
+    trainer = Trainer(config, tensors, device, len(kept),
+                      identity(train_set, config.data))  # step 3
     if state:
         restore(trainer, state, out)
     elif config.init:

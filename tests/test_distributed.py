@@ -8,11 +8,10 @@ import torch
 from torch.multiprocessing import ProcessExitedException, start_processes
 
 from conftest import small_prior
-from evaluate import reconstruct
 from prior import UserError
 from test_train import few_birds_and_a_folder_of_its_own  # noqa: F401, a fixture
 from test_train import CPU, lines_of, run_tiny, tiny
-from train import Run, Trainer, average_gradients, launch, processes, rank, train_batches
+from train import Trainer, average_gradients, launch, processes, rank, train_batches
 from vqct import ClusteredQuantizer, Condition, TokenTransformer, all_gather
 
 METHODS = (
@@ -73,25 +72,6 @@ def codes_and_order():
     ]  # in two, the codes of the first
 
 
-def evaluation(count=7):
-    """Scores, indices and features of some images, of all processes together."""
-    run, trainer = Run.__new__(Run), Trainer(tiny(), small_prior().tensors(), CPU)
-    run.config, run.device, run.model = trainer.config, CPU, trainer.model.eval()
-    images = torch.randint(
-        0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.manual_seed(1)
-    )
-    any_features = lambda x: x.float().mean(dim=(2, 3))
-    scores, *more = reconstruct(
-        run, [{"image": image} for image in images], torch.zeros(3, 32, 32), any_features
-    )
-    return list(map(torch.tensor, (*scores.values(), *more)))
-
-
-def evaluation_of_one():
-    """… of fewer images than processes."""
-    return evaluation(1)
-
-
 def group_on_gpus(
     backend="cuda:nccl", begin=torch.distributed.init_process_group, **more
 ):
@@ -126,7 +106,7 @@ def in_two(function, gpus=False):
 def found(tmp_path_factory):
     folder, shared = (
         tmp_path_factory.mktemp("two"),
-        (second_stage, codes_and_order, evaluation, evaluation_of_one),
+        (second_stage, codes_and_order),
     )
     found = lambda: {
         "steps": list(map(gradients, METHODS)),
@@ -155,12 +135,7 @@ def test_two_processes_have_the_gradients_of_one(found, choice):
 
 @pytest.mark.parametrize(
     "function, precision",
-    [
-        (second_stage, 1e-8),
-        (codes_and_order, 1e-6),
-        (evaluation, 1e-4),
-        (evaluation_of_one, 1e-4),
-    ],
+    [(second_stage, 1e-8), (codes_and_order, 1e-6)],
 )
 def test_two_processes_share_the_work(found, function, precision):
     first, second = (process[function.__name__] for process in found)

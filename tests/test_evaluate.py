@@ -246,8 +246,8 @@ def test_a_later_evaluation_keeps_what_was_measured_and_removes_old_figures(run,
 
 
 def test_scores_are_means_over_images_and_fid_is_that_of_the_saved_ones(run):
-    lpips, chosen = LPIPS("squeeze"), EvaluationConfig(device="cpu", checkpoint="best")
-    result = evaluate(run, chosen, QUARTERS, lpips, Path("saved")).result
+    lpips, chosen = LPIPS("squeeze"), EvaluationConfig(device="cpu", checkpoint="best", save="saved")
+    result = evaluate(run, chosen, QUARTERS, lpips).result
     here = Run(run, "cpu", checkpoint="best")
     images, others = (torch.stack([item["image"] for item in here.dataset(split)])
                       for split in ("val", "train"))
@@ -261,7 +261,7 @@ def test_scores_are_means_over_images_and_fid_is_that_of_the_saved_ones(run):
         lpips=lpips(x_hat.clamp(-1, 1), x), l1=(x_hat - x).abs(), l2=(x_hat - x).square())
     expected = {name: value.mean().item() for name, value in expected.items()}
     assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-4)
-    paths = (sorted(Path(f"saved/{kind}").iterdir()) for kind in ("originals", "reconstructions"))
+    paths = (sorted(Path(f"saved/run/{kind}").iterdir()) for kind in ("originals", "reconstructions"))
     saved = [torch.stack([TF.functional.pil_to_tensor(Image.open(path)) for path in listed])
              for listed in paths]
     assert torch.equal(saved[0], images)

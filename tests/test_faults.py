@@ -189,6 +189,7 @@ def assert_same_run(first, second):
     for name in ("last.pt", "best.pt"):
         states = [load_checkpoint(run / name) for run in (first, second)]
         for state in states:
+            del state["sha256"]
             state["config"] = {
                 key: x
                 for key, x in state["config"].items()
@@ -566,7 +567,10 @@ def test_two_second_stages_of_a_run_share_its_tokens(
 
 @pytest.mark.parametrize(
     "name, read",
-    [("last.pt", load_checkpoint), ("prior.npz", lambda x: vars(Prior.load(x)))],
+    [
+        ("last.pt", lambda x: {**load_checkpoint(x), "sha256": None}),
+        ("prior.npz", lambda x: vars(Prior.load(x))),
+    ],
 )
 def test_a_changed_byte_is_found_or_changes_nothing(whole, tmp_path, name, read):
     data, expected, rng, found = (

@@ -610,7 +610,7 @@ def test_a_hostile_pickle_does_not_run(prior, tmp_path, monkeypatch, read):
         ({}, None),
         (
             {"version": 3},
-            "last.pt' is no checkpoint of this program, or damaged: it is of version 3, this code reads 4",
+            "last.pt' is no checkpoint of this program, or damaged: it is of version 3, this code reads 5",
         ),
         ({"config": {"channels": 16}}, "last.pt' does not match its configuration: "),
         ({"config": {"colour": "red"}}, "last.pt' does not match its configuration: "),

@@ -241,19 +241,11 @@ class EvaluationConfig:
     save: str = option("", "folder for originals and reconstructions of each run as PNG")
 
 
-def mean_image(run, limit=10_000):
-    """(3, R, R) mean of at most `limit` training images, the best constant prediction."""
-    dataset = run.dataset("train")
-    chosen = spread_indices(len(dataset), limit)
-    total = sum(x.sum(dim=0) for x, _ in run.batches(dataset, chosen, "averaging"))
-    return total / len(chosen)
-
-
 @torch.no_grad()
-def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
+def reconstruct(run, dataset, inception=None, lpips=None, save=None):
     """Scores, indices and features of every image of a dataset through a run's model.
 
-    Returns scores: dict of (N,) arrays psnr, l1, l2, baseline_psnr, maybe lpips;
+    Returns scores: dict of (N,) arrays psnr, l1, l2, maybe lpips;
     indices: (N, M, h, w) int32 tensor;
     features: of originals and reconstructions, a (2, N, 2048) array, or [].
     """
@@ -266,7 +258,6 @@ def reconstruct(run, dataset, baseline, inception=None, lpips=None, save=None):
             "psnr": psnr(x_hat, x),
             "l1": (x_hat - x).abs().mean(dim=(1, 2, 3)),
             "l2": (x_hat - x).square().mean(dim=(1, 2, 3)),
-            "baseline_psnr": psnr(baseline.expand_as(x), x),
         }
         if lpips is not None:
             values["lpips"] = lpips(x_hat.clamp(-1, 1), x)
@@ -302,19 +293,17 @@ class Evaluation(NamedTuple):
 def evaluate(path, choices=EvaluationConfig(), inception=None, lpips=None):
     """The Evaluation of one run."""
     run = Run(path, choices.device, choices.data, choices.labels, choices.checkpoint)
-    dataset, baseline = run.dataset("val"), mean_image(run)
+    dataset = run.dataset("val")
     networks = [network and network.to(run.device) for network in (inception, lpips)]
     save = choices.save and Path(choices.save, run.path.resolve().name)
-    scores, indices, features = reconstruct(run, dataset, baseline, *networks, save)
+    scores, indices, features = reconstruct(run, dataset, *networks, save)
     indices = [codes.numpy() for codes in run.model.by_codebook(indices)]
     counts = [np.bincount(codes.ravel(), minlength=len(words))
               for codes, words in zip(indices, run.words)]
-    unsplit = dataset.records is run.dataset("train").records
     result = {
         "run": str(path), "checkpoint": choices.checkpoint, "step": run.step,
         "checkpoint_sha256": run.tokenizer,
         "images": len(dataset),
-        "baseline": "these images themselves" if unsplit else "its train split",
         "lpips": None,
         **{name: float(values.mean()) for name, values in scores.items()},
         "fid": fid(*features) if len(features) and len(dataset) > 1 else None,
@@ -769,9 +758,8 @@ def free_place(image, point, length):
 def report(results, reasons):
     """Print the table of results, and what to know of it."""
     print(f"\n{markdown(results)}\n")
-    baselines = ("{config[dataset]}: {images:,} evaluation images; the mean image of {baseline} "
-                 "gives {baseline_psnr:.2f} dB\n".format(**result) for result in results)
-    print("\n".join(dict.fromkeys(baselines)))
+    for images in dict.fromkeys(result["images"] for result in results):
+        print(f"{images:,} evaluation images")
     for name, group in rows_of(results):
         for part in group[0]["alignment"]:
             seeds = [result["alignment"][part] for result in group]

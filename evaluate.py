@@ -136,8 +136,8 @@ def load_or_reason(load, *paths):
 def warn_of_fid(images):
     """Print a warning if images are too few for FID's covariances."""
     if images <= 2048:
-        print(f"FID over {images:,} images is biased upward: 2,048 features have no covariance "
-              "of full rank. Compare it only over the same images.")
+        print(f"FID over {images:,} images, fewer than its features, is biased upward. "
+              "Compare it only over the same images.")
 
 
 def code_statistics(counts, names, images):
@@ -758,8 +758,6 @@ def free_place(image, point, length):
 def report(results, reasons):
     """Print the table of results, and what to know of it."""
     print(f"\n{markdown(results)}\n")
-    for images in dict.fromkeys(result["images"] for result in results):
-        print(f"{images:,} evaluation images")
     for name, group in rows_of(results):
         for part in group[0]["alignment"]:
             seeds = [result["alignment"][part] for result in group]
@@ -798,7 +796,7 @@ def main(argv=None):
     images = {(result["contents"]["images"], result["config"]["resolution"])
               for result in results}
     if choices.figures and len(images) > 1:
-        print("no comparison drawn: the runs were evaluated on different images")
+        print("no comparison drawn: the evaluation images differ")
     elif choices.figures and len(results) > 1:
         compare(evaluations, evaluations[0].run.results.parent / "comparison")
     report(results, (no_fid, no_lpips))

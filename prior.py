@@ -7,9 +7,7 @@ kept. Each gets a vector of a language model, and A_ij = 1 where adjective i mod
     python prior.py captions_train2017.json CUB_200_2011/text --embeddings glove --weights glove.6B.zip
     python prior.py show prior.npz --caption "a bright orange breast"
 
-The first two make a prior, of CLIP's vectors by default. `show` prints what a prior holds; its flags:
-python prior.py show --help. A corpus is a text file with a caption per line, a caption file of a public
-data set, or a folder of .txt files.
+The first two make a prior, of CLIP's vectors by default. `show` prints what a prior holds.
 """
 
 import argparse

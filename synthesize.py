@@ -379,16 +379,14 @@ def check_condition(condition, run, *splits, most=4096):
         return 0
     dataset = run.dataset("train")
     if condition == "class":
-        name, advice = "classes", "sub-folders are classes"
         there, labels = dataset.classes, [tokens.labels for tokens in splits]
     else:
-        name, advice = "label maps", "--labels DIR names them"
         there = dataset.records[0].segmentation is not None
         labels = [tokens.segmentation for tokens in splits]
     counts = [int(values.max()) + 1 if len(values) else 0 for values in labels]
     if not there or 0 in counts:
-        raise UserError(f"--condition {condition}: the data set has no {name} "
-                        f"(with --dataset folder, {advice})")
+        raise UserError(f"the data set has nothing for --condition {condition}; in a folder, "
+                        "sub-folders are classes, and --labels names label maps")
     count = max(counts, default=0)
     if count > most:
         raise UserError(f"these images have {count:,} labels, more than {most:,}")

@@ -6,9 +6,6 @@
     python train.py --dataset cub --download --device cuda   the paper's system
     python train.py --dataset folder --data DIR --download   own photographs
     torchrun --nproc-per-node 8 train.py --dataset cub       on eight GPUs
-
-A run's folder holds config.json, metrics.jsonl, last.pt, best.pt, prior.npz and
-reconstructions.png.
 """
 
 import contextlib
@@ -823,9 +820,8 @@ def ade20k_records(root, split):
         ADEChallengeData2016/sceneCategories.txt
     """
     folder = {"train": "training", "val": "validation"}[split]
-    require(root, f"images/{folder}", f"annotations/{folder}")
-    table = root / "sceneCategories.txt"
-    scenes = read_table(table) if table.is_file() else {}
+    require(root, f"images/{folder}", f"annotations/{folder}", "sceneCategories.txt")
+    scenes = read_table(root / "sceneCategories.txt")
     classes = sorted(set(scenes.values()))
     number = {scene: index for index, scene in enumerate(classes)}
     records = [Record(path, number.get(scenes.get(path.stem), -1), (),
@@ -868,16 +864,15 @@ def celebahq_records(root, split):
 
 
 def coco_records(root, split):
-    """MS-COCO 2017, or 2014 if its folders are there instead.
+    """MS-COCO 2017; its classes are not used.
 
         coco/train2017/, val2017/
         coco/annotations/captions_train2017.json, captions_val2017.json
         coco/stuffthingmaps/train2017/, val2017/   label maps, if wanted
     """
-    year = 2017 if (root / "train2017").is_dir() else 2014
-    require(root, f"train{year}", f"val{year}")
-    table = root / "annotations" / f"captions_{split}{year}.json"
-    maps = root / "stuffthingmaps" / f"{split}{year}"
+    require(root, "train2017", "val2017")
+    table = root / f"annotations/captions_{split}2017.json"
+    maps = root / f"stuffthingmaps/{split}2017"
     captions = defaultdict(list)
     if table.is_file():
         with user_error(f"'{table}' is not COCO's captions file: {{}}"):
@@ -887,7 +882,7 @@ def coco_records(root, split):
                 text = " ".join(annotation["caption"].split())
                 captions[names[annotation["image_id"]]].append(text)
     records = []
-    for path in list_files(root / f"{split}{year}", [".jpg"]):
+    for path in list_files(root / f"{split}2017", [".jpg"]):
         label_map = maps / f"{path.stem}.png" if maps.is_dir() else None
         records.append(Record(path, -1, captions[path.name], label_map))
     return records, []
@@ -956,13 +951,8 @@ class Archive(Need):
 
 def archives(name, root):
     """The Archives of a data set, or of COCO's captions, whose folder is `root`."""
-    if name == "coco" and (root / "train2014").is_dir():
-        return []
     local = f"{root}/annotations" if name == "captions" else "--data DIR"
     folder = root if name in ("coco", "captions") else root.parent
-    if folder != root and name in ARCHIVES and not root.exists():
-        if root.name != DATASETS[name].folder:
-            raise UserError(f"no folder '{root}'; a download makes {DATASETS[name].folder}")
     return [Archive(*texts, local, md5, root / made, folder)
             for *texts, md5, made in ARCHIVES.get(name, ())]
 

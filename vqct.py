@@ -660,10 +660,9 @@ class LPIPS(nn.Module):
 
 # ======== Tables 1 and 6: the quantizers that VQCT is compared with
 
-# To add one, write a class as these, and a branch in `make_quantizer`. It needs the method
-# forward(z, codebook) → z_q, indices, loss; the method indices(z, codebook), equal to those
-# of `forward` in evaluation mode; and the attribute `neighbours`. VQModel.anneal sets its
-# `temperature`.
+# To add one, write a class as these, and a branch in `make_quantizer`. It needs methods
+# forward(z, codebook) → z_q, indices, loss and indices(z, codebook), equal to those of
+# `forward` in evaluation mode; and the attribute `neighbours`. VQModel sets `temperature`.
 
 class GumbelQuantizer(nn.Module):
     """Gumbel-VQ: codes mixed by Gumbel-softmax weights, the likeliest code in evaluation.

@@ -118,7 +118,7 @@ def inception_file():
 
 def load_inception(path=""):
     """InceptionFeatures with FID's weights, from a local copy or the cache."""
-    path = path or inception_file().get()
+    path = path or inception_file().get("python evaluate.py RUN --download")
     with user_error(f"--inception {path} is not FID's weights: {{}}"):
         return InceptionFeatures(read_tensors(path))
 
@@ -228,9 +228,9 @@ class EvaluationConfig:
     data: str = option("", "where the data set is now, or another data set")
     labels: str = option("", "where the label maps are now, for runs with --dataset folder")
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto takes the first of cuda, mps, cpu")
-    checkpoint: str = option("last", "the last step, as in the paper, or the best by validation",
+    checkpoint: str = option("last", "the last step, or the best by validation",
                              choices=("last", "best"))
-    download: bool = option(False, "download missing weights of FID and LPIPS (91 and 5 MB)")
+    download: bool = option(False, "download missing weights of FID and LPIPS")
     inception: str = option("", "local copy of FID's weights; without any, FID is –")
     perceptual_trunk: str = option(
         "squeeze", "LPIPS network: SqueezeNet 1.1, or VGG-16 as in papers",

@@ -4,7 +4,7 @@ Paper §3.3, step 1 and the first half of step 2. Captions are tagged, and their
 kept. Each gets a vector of a language model, and A_ij = 1 where adjective i modifies noun j.
 
     python prior.py captions.txt --download --out prior.npz
-    python prior.py captions_train2017.json CUB_200_2011/text --embeddings glove --weights glove.6B.zip
+    python prior.py captions.json texts/ --embeddings glove --weights glove.6B.zip --out glove.npz
     python prior.py show prior.npz --caption "a bright orange breast"
 
 The first two make a prior, of CLIP's vectors by default. `show` prints what a prior holds.
@@ -228,7 +228,7 @@ class WordNetSpeech:
     def __init__(self):
         import nltk
 
-        provide([NLTKData()], False, "python prior.py --download")
+        provide([NLTKData()], False, "python prior.py --embeddings corpus --download")
         from nltk.corpus import wordnet
         from nltk.tag.perceptron import PerceptronTagger
 
@@ -422,8 +422,8 @@ def _count_chunk(captions):
 
 
 # ======== Language models
-# Each is a function of a dict part → words, --weights, --dim and Counts. It returns a dict part → dict
-# word → (d,) float32, where words may be missing.
+# Each is a function (words, weights, dim, counts). words: {part of speech: list}; weights, dim: the flags.
+# It returns {part: {word: (d,) float32}}, without the words that have no vector.
 
 def glove_vectors(words, weights, dim, counts):
     """Vectors of GloVe's text, `word v1 … vd` a line; of a .zip, those of `dim` (0: 100) dimensions.
@@ -1159,9 +1159,9 @@ class PublishedFile(Need):
     def fetch(self):
         download(self.source, self.path, self.sha256)
 
-    def get(self):
+    def get(self, again="add --download"):
         """Its path. Raises UserError if it is missing."""
-        provide([self], False, "add --download")
+        provide([self], False, again)
         return self.path
 
 

@@ -58,13 +58,13 @@ class SynthesisConfig(Stage):
 
     width: int = option(768, "features of the transformer")
     depth: int = option(12, "blocks of the transformer")
-    heads: int = option(12, "attention heads; twice their number divides the width")
+    heads: int = option(12, "attention heads; the width is a multiple of twice this number")
     dropout: float = option(0.1, "share of features zeroed in training", most=0.99)
     drop_condition: float = option(
         0.1, "probability of dropping the condition in training, for guidance", most=0.99)
     views: int = option(8, "token grids of each image: its centre crop, and random crops")
     steps: int = option(200_000, "optimizer steps")
-    batch_size: int = option(32, "images a step")
+    batch_size: int = option(32, "images a step and process")
     lr: float = option(3e-4, "AdamW's step size, by a cosine to a tenth of it")
     warmup: int = option(500, "steps over which the step size rises from 0", least=0)
     weight_decay: float = option(0.01, "AdamW's weight decay of matrices")
@@ -132,7 +132,9 @@ def parse(argv=None):
         command.add_argument("--labels", default="", help="where its label maps are now")
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, mps or auto")
         if kind:
-            command.add_fields(kind, lambda *default: default_text(*default, SMALL))
+            command.add_fields(kind, lambda flag, default: (
+                "the only stage there is" if kind is Drawing and hasattr(Stage, flag)
+                else default_text(flag, default, SMALL)))
         if name in ("sample", "complete", "tokens"):
             command.add_argument("--words", nargs="*", type=int, metavar="X",
                                  help="print the words of these images; without numbers, of all")

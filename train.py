@@ -1,8 +1,8 @@
 """Train the first stage: encoder, codebooks and decoder (paper §3.3, §4.1).
 
     python train.py                    built-in birds, minutes on a CPU
+    python train.py --resume           continue it after an interruption
     python train.py --method vqgan     a baseline: 1,024 learned codes
-    python train.py --resume           continue that run, from its last checkpoint
     python train.py --dataset cub --download --device cuda   the paper's system
     python train.py --dataset folder --data DIR --download   own photographs
     torchrun --nproc-per-node 8 train.py --dataset cub       on eight GPUs
@@ -112,7 +112,7 @@ class Config(ModelConfig):
         group="losses")
     perceptual_weight: float = option(1.0, "weight of LPIPS (VQGAN); 0: none")
     perceptual_trunk: str = option(
-        "vgg", "network of LPIPS: VGG-16 (paper), or SqueezeNet 1.1, which is light",
+        "vgg", "network of LPIPS: VGG-16 (VQGAN), or SqueezeNet 1.1, which is light",
         choices=("vgg", "squeeze"))
     trunk_weights: str = option("", "local copy of that network's weights")
     lpips_weights: str = option("", "local copy of the linear heads of LPIPS v0.1")
@@ -583,7 +583,7 @@ class Record(NamedTuple):
 
     path: Path
     label: int = -1  # index into the data set's classes; −1: none
-    captions: Path | list | tuple = ()  # or the text file that holds them
+    captions: Path | list | tuple = ()  # or the path of a text file
     # A label map, or masks as (label, path) to paint in this order.
     segmentation: Path | tuple | None = None
 

@@ -203,7 +203,7 @@ class GraphConvolution(nn.Module):
 
     def __init__(self, in_features, out_features):
         super().__init__()
-        # With the ReLU that follows and without a graph, layers keep their input's scale.
+        # He initialisation: before a ReLU, and if Â = I, the input's scale is kept.
         weight = torch.randn(in_features, out_features) * math.sqrt(2 / in_features)
         self.weight = nn.Parameter(weight)
 
@@ -315,11 +315,6 @@ class VQModel(nn.Module):
         of adjective and noun index, and `edge_counts` (E,) for weighted edges; or None if
         not `needs_prior(config)`.
     Raises ValueError for a missing prior, or choices that exclude each other.
-
-    >>> vectors = dict(adjective_vectors=torch.randn(70, 9), noun_vectors=torch.randn(61, 9))
-    >>> model = VQModel(ModelConfig(**NETWORKS["tiny"]), {**vectors, "edges": [(0, 0)]})
-    >>> model.eval().encode(torch.zeros(1, 3, 64, 64)).shape  # adjectives and nouns
-    torch.Size([1, 2, 8, 8])
     """
 
     def __init__(self, config, prior=None):
@@ -608,7 +603,7 @@ class LPIPS(nn.Module):
     Features of several layers get unit length over channels. Their squared differences are
     weighted by 1×1 heads and averaged over positions.
 
-    trunk: "vgg" (VGG-16, the paper's) or "squeeze" (SqueezeNet 1.1, light).
+    trunk: "vgg" (VGG-16, VQGAN's) or "squeeze" (SqueezeNet 1.1, light).
     trunk_state: state dict of torchvision's network, or None for random weights.
     head_state: that of the LPIPS repository (vgg.pth), or None for equal weights.
 
@@ -660,7 +655,8 @@ class LPIPS(nn.Module):
 
 # ======== Tables 1 and 6: the quantizers that VQCT is compared with
 
-# To add one, write a class as these, and a branch in `make_quantizer`. It needs methods
+# To add one, write a class as these, a branch in `make_quantizer`, and its name among the
+# choices of `ModelConfig.quantizer`. It needs methods
 # forward(z, codebook) → z_q, indices, loss and indices(z, codebook), equal to those of
 # `forward` in evaluation mode; and the attribute `neighbours`. VQModel sets `temperature`.
 
@@ -766,8 +762,8 @@ class RegularizedQuantizer(VectorQuantizer):
        distribution softmax(−‖ẑ − e_k‖² / τ), with τ the annealed `temperature`.
     2. Stochastic mask: a random share of positions takes a code drawn from it.
     3. Probabilistic contrastive loss: a softmax of cosines between a feature and the codes of
-       all positions. The feature's own code is multiplied in it by
-       w = exp(‖e_drawn − e_nearest‖² / mean), so a farther draw pulls less.
+       all positions. The own code's term is multiplied by w = exp(‖e_drawn − e_nearest‖² /
+       mean) ≥ 1, so a farther draw has a weaker gradient.
 
     The paper leaves open, and we chose: squared distances in the softmax; hard draws with
     the straight-through gradient; all constants; in 3, codes instead of VGG's features, w
@@ -851,7 +847,7 @@ class ModelConfig:
     codebooks: int = option(
         2, "2: one for adjectives, one for nouns; 1: one for both", choices=(1, 2))
     codebook_size: int = option(
-        0, "codes in each codebook without words; 0: as many as the prior's words", least=0,
+        0, "size of codebooks without words; 0: the prior's numbers of words", least=0,
         most=2**24)
     trained: bool = option(False, "train the starting vectors, instead of freezing them")
     transfer: str = option(

@@ -199,7 +199,7 @@ def test_missing_weights_are_a_reason_and_a_wrong_file_an_error(file):
     torch.save({"wrong": torch.zeros(1)}, "wrong.pth")
     network, reason = load_or_reason(load, "")
     assert network is None and reason.startswith(f"missing: {use}") and "\n" not in reason
-    advice = rf"{file}.pth, or use a local copy: {flag} FILE; to download: add --download$"
+    advice = rf"{file}.pth, or use a local copy: {flag} FILE; to download: (add|python evaluate.py RUN) --download$"
     assert re.search(rf": https://\S+{advice}", reason)
     with pytest.raises(UserError, match="not .*: .*wrong.pth|wrong.pth is not FID's weights"):
         load_or_reason(load, "wrong.pth")

@@ -397,7 +397,7 @@ def test_missing_nltk_data_is_one_line_naming_all(tmp_path, monkeypatch):
     with pytest.raises(
         UserError,
         match="^missing: NLTK.* wordnet averaged_perceptron_tagger_eng punkt_tab, "
-        "or use a local copy: NLTK_DATA=DIR; to download: python prior.py --download$",
+        "or use a local copy: NLTK_DATA=DIR; to download: python prior.py --embeddings corpus --download$",
     ):
         WordNetSpeech()
 

@@ -259,7 +259,7 @@ def test_the_pieces_of_the_readme_work():
     assert tuple(space["adjective_codes"].shape) == (2, 64) and space["indices"].shape == (2, 1, 16, 16)
 
 
-@pytest.mark.parametrize("module, least", [(vqct, 8), (prior, 1), (evaluate, 2)], ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize("module, least", [(vqct, 6), (prior, 1), (evaluate, 2)], ids=lambda x: getattr(x, "__name__", x))
 def test_the_docstrings_examples_work(module, least):
     found = doctest.testmod(module)
     assert found.failed == 0 and found.attempted >= least

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from pathlib import Path
+
 from nltk.corpus.reader import CorpusReader, WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 from PIL import Image
@@ -222,6 +224,8 @@ def published(server, tmp_path, monkeypatch):
         for split in ("training", "validation")
         for i in (1, 2)
     }
+    scenes = "".join(f"{Path(name).stem} street\n" for name in ade if name.endswith("jpg"))
+    ade["ADEChallengeData2016/sceneCategories.txt"] = scenes.encode()
     trees = {
         "cub": [cub()],
         "captions": [archive_of(coco, "zip")],

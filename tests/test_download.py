@@ -10,13 +10,12 @@ import shlex
 import tarfile
 import urllib.request
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from pathlib import Path
-
 from nltk.corpus.reader import CorpusReader, WordNetCorpusReader
 from nltk.corpus.util import LazyCorpusLoader
 from PIL import Image

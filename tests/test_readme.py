@@ -113,11 +113,11 @@ REFERENCE = ROOT / "tests" / "reference"
 RESULTS_PAGE = (REFERENCE / "README.md").read_text(encoding="utf-8")
 
 
-def evaluations(folder):
-    """The stored evaluations of a table: row → its seeds' results."""
+def evaluations(folder, ending=r"-\d$"):
+    """The stored evaluations of a folder: row → its results; `ending` of names is not the row's."""
     results = defaultdict(list)
     for path in sorted(folder.glob("*.json")):
-        results[path.stem.rpartition("-")[0]].append(json.loads(path.read_text(encoding="utf-8")))
+        results[re.sub(ending, "", path.stem)].append(json.loads(path.read_text(encoding="utf-8")))
     return results
 
 
@@ -190,8 +190,54 @@ def test_the_sentences_of_results_are_those_of_their_evaluations():
     gap = np.mean([result["psnr"] for result in SHORT["vqct"]]) - np.mean([result["psnr"] for result in SHORT["matched"]])
     found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
     assert f"by {gap:.1f} dB" in found
-    for row in ("matched-cvq", "simvq", "vqct", "multi-mlp"):
-        assert f"{np.mean([result['psnr'] for result in LONG[row]]):.2f}" in found, row
+    for row, seeds in LONG.items():
+        assert mean_and_deviation(seeds, "psnr", "{:.2f}") in found, row
+
+
+def test_the_sentences_of_the_long_runs_are_those_of_their_evaluations():
+    page = " ".join(RESULTS_PAGE.split("\n## 9,000 steps")[1].split())
+    found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
+    least = min(corrected for _, corrected in p_values(LONG).values())
+    assert least >= 0.01 and f"the least corrected p is {least:.2g}" in page
+    assert f"(corrected p ≥ {least:.2g})" in found
+    psnr = {row: [result["psnr"] for result in seeds] for row, seeds in LONG.items()}
+    gap = {row: np.mean(x) - np.mean(psnr["vqct"]) for row, x in psnr.items()}
+    assert f"it is {gap['matched-cvq']:.2f} and {gap['simvq']:.2f} dB" in page
+    assert f"differ by {max(psnr['vqct']) - min(psnr['vqct']):.2f} dB" in page
+    first = {row: np.mean(x[:2]) - np.mean(psnr["vqct"][:2]) for row, x in psnr.items()}
+    assert f"{first['matched-cvq']:.2f} and {first['simvq']:.2f} dB above `vqct`" in page
+
+
+def test_what_is_said_of_the_steps_is_in_their_evaluations():
+    page = RESULTS_PAGE.split("**By steps.**")[1]
+    results = {row: {result["step"]: result for result in seeds}
+               for row, seeds in evaluations(REFERENCE / "cub64" / "steps", r"-2-\d+$").items()}
+    for row, by_step in results.items():
+        by_step[9000] = LONG[row][2]
+        assert all(result["config"]["seed"] == 2 for result in by_step.values())
+        cells = (f"{result['psnr']:.2f}, {result['bits_entropy']:,.0f}, "
+                 f"{sum(result['codes_used'].values()):,}" for _, result in sorted(by_step.items()))
+        assert f"| `{row}` | {' | '.join(cells)} |" in page
+    value = lambda column, step: {row: of[step][column] for row, of in results.items()}
+    early, late = value("psnr", 600), value("psnr", 9000)
+    assert f"within {max(abs(x - early['vqct']) for x in early.values()):.2f} dB" in page
+    assert f"{late['matched-cvq'] - late['vqct']:.2f} dB below `matched-cvq`" in " ".join(page.split())
+    for step in (1500, 3000):
+        assert min(value("psnr", step), key=value("psnr", step).get) == "vqct"
+    for step in results["vqct"]:
+        assert min(value("bits_entropy", step), key=value("bits_entropy", step).get) == "multi-mlp"
+    for step in (600, 1500, 3000):
+        assert max(value("bits_entropy", step), key=value("bits_entropy", step).get) == "simvq"
+    assert max(value("psnr", 3000), key=value("psnr", 3000).get) != "simvq"
+
+
+def test_the_figure_of_the_steps_is_drawn_by_the_pages_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cub64").symlink_to(REFERENCE / "cub64")
+    (code,) = re.findall(r"(?ms)^```python\n(.*?)^```$", RESULTS_PAGE)
+    exec(code, {})
+    sizes = {Image.open(path / "steps.png").size for path in (tmp_path, REFERENCE)}
+    assert len(sizes) == 1
 
 
 @pytest.fixture

@@ -591,7 +591,7 @@ def draw_curves(evaluations, path):
 
 
 def draw_rate_distortion(results, path):
-    """PSNR against bits of an ideal code, a dot for each row, ± deviations of its seeds."""
+    """PSNR against bits at entropy, a dot for each row, ± deviations of its seeds."""
     lines = []
     for colour, (_, group) in enumerate(rows_of(results)):
         seeds = np.array([(result["bits_entropy"], result["psnr"]) for result in group])
@@ -601,7 +601,7 @@ def draw_rate_distortion(results, path):
                 lines.append(([mean - bar, mean + bar], colour, ""))
         lines.append(([mean], colour, Path(group[0]["run"]).name))
     draw_plots([dict(title="rate and distortion\nPSNR, dB", lines=lines,
-                     x="bits per image, ideal code", size=(900, 600))], path)
+                     x="bits per image at entropy", size=(900, 600))], path)
 
 
 def draw_similarity(evaluation, path, count=10, side=260):

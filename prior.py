@@ -1136,8 +1136,6 @@ class Need:
     source: str  # its URL, or the command that downloads it
     local: str  # how to point at a local copy
 
-    fetch = None  # if it cannot be downloaded
-
 
 @dataclass
 class PublishedFile(Need):
@@ -1196,19 +1194,17 @@ class NLTKData(Need):
 def provide(needs, download, again):
     """Download what is missing of a list of Need, if `download`.
 
-    Raises UserError that lists what is still missing; `again` tells there how to download it.
+    Otherwise raises UserError that lists it; `again` tells there how to download it.
     """
     missing = [need for need in needs if not need.present()]
-    for need in [need for need in missing if download and need.fetch]:
+    for need in missing if download else ():
         need.fetch()
-        missing.remove(need)
-    if not missing:
+    if download or not missing:
         return
     lines = [
         f"{need.what} ({need.size}): {need.source}, or use a local copy: {need.local}" for need in missing
     ]
-    if any(need.fetch for need in missing):
-        lines.append(f"to download: {again}")
+    lines.append(f"to download: {again}")
     raise UserError("missing: " + ("; " if len(missing) == 1 else "\n  ").join(lines))
 
 

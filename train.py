@@ -58,7 +58,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 
-# ======== Configuration: its fields are the flags, config.json and the checkpoint's
+# ======== Configuration: each field is a flag, and a key of config.json and checkpoints
 
 @dataclass
 class Config(ModelConfig):
@@ -939,6 +939,7 @@ class Archive(Need):
         return self.path.exists() and not self.file.exists()
 
     def fetch(self):
+        """Download the archive, unless it lies there already, and unpack it."""
         if not self.file.is_file() or checksum(self.file, "md5") != self.md5:
             download(self.source, self.file, self.md5)
         print(f"unpacking {self.file}", file=sys.stderr, flush=True)

@@ -905,6 +905,8 @@ def make_quantizer(config, dim, size, neighbours):
     if config.quantizer == "regvq":
         weights = config.kl_weight, config.mask_ratio, config.contrastive_weight
         return RegularizedQuantizer(*weights, **options)
+    if config.quantizer != "nearest":
+        raise ValueError(f"no quantizer '{config.quantizer}'")
     return VectorQuantizer(**options)
 
 

@@ -1069,6 +1069,7 @@ def test_reconstruction_codes_and_losses_are_float32_under_autocast(method, prio
         ("'cvq' needs trained codes without transfer", dict(quantizer="cvq")),
         ("2 neighbours needs", dict(quantizer="gumbel", adjective_neighbours=2)),
         ("8 neighbours needs", dict(adjective_neighbours=8)),
+        ("no quantizer 'mine'", dict(quantizer="mine")),
     ],
 )
 def test_model_refuses_what_cannot_be(message, choices, prior, small):

@@ -28,12 +28,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.v2.functional as TF
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from prior import (PARTS, Parser, PublishedFile, UserError, WordListSpeech, atomic_write, command,
                    examples, nearest_words, provide, read_tensors, save_png, user_error)
-from train import (Run, draw_grid, identity, load_lpips, lpips_files, psnr, read_journal,
-                   spread_indices, to_bytes)
+from train import (FONT, Run, draw_grid, identity, load_lpips, lpips_files, psnr,
+                   read_journal, spread_indices, to_bytes)
 from vqct import Codebook, CodebookTransfer, NormalizedAdjacency, VectorQuantizer, option
 
 
@@ -607,7 +607,7 @@ def draw_rate_distortion(results, path):
 def draw_similarity(evaluation, path, count=10, side=260):
     """Fig. 6: cosines between codes in use at start and end; correlation over at most 1,000."""
     run, pitch = evaluation.run, side + 160
-    image = Image.new("RGB", (2 * side + 140, len(run.names) * pitch + 40), "white")
+    image = Image.new("RGB", (2 * side + 140, len(run.names) * pitch), "white")
     draw = ImageDraw.Draw(image)
     for row, (name, codes, words) in enumerate(zip(run.names, run.model.codebook(), run.words)):
         used = np.random.default_rng(0).permutation(np.unique(evaluation.indices[row]))[:1000]
@@ -615,28 +615,29 @@ def draw_similarity(evaluation, path, count=10, side=260):
         cosines = [(x @ x.T).numpy() for x in cosines]
         pairs = np.triu_indices(len(used), 1)
         kept = scipy.stats.pearsonr(*(x[pairs] for x in cosines))[0] if len(used) > 2 else math.nan
-        title = f"{name}s at the start and at the end of training: correlation {kept:.2f}"
-        draw.text((20, row * pitch + 16), title, "black", FONT)
+        cosines = [x[:count, :count] for x in cosines]
+        low = min(np.min(cosines), 0.99)
+        title = (f"{name}s at the start and end of training: correlation {kept:.2f}\n"
+                 f"cosine: {low:.2f} (blue) to 1 (red)")
+        draw.text((20, row * pitch + 6), title, "black", FONT)
         titles, top = Image.new("RGB", (100, side), "white"), row * pitch + 144
         for i, code in enumerate(used[:count]):
             place = 4, (i + 0.5) * side / count
             ImageDraw.Draw(titles).text(place, words[code], "black", FONT, anchor="lm")
         image.paste(titles, (side + 20, top))  # beside the rows of both
         for x, left in zip(cosines, (20, side + 120)):
-            image.paste(in_colour(x[:count, :count], (side, side)), (left, top))
+            colours = in_colour((2 * x - 1 - low) / (1 - low), side)
+            image.paste(colours, (left, top))
             image.paste(titles.rotate(90, expand=True), (left, top - 100))
-    scale = in_colour(np.linspace(-1, 1, 21)[None], (side, 12))
-    image.paste(scale, (20, image.height - 30))
-    draw.text((side + 24, image.height - 34), "cosine: -1 (blue) to 1 (red)", "black", FONT)
     save_png(image, path)
 
 
-def in_colour(cosines, size):
-    """A picture of a matrix of cosines: blue for -1, white for 0, red for 1."""
-    red, blue = 1 + cosines.clip(max=0), 1 - cosines.clip(min=0)
-    colours = np.stack([red, 1 - abs(cosines), blue], axis=-1)
+def in_colour(values, side):
+    """A square picture of a matrix: blue for -1, white for 0, red for 1."""
+    red, blue = 1 + values.clip(max=0), 1 - values.clip(min=0)
+    colours = np.stack([red, 1 - abs(values), blue], axis=-1)
     colours = (255 * colours.clip(0, 1)).astype(np.uint8)
-    return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)
+    return Image.fromarray(colours).resize((side, side), Image.Resampling.NEAREST)
 
 
 def regions_of(evaluation, index):
@@ -673,7 +674,6 @@ def draw_regions(evaluation, dataset, path, columns=4, side=256, margin=160):
 # ---- Drawing of plots
 
 INK = "#2563eb #c2410c #15803d #7c3aed #a16207 #0e7490 #be185d #8fa3bf".split()  # -1: pale
-FONT = ImageFont.load_default(14)
 
 
 def draw_plots(panels, path):
@@ -726,9 +726,12 @@ def draw_panel(title, lines, x, log=False, shown=None, size=(520, 400)):
             draw.circle(points[0], 5, outline=ink)
     for points, ink, label in lines:
         if label:
-            inside = image.crop((left, top, size[0], bottom))  # away from the ticks
+            inside = image.crop((left, top, right, bottom))
             length = draw.textlength(label, FONT)
             place = free_place(inside, points[-1] - (left, top), length) + (left, top)
+            half = length / 2, 8
+            edge = points[-1].clip(place - half, place + half)
+            draw.line((*points[-1], *edge), ink)
             draw.text(place, label, ink, FONT, "mm", stroke_width=2, stroke_fill="white")
     return image
 

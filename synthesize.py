@@ -27,14 +27,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 
 from evaluate import as_markdown, fid, load_inception, load_or_reason, save_images, warn_of_fid
 from prior import Parser, UserError, atomic_write, save_png, user_error
-from train import (Run, add_start_flags, autocast, average_gradients, check_folder, default_text,
-                   draw_grid, first_process_first, fit, fitting, hold_out, identity, launch,
-                   load_checkpoint, lock, open_run, psnr, rank, refuse_idle, restore,
-                   resumed_choices, spread_indices, to_bytes, train_batches)
+from train import (FONT, Run, add_start_flags, autocast, average_gradients, check_folder,
+                   default_text, draw_grid, first_process_first, fit, fitting, hold_out,
+                   identity, launch, load_checkpoint, lock, open_run, psnr, rank, refuse_idle,
+                   restore, resumed_choices, spread_indices, to_bytes, train_batches)
 from vqct import (Condition, Denoiser, TokenTransformer, look_up, option, sample_features,
                   sample_tokens)
 
@@ -693,9 +693,8 @@ def rows_of_run(run, stage, tokens, images, choices, part, words):
     return rows
 
 
-def add_legend(path, colours, columns=6, size=14):
+def add_legend(path, colours, columns=6, size=14, pitch=20):
     """Add to a PNG, below its rows, names beside small squares of their colours."""
-    pitch, font = size + 6, ImageFont.load_default(size)
     with Image.open(path) as image:
         height = pitch * math.ceil(len(colours) / columns)
         picture = ImageOps.expand(image, (0, 0, 0, height), "white")
@@ -705,15 +704,15 @@ def add_legend(path, colours, columns=6, size=14):
         x, y = 8 + column * image.width // columns, image.height + row * pitch
         ink = tuple(to_bytes(colour).flatten().tolist())
         draw.rectangle((x, y, x + size, y + size), ink, "black")
-        draw.text((x + pitch, y + size / 2), name, "black", font, anchor="lm")
+        draw.text((x + pitch, y + size / 2), name, "black", FONT, anchor="lm")
     save_png(picture, path)
 
 
 def colours_of_labels(maps):
     """(B, R, R) labels → (B, 3, R, R) in [-1, 1], a colour each; −1 is black."""
     maps, thirds = maps[:, None], torch.arange(3).view(3, 1, 1) / 3
-    hue = maps * 0.618034 % 1  # the golden ratio keeps neighbours apart
-    colours = ((hue + thirds) * 2 * math.pi).cos() * 0.7
+    hue, tone = maps * 0.618034, maps % 3 - 1  # the golden ratio keeps neighbours apart
+    colours = ((hue + thirds) * 2 * math.pi).cos() * 0.6 + tone * 0.4
     return colours.where(maps >= 0, -1.0)
 
 

@@ -1186,7 +1186,7 @@ def check_folder(out, overwrite):
     if "last.pt" in names and not overwrite:
         raise UserError(f"run '{out}' exists; go on with --resume, replace it with "
                         "--overwrite, or name another --out")
-    ours = {*RUN_FILES, "lock", "synthesis", "decoded", "other"}  # of all scripts
+    ours = {*RUN_FILES, "lock", "synthesis", "decoded", "other"}
     foreign = [name for name in names if name.removesuffix(".part") not in ours]
     if foreign:
         raise UserError(f"'{out}' holds {', '.join(foreign[:3])}; "
@@ -1204,8 +1204,7 @@ def lock(file, waiting=""):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         if not waiting:
-            folder = Path(file.name).parent
-            raise UserError(f"another process works in '{folder}'") from None
+            raise UserError(f"another process works in '{Path(file.name).parent}'") from None
         print(waiting, flush=True)
         fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:
@@ -1284,6 +1283,8 @@ def save_checkpoint(path, trainer):
 
 def load_checkpoint(path):
     """A dict of `save_checkpoint`, with the file's "sha256". Raises UserError for others."""
+    if not Path(path).exists():
+        raise UserError(f"no run here: '{path}' is missing")
     with user_error(f"'{path}' is no checkpoint of this program, or damaged: {{}}"):
         data = Path(path).read_bytes()
         damaged = zipfile.ZipFile(io.BytesIO(data)).testzip()  # torch does not
@@ -1376,8 +1377,7 @@ class Run:
     def _find_data(self, data, labels):
         config, self.results, self.datasets = self.config, self.path, None
         if data and config.dataset == "demo" or labels and config.dataset != "folder":
-            raise UserError(f"--data or --labels changes nothing for '{self.path}', "
-                            f"a run of {config.dataset}")
+            raise UserError(f"--data or --labels changes nothing with --dataset {config.dataset}")
         if labels or not os.path.isdir(config.labels):  # most commands need no label maps
             config.labels = labels
         if data:
@@ -1428,6 +1428,9 @@ def to_bytes(x):
     return x.float().clamp(-1, 1).mul(127.5).add(127.5).round().to(torch.uint8)
 
 
+FONT = ImageFont.load_default(14)
+
+
 def draw_grid(rows, path, size=128, columns=8):
     """Draw labelled rows of pictures as a PNG; long rows continue below.
 
@@ -1439,20 +1442,20 @@ def draw_grid(rows, path, size=128, columns=8):
     lines = [(label, *(items[first : first + columns] for items in row))
              for first in range(0, length, columns)
              for label, *row in rows if first < len(row[0])]
-    pitch, margin, font = size + 4, 150, ImageFont.load_default(14)
+    pitch, margin = size + 4, 150
     width = margin + min(length, columns) * pitch
     grid = Image.new("RGB", (width, len(lines) * pitch), "white")
     draw = ImageDraw.Draw(grid)
     for row, (label, images, *names) in enumerate(lines):
         text = "\n".join(textwrap.fill(line, 18) for line in label.split("\n"))
-        draw.multiline_text((8, (row + 0.5) * pitch), text, "black", font, anchor="lm")
+        draw.multiline_text((8, (row + 0.5) * pitch), text, "black", FONT, anchor="lm")
         for column, x in enumerate(images):
             picture = TF.to_pil_image(to_bytes(x).cpu())
             picture = picture.resize((size, size), Image.Resampling.NEAREST)
             corner = margin + column * pitch, row * pitch
             grid.paste(picture, corner)
             for listed in names:
-                draw.text(corner, listed[column], "black", font, stroke_width=2,
+                draw.text(corner, listed[column], "black", FONT, stroke_width=2,
                           stroke_fill="white")
     save_png(grid, path)
 

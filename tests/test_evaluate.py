@@ -69,7 +69,7 @@ def test_inception_is_copied_whole_and_computes_in_the_type_of_its_weights():
     for parameter in features.parameters():
         parameter.zero_()
     assert torch.equal(twin(images), before) and before.std() > 0.01
-    for dtype, error in ((torch.float64, 1e-4), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+    for dtype, error in ((torch.float64, 1e-4), (torch.bfloat16, 0.1)):
         found = copy.deepcopy(twin).to(dtype)(images)
         assert found.dtype == dtype and (found - before).norm() < error * before.norm()
 

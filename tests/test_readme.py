@@ -81,7 +81,7 @@ def test_every_command_is_one_that_its_script_takes(words, tmp_path, monkeypatch
     elif script == "vqct":
         assert len(words) == 1
     elif "--resume" in words:
-        with pytest.raises(prior.UserError, match="'runs/demo-vqct/last.pt' is no checkpoint"):
+        with pytest.raises(prior.UserError, match="no run here: 'runs/demo-vqct/last.pt'"):
             train.parse(words[1:])
     elif script == "evaluate":
         with pytest.raises(prior.UserError, match="is not a run of train.py"):  # the flags are understood

@@ -324,7 +324,7 @@ def test_help_names_every_flag_with_its_default(capsys):
         ("--data photos", "--data changes nothing with these flags; leave it out"),
         (
             "--resume",
-            "'runs/demo-vqct/last.pt' is no checkpoint of this program, or damaged: ",
+            "no run here: 'runs/demo-vqct/last.pt' is missing",
         ),
     ],
 )
@@ -897,7 +897,7 @@ def test_a_run_reads_photographs_and_spells_codes_as_words(prior):
     plain = Run(run_tiny("plain", prior="prior.npz", steps=1), "cpu")
     assert plain.names == ("adjective", "noun") == tuple(plain.token_names)
     with pytest.raises(
-        UserError, match="--data or --labels changes nothing for 'plain', a run of demo"
+        UserError, match="--data or --labels changes nothing with --dataset demo"
     ):
         Run("plain", "cpu", data="elsewhere")
     assert plain.spell(torch.tensor([[[0, 6]], [[8, 0]]])) == "a I  g A"
@@ -934,7 +934,9 @@ def test_bad_checkpoints_are_named(tmp_path, prior):
         ("other", {"weights": state}),
     ):
         torch.save(content, f"{name}.pt")
-    for name in ("cut", "absent", "list", "older", "other"):
+    with pytest.raises(UserError, match="no run here: 'absent.pt' is missing"):
+        load_checkpoint("absent.pt")
+    for name in ("cut", "list", "older", "other"):
         with pytest.raises(
             UserError, match=f"{name}.pt' is no checkpoint of this program, or damaged: "
         ):

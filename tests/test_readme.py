@@ -5,6 +5,7 @@ import ast
 import builtins
 import dis
 import doctest
+import itertools
 import json
 import math
 import re
@@ -122,6 +123,7 @@ def evaluations(folder, ending=r"-\d$"):
 
 
 SHORT, LONG = evaluations(REFERENCE / "cub64"), evaluations(REFERENCE / "cub64" / "long")
+FIVE = sorted(row for row, seeds in LONG.items() if len(seeds) == 5)
 
 
 def mean_and_deviation(results, column, form):
@@ -173,8 +175,11 @@ def test_the_sentences_of_results_are_those_of_their_evaluations():
     differ = {(row, column) for (row, column), (_, corrected) in p_values(SHORT).items()
               if corrected < 0.01 and len(SHORT[row]) == 5}
     assert differ == {("matched", "psnr"), ("matched", "lpips"), ("matched-l2", "psnr")}
+    mean_psnr = {row: np.mean([result["psnr"] for result in seeds]) for row, seeds in SHORT.items()}
     for row in ("codes-random", "shuffle-vectors", "shuffle-edges"):
-        assert f"{p_values(SHORT)[row, 'psnr'][1]:.2g} for `--{row.replace('-', ' ', 1)}`" in page
+        lower, (_, corrected) = mean_psnr["vqct"] - mean_psnr[row], p_values(SHORT)[row, "psnr"]
+        said = rf"`--{row.replace('-', ' ', 1)}` by {lower:.2f} dB \((corrected p )?{corrected:.2g}\)"
+        assert re.search(said, page), said
     mean = lambda column: [np.mean([result[column] for result in seeds]) for seeds in SHORT.values()]
     assert f"ρ={scipy.stats.spearmanr(mean('bits_entropy'), mean('psnr')).statistic:.2f}" in page
     ratios = {row: [[result["alignment"][part]["ratio"] for part in prior.PARTS] for result in SHORT[row]]
@@ -183,22 +188,25 @@ def test_the_sentences_of_results_are_those_of_their_evaluations():
         words = [evaluate.spread(list(column), "{:.2f}").replace(" ± ", "±") for column in zip(*seeds)]
         assert " and ".join(words) in page, row
     tests = (scipy.stats.ttest_ind(ratios["vqct"], ratios[row], equal_var=False) for row in list(ratios)[1:])
-    assert f"(p ≥ {min(test.pvalue.min() for test in tests):.3f})" in page
-    apart = [abs(np.mean([result["psnr"] for result in SHORT[row]]) - np.mean([result["psnr"] for result in SHORT["vqct"]]))
-             for row in ("multi-mlp", "random-mlp", "simvq", "matched-cvq")]
-    assert f"within {math.ceil(100 * max(apart)) / 100:.2f} dB" in page
-    gap = np.mean([result["psnr"] for result in SHORT["vqct"]]) - np.mean([result["psnr"] for result in SHORT["matched"]])
+    assert f"is seen: p ≥ {min(test.pvalue.min() for test in tests):.3f} before" in page
+    assert all(len(seeds) == 5 for seeds in ratios.values())
+    near = ("multi-mlp", "random-mlp", "simvq", "matched-cvq", "words-linear")
+    apart = max(abs(mean_psnr[row] - mean_psnr["vqct"]) for row in near)
+    assert f"within {math.ceil(100 * apart) / 100:.2f} dB" in page
+    gap = mean_psnr["vqct"] - mean_psnr["matched"]
     found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
     assert f"by {gap:.1f} dB" in found
-    for row, seeds in LONG.items():
-        assert mean_and_deviation(seeds, "psnr", "{:.2f}") in found, row
+    lower, corrected = mean_psnr["vqct"] - mean_psnr["codes-random"], p_values(SHORT)["codes-random", "psnr"][1]
+    assert f"{lower:.2f} dB lower (corrected p {corrected:.2g})" in found
+    for row in FIVE:
+        assert mean_and_deviation(LONG[row], "psnr", "{:.2f}") in found, row
 
 
 def test_the_sentences_of_the_long_runs_are_those_of_their_evaluations():
     page = " ".join(RESULTS_PAGE.split("\n## 9,000 steps")[1].split())
     found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
     least = min(corrected for _, corrected in p_values(LONG).values())
-    assert least >= 0.01 and f"the least corrected p is {least:.2g}" in page
+    assert least >= 0.01 and f"The least corrected p is {least:.2g}" in page
     assert f"(corrected p ≥ {least:.2g})" in found
     psnr = {row: [result["psnr"] for result in seeds] for row, seeds in LONG.items()}
     gap = {row: np.mean(x) - np.mean(psnr["vqct"]) for row, x in psnr.items()}
@@ -206,6 +214,31 @@ def test_the_sentences_of_the_long_runs_are_those_of_their_evaluations():
     assert f"differ by {max(psnr['vqct']) - min(psnr['vqct']):.2f} dB" in page
     first = {row: np.mean(x[:2]) - np.mean(psnr["vqct"][:2]) for row, x in psnr.items()}
     assert f"{first['matched-cvq']:.2f} and {first['simvq']:.2f} dB above `vqct`" in page
+
+
+def test_what_is_said_of_all_pairs_of_the_long_runs_is_in_their_evaluations():
+    page = " ".join(RESULTS_PAGE.split("\n## 9,000 steps")[1].split())
+    found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
+    assert FIVE == ["matched-cvq", "multi-mlp", "simvq", "vqct"]
+    compared = [(*pair, column) for pair in itertools.combinations(FIVE, 2) for column in ("psnr", "lpips")]
+    values = {(row, column): [result[column] for result in LONG[row]]
+              for row in FIVE for column in ("psnr", "lpips", "bits_entropy")}
+    p = [scipy.stats.ttest_ind(values[a, column], values[b, column], equal_var=False).pvalue
+         for a, b, column in compared]
+    corrected = dict(zip(compared, evaluate.holm(p)))
+    differ = {pair for pair, value in corrected.items() if value < 0.01}
+    others = ("matched-cvq", "simvq")
+    assert differ == {pair for pair in compared if "multi-mlp" in pair and {*others} & {*pair}}
+    assert f"Holm over {len(compared)} tests" in page
+    mean = {key: np.mean(x) for key, x in values.items()}
+    for text in (page, found):
+        above = [f"{mean[row, 'psnr'] - mean['multi-mlp', 'psnr']:.2f}" for row in others]
+        assert f"{' and '.join(above)} dB above" in text
+        assert f"(corrected p ≤ {max(corrected[pair] for pair in differ):.2g}" in text
+    lower = [f"{mean['multi-mlp', 'lpips'] - mean[row, 'lpips']:.3f}" for row in others]
+    assert f"their LPIPS is {' and '.join(lower)} lower" in page
+    bits = [f"{mean[row, 'bits_entropy']:,.0f}" for row in ("multi-mlp", *others)]
+    assert f"has {bits[0]} bits per image, the other two have {bits[1]} and {bits[2]}" in page
 
 
 def test_what_is_said_of_the_steps_is_in_their_evaluations():

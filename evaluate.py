@@ -80,7 +80,7 @@ class OtherPool(nn.Module):
 
 
 class InceptionFeatures(nn.Module):
-    """pool3 features of the Inception-v3 that FID was defined with (ported from TensorFlow).
+    """pool3 features of the Inception-v3 that FID was defined with.
 
     It is torchvision's, but blocks A, C and the first E average without the padding,
     and the last E takes the maximum.
@@ -136,7 +136,7 @@ def load_or_reason(load, *paths):
 def warn_of_fid(images):
     """Print a warning if images are too few for FID's covariances."""
     if images <= 2048:
-        print(f"FID over {images:,} images, fewer than its features, is biased upward. "
+        print(f"FID over {images:,} images, no more than its features, is biased upward. "
               "Compare it only over the same images.")
 
 
@@ -198,7 +198,7 @@ def caption_alignment(run, indices, dataset, permutations=999):
 def alignment_of(counts, spoken, rng, permutations):
     """Mentions over chance (None if there is none), and p, from two sparse (images, K)."""
     images, codes = counts.shape[0], np.arange(counts.shape[1])
-    together = counts.T @ spoken  # sparse: of the K² pairs, only those that occur in an image
+    together = counts.T @ spoken  # sparse: the pairs that occur in an image
     of_codes, of_words = counts.sum(0).A1, spoken.sum(0).A1
 
     def excess(words):
@@ -365,7 +365,7 @@ def reconstructed(run, dataset, count):
 # In these, the runs of a row may differ. The contents of data and prior are compared apart.
 MAY_DIFFER = """seed out data prior labels download device compile workers log_every eval_every
     trunk_weights lpips_weights""".split()
-COLUMNS = {  # in the paper's order, then ours
+COLUMNS = {
     "fid": ("FID ↓", "{:.2f}"),
     "psnr": ("PSNR ↑", "{:.2f}"),
     "l1": ("ℓ1 ↓", "{:.4f}"),
@@ -480,10 +480,10 @@ def draw_codebook_space(prior, path, neighbours=4):
         chosen = examples(words, part)
         pairs = [(word, other) for word in chosen
                  for other, _ in nearest_words(words, vectors.numpy(), word, neighbours)]
-        shown = sorted({word for pair in pairs for word in pair})
+        shown = sorted({word for pair in pairs for word in pair} | {*chosen})
         points = F.normalize(vectors[[words.index(word) for word in shown]].double(), dim=1)
         points = (points - points.mean(0)).numpy()
-        axes = np.linalg.svd(points, full_matrices=False)[2][:2]
+        axes = np.linalg.svd(points)[2][:2]
         position = dict(zip(shown, points @ axes.T))
         lines = [([position[word], position[other]], -1, "") for word, other in pairs]
         lines += [([position[word]], int(word in chosen), word) for word in shown]
@@ -626,8 +626,7 @@ def draw_similarity(evaluation, path, count=10, side=260):
             ImageDraw.Draw(titles).text(place, words[code], "black", FONT, anchor="lm")
         image.paste(titles, (side + 20, top))  # beside the rows of both
         for x, left in zip(cosines, (20, side + 120)):
-            colours = in_colour((2 * x - 1 - low) / (1 - low), side)
-            image.paste(colours, (left, top))
+            image.paste(in_colour((2 * x - 1 - low) / (1 - low), side), (left, top))
             image.paste(titles.rotate(90, expand=True), (left, top - 100))
     save_png(image, path)
 
@@ -770,7 +769,7 @@ def report(results, reasons):
                   f"as chance predicts (p of each seed: {p_values})")
     for name, reason in zip(("fid", "lpips"), reasons):
         notes = [result[f"{name}_note"] for result in results if result[name] is not None]
-        print(f"{name.upper()}: " + (notes[0] if notes else f"– ({reason})"))
+        print(f"{name.upper()}: " + ("; ".join(dict.fromkeys(notes)) or f"– ({reason})"))
         if notes and name == "fid":
             warn_of_fid(min(result["images"] for result in results))
 
@@ -798,8 +797,8 @@ def main(argv=None):
     results = [evaluation.result for evaluation in evaluations]
     images = {(result["contents"]["images"], result["config"]["resolution"])
               for result in results}
-    if choices.figures and len(images) > 1:
-        print("no comparison drawn: the evaluation images differ")
+    if len(images) > 1:
+        print("the rows do not compare: their evaluation images differ")
     elif choices.figures and len(results) > 1:
         compare(evaluations, evaluations[0].run.results.parent / "comparison")
     report(results, (no_fid, no_lpips))

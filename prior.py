@@ -141,6 +141,7 @@ LETTERS = {  # letter → words, or Penn Treebank tags
     "P": "IN",  # prepositions
     "R": "RB RBR RBS",  # adverbs
     "D": "DT PRP$",  # the, this, its
+    "-": "not n't",  # no adverbs: "the bird is not red"
 }
 KINDS = {word: letter for letter, words in LETTERS.items() for word in words.split()}
 LIST = "R*{0}(?:[C,]*{0})*"  # adjectives in a row: "very small, round and brown"
@@ -730,7 +731,7 @@ def made_from(captions, embeddings, min_count):
         "captions_sha256": text_checksum(captions),
         "embeddings": embeddings,
         "min_count": min_count,
-        "rules_sha256": text_checksum(map(str, RULES + EDGES)),
+        "rules_sha256": text_checksum(map(str, [*RULES, *EDGES, LETTERS, PLURALS])),
     }
 
 
@@ -868,7 +869,7 @@ def parse(argv):
     add("--embeddings", choices=LANGUAGE_MODELS, default="clip", help="language model (default: clip, the "
         "paper's); corpus: PPMI and SVD of the captions")
     add("--weights", default="", help="glove: its text or zip; clip, clip-text, bert: a Hugging Face folder")
-    add("--dim", type=bounded(int, 0), default=0, help="dimensions of corpus or glove (default: 100)")
+    add("--dim", type=bounded(int, 0), default=0, help="dimensions of corpus or glove's zip (default: 100)")
     add("--download", action="store_true", help="download NLTK's data (17 MB) and CLIP (606 MB) if missing")
     add = parser.add_argument_group("output").add_argument
     add("--out", default="prior.npz", help="file to write (default: prior.npz)")

@@ -5,7 +5,6 @@
     python synthesize.py runs/demo-vqct sample --pin 3,4=red,breast --words
     python synthesize.py runs/demo-vqct runs/demo-vqgan evaluate
     python synthesize.py runs/demo-vqct tokens PHOTO.jpg --output photo.npz
-    python synthesize.py runs/demo-vqct tokens --decode photo.npz
 
 A second stage is kept in its run, in `synthesis/<model>-<condition>`. A token file
 holds `indices` (N, M, h, w), an adjective and a noun at each position, the words of
@@ -233,7 +232,7 @@ def print_words(run, titles, indices, words):
     tokens = dict(zip(titles, indices))
     for number in titles if words == [] else words or ():
         if number not in titles:
-            raise UserError(f"--words {number}: these are images {min(titles)} … {max(titles)}")
+            raise UserError(f"--words {number}: there are images {[*titles][:9]}")
         print(f"\n{titles[number]}\n{run.spell(tokens[number])}")
 
 
@@ -628,13 +627,14 @@ def pin_words(run, given, pins):
     pins: list of "row,column=adjective,noun"; a word may be left out.
     Raises UserError for a position or a word that does not exist.
     """
-    (height, width), given = run.model.grid, given.clone()
+    given = given.clone()
     lists, names = run.model.per_token(run.words), ",".join(run.token_names)
     for pin in pins:
-        with user_error(f"--pin {pin}: expected row,column={names} in a grid of "
-                        f"{height} by {width} from 0, with words of this run: {{}}"):
+        with user_error(f"--pin {pin}: expected row,column={names}, from 0,0 in a grid of "
+                        f"{run.model.grid}, with words of this run: {{}}"):
             place, words = pin.split("=")
-            row, column = map(int, place.split(","))
+            row, column = (range(side).index(int(number)) for side, number
+                           in zip(run.model.grid, place.split(","), strict=True))
             for i, word in enumerate(words.lower().split(",")):
                 if word:
                     given[:, i, row, column] = lists[i].index(word)

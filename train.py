@@ -118,7 +118,8 @@ class Config(ModelConfig):
     lpips_weights: str = option("", "local copy of the linear heads of LPIPS v0.1")
     gan_weight: float = option(
         0.8, "weight of the adversarial loss (VQGAN); 0: no discriminator")
-    gan_start: int = option(5_000, "step at which the adversarial loss starts", least=0)
+    gan_start: int = option(
+        5_000, "step at which the adversarial loss starts; small presets scale it", least=0)
     discriminator_layers: int = option(3, "inner layers; 3 gives patches of 70 × 70 pixels")
 
 
@@ -488,6 +489,7 @@ def fit(trainer, batches, validate, out, journal):
             if logs or validates or stop:
                 metrics = {name: all_reduce(x).item() for name, x in metrics.items()}
                 check_finite(metrics, trainer)
+                seed_rank(trainer)
             if logs:
                 metrics["images/s"], left = pace(trainer, recent)
                 line = record(metrics, trainer, journal)
@@ -505,7 +507,6 @@ def fit(trainer, batches, validate, out, journal):
                 if not rank():
                     check_there(journal)
                     save_checkpoint(out / "last.pt", trainer)
-                seed_rank(trainer)
             if stop and not last:
                 print(f"stopped by {signal.Signals(stop).name} after step "
                       f"{trainer.step:,}, saved; continue with --resume")
@@ -970,7 +971,11 @@ def needs(config, with_prior):
         files = lpips_files(config.perceptual_trunk)
         listed += [file for file, path in zip(files, local) if not path]
     if config.dataset in DATASETS:
-        listed += archives(config.dataset, Path(config.data))
+        root, folder = Path(config.data), DATASETS[config.dataset].folder
+        if (config.download and config.dataset in ("cub", "ade20k")
+                and root.name != folder and not (root / "images").exists()):
+            raise UserError(f"--download makes a folder {folder}; end --data with this name")
+        listed += archives(config.dataset, root)
     return listed
 
 
@@ -1636,7 +1641,7 @@ def main(argv=None):
               f"{len(val_set):,} evaluate", flush=True)
         images = (to_images(batch["image"], device) for batch in loader)
         fit(trainer, images, lambda: trainer.validate(validation), out, journal)
-    print(f"done: look at {out / 'reconstructions.png'}; "
+    print(f"done: look into {out}; "
           f"measure with: python evaluate.py {shlex.quote(str(out))}")
 
 

@@ -173,29 +173,19 @@ class SymmetricProduct(torch.autograd.Function):
 
     A row of Â H is a weighted sum of rows of H: an embedding bag, which is faster than
     torch's sparse matrices. The bag's own backward pass takes four times as long and has no
-    derivative. But the product is its own derivative, forward and backward.
+    derivative. But the product is its own derivative.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(row_start, column, value, nodes):
+    def forward(ctx, row_start, column, value, nodes):
+        ctx.save_for_backward(row_start, column, value)
         bag = dict(mode="sum", per_sample_weights=value, include_last_offset=True)
         return F.embedding_bag(column, nodes, row_start, **bag)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
 
     @staticmethod
     def backward(ctx, gradient):
         product = SymmetricProduct.apply(*ctx.saved_tensors, gradient.contiguous())
         return None, None, None, product
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        return SymmetricProduct.apply(*ctx.saved_tensors, tangents[3].contiguous())
 
 
 class GraphConvolution(nn.Module):
@@ -397,7 +387,7 @@ class VQModel(nn.Module):
 # ======== §4.1: VQGAN's encoder and decoder (Esser et al. 2021)
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups as in VQGAN, or the most below that which divide the channels.
+    """32 groups as in VQGAN, or the largest power of two that divides the channels.
 
     Autocast would store float32 copies; the kernel's statistics are float32 anyway.
     """
@@ -838,7 +828,7 @@ class ModelConfig:
         (1, 1, 2, 2, 4), "relative width of each level; five levels are f16")
     blocks: int = option(2, "residual blocks per level")
     z_channels: int = option(256, "channels between the network and the codes")
-    code_dim: int = option(256, "channels of all codebooks together")
+    code_dim: int = option(256, "channels of all codebooks together", least=2)
     codes: str = option(
         "words", "starting vectors: words; random: normal; uniform: −1/K to 1/K, as VQGAN",
         choices=("words", "random", "uniform"), group="codes")

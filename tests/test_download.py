@@ -278,7 +278,7 @@ def test_the_ordered_command_goes_from_nothing_to_a_run(published, capsys):
         "codebook of data/cub-clip.npz: 13 adjectives + 11 nouns, 7.2 bits per position (the authors: "
         in printed
     )
-    assert "done: look at" in printed
+    assert "done: look into" in printed
     prior = Prior.load("data/cub-clip.npz")
     assert (
         set(prior.adjective_words) == {*ADJECTIVES}

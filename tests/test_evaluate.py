@@ -395,7 +395,7 @@ def test_other_systems_are_evaluated_drawn_and_compared(run, capsys):
     assert len(list(Path("saved/vqgan/reconstructions").iterdir())) == 11
     trained(Path("larger"), "--resolution=64")
     main(["larger", "run", "--figures", "--device=cpu"])
-    assert "no comparison drawn: the evaluation images differ" in capsys.readouterr().out
+    assert "the rows do not compare: their evaluation images differ" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -484,6 +484,10 @@ def test_toy_moves_one_code_in_vqvae_and_all_in_vqct(prior, seen):
 # ======== Plots
 
 def test_codebook_space_shows_words_and_their_neighbours(tmp_path, prior):
+    few = prior.tensors()
+    few["adjective_words"], few["adjective_vectors"] = few["adjective_words"][:1], few["adjective_vectors"][:1]
+    draw_codebook_space(few, tmp_path / "few.png")  # a word without neighbours
+    assert (tmp_path / "few.png").stat().st_size > 1000
     draw_codebook_space(prior.tensors(), tmp_path / "f.png")
     with Image.open(tmp_path / "f.png") as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}

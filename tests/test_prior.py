@@ -255,6 +255,7 @@ READ = [  # by hand
     ("this bird has black eye rings and a dark crown", "black ring, dark crown"),
     ("its belly is white", "white belly"),
     ("the bird is small, round and brown", "small bird, round bird, brown bird"),
+    ("the bird is not red", ""),
     ("the wings are mostly grey", "grey wing"),
     ("its bill is very small and curved", "small bill, curved bill"),
     ("the street is covered with dry leaves", "dry leaf"),

@@ -265,7 +265,7 @@ def test_bits_add_up_in_the_table(run, capsys, monkeypatch):
     assert re.search(row, capsys.readouterr().out)
     monkeypatch.setattr("synthesize.load_or_reason", lambda *_: (QUARTERS, ""))
     go("evaluate")
-    warning = "FID over 11 images, fewer than its features, is biased upward"
+    warning = "FID over 11 images, no more than its features, is biased upward"
     assert warning in capsys.readouterr().out
 
 
@@ -372,14 +372,15 @@ train --condition segmentation → exists; go on with --resume
 train --condition segmentation --resume --lr 1 → --resume cannot change --lr from
 train --condition segmentation --resume --steps 2 → is at step 3 already
 train --dropout 1.5 → 2 error: argument --dropout
-complete --words 77 --repeat 1 → --words 77: these are images 0 … 10
+complete --words 77 --repeat 1 → --words 77: there are images .0, 1, 2
 sample --sampling-steps 5 → --sampling-steps changes nothing
 sample --condition none → no such second stage in 'run' .there: gpt-segmentation.
 complete --condition segmentation --pin 3,99=red → --pin 3,99=red: expected row,column=adjective1,adjective2,noun
+complete --condition segmentation --pin=-1,4=red → -1 is not in range
 complete --condition segmentation --pin 3,4=,,zqxv → with words of this run: 'zqxv' is not in list
 complete --condition segmentation --pin 3,4=red,wing,red,wing → --pin 3,4=red,wing,red,wing: expected row,column=
 complete --part nowhere → argument --part: invalid choice: 'nowhere'
-tokens --words 11 → images 0 … 10
+tokens --words 11 → there are images .0, 1, 2
 """
 
 

@@ -166,6 +166,13 @@ def run_tiny(out, *flags, **choices):
     return run_training(tiny(**{"out": str(out), "steps": 8, **choices}), *flags)
 
 
+def test_other_processes_are_seeded_at_every_step_at_which_a_run_can_stop(monkeypatch):
+    seeded = []
+    monkeypatch.setattr("train.seed_rank", lambda trainer: seeded.append(trainer.step))
+    run_tiny("run", log_every=2, eval_every=3)
+    assert seeded == [0, 2, 3, 4, 6, 8]
+
+
 def lines_of(out, kind="loss"):
     """The lines of metrics.jsonl that hold `kind`, without their times."""
     lines = [
@@ -322,6 +329,11 @@ def test_help_names_every_flag_with_its_default(capsys):
         ("--reso 64", "unrecognized arguments: --reso 64"),
         ("--device gpu", "--device gpu: "),
         ("--data photos", "--data changes nothing with these flags; leave it out"),
+        (
+            "--dataset cub --data photos --download",
+            "--download makes a folder CUB_200_2011; end --data with this name",
+        ),
+        ("--code-dim 1", "argument --code-dim: 1 "),
         (
             "--resume",
             "no run here: 'runs/demo-vqct/last.pt' is missing",

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import multiprocessing
 import os
 import resource
 import shutil
@@ -570,6 +571,8 @@ def test_a_broken_file_is_named_when_it_is_read(ade20k, kind, capsys, monkeypatc
     )  # pytest keeps its own
     with pytest.raises(SystemExit) as ended:  # and a worker's error is a line too
         command(lambda: list(make_loader(dataset, CPU, 1)))
+    for worker in multiprocessing.active_children():
+        worker.kill()  # torch would wait five seconds for it
     (line,) = capsys.readouterr().err.splitlines()
     assert ended.value.code == 2
     assert line.startswith(f"error: {kind} '")

@@ -158,6 +158,17 @@ def table_in(text):
     return {re.sub("^vqct --(.*) ", r"\1-", name): cells.split(" | ") for name, cells in found}
 
 
+def found_in(readme):
+    return " ".join(readme.split("\n## What was found")[1].split("\n## ")[0].split())
+
+
+def interval_in(results, row):
+    """The uncorrected 95 % interval of a row's PSNR minus that of `vqct`, as the pages print it."""
+    samples = [[result["psnr"] for result in results[name]] for name in (row, "vqct")]
+    interval = scipy.stats.ttest_ind(*samples, equal_var=False).confidence_interval()
+    return f"{interval.low:.2f} to {interval.high:.2f} dB".replace("-", "−")
+
+
 def test_the_tables_of_results_are_those_of_their_evaluations():
     short, long = RESULTS_PAGE.split("\n## 9,000 steps")
     assert table_in(short) == cells_of(SHORT) and table_in(long) == cells_of(LONG)
@@ -171,7 +182,7 @@ def test_the_tables_of_results_are_those_of_their_evaluations():
 
 
 def test_the_sentences_of_results_are_those_of_their_evaluations():
-    page = " ".join(RESULTS_PAGE.split())
+    page, found = " ".join(RESULTS_PAGE.split("\n## 9,000 steps")[0].split()), found_in(README)
     differ = {(row, column) for (row, column), (_, corrected) in p_values(SHORT).items()
               if corrected < 0.01 and len(SHORT[row]) == 5}
     assert differ == {("matched", "psnr"), ("matched", "lpips"), ("matched-l2", "psnr")}
@@ -179,7 +190,7 @@ def test_the_sentences_of_results_are_those_of_their_evaluations():
     for row in ("codes-random", "shuffle-vectors", "shuffle-edges"):
         lower, (_, corrected) = mean_psnr["vqct"] - mean_psnr[row], p_values(SHORT)[row, "psnr"]
         said = rf"`--{row.replace('-', ' ', 1)}` by {lower:.2f} dB \((corrected p )?{corrected:.2g}\)"
-        assert re.search(said, page), said
+        assert re.search(said, page) and re.search(said, found), said
     mean = lambda column: [np.mean([result[column] for result in seeds]) for seeds in SHORT.values()]
     assert f"ρ={scipy.stats.spearmanr(mean('bits_entropy'), mean('psnr')).statistic:.2f}" in page
     ratios = {row: [[result["alignment"][part]["ratio"] for part in prior.PARTS] for result in SHORT[row]]
@@ -193,32 +204,52 @@ def test_the_sentences_of_results_are_those_of_their_evaluations():
     near = ("multi-mlp", "random-mlp", "simvq", "matched-cvq", "words-linear")
     apart = max(abs(mean_psnr[row] - mean_psnr["vqct"]) for row in near)
     assert f"within {math.ceil(100 * apart) / 100:.2f} dB" in page
-    gap = mean_psnr["vqct"] - mean_psnr["matched"]
-    found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
-    assert f"by {gap:.1f} dB" in found
-    lower, corrected = mean_psnr["vqct"] - mean_psnr["codes-random"], p_values(SHORT)["codes-random", "psnr"][1]
-    assert f"{lower:.2f} dB lower (corrected p {corrected:.2g})" in found
+    lower = {row: mean_psnr["vqct"] - mean_psnr[row] for row in ("matched", "matched-l2")}
+    assert f"{lower['matched']:.1f} dB better than `matched`" in found
+    assert f"They are {lower['matched']:.2f} and {lower['matched-l2']:.2f} dB lower" in page
+    assert interval_in(SHORT, "simvq") in page
+    used = {row: np.mean([sum(result["codes_used"].values()) for result in seeds]) for row, seeds in SHORT.items()}
+    assert (f"`matched` uses {used['matched']:.0f} of its 3,791 codes on average, `vqgan` {used['vqgan']:.0f} of 1,024, "
+            f"`frozen` {used['frozen']:.0f} and `finetune` {used['finetune']:.0f} of 3,791. "
+            f"`vqct` uses {used['vqct']:,.0f}") in page
+    assert f"uses {used['vqct']:,.0f} of its 3,791 codes on average, and `matched` uses {used['matched']:.0f}" in found
+    least = min(result["codes_used"]["noun"] for result in SHORT["vqct"])
+    assert f"uses only {least} of 2,888 nouns" in page
+    high = [row for row in SHORT if mean_psnr[row] > 22]
+    bits = [np.mean([result["bits_entropy"] for result in SHORT[row]]) for row in high]
+    assert len(high) == 8
+    assert f"ρ is {scipy.stats.spearmanr(bits, [mean_psnr[row] for row in high]).statistic:.2f}" in page
+    chance = min(result["alignment"][part]["p"] for result in SHORT["vqct"] for part in prior.PARTS)
+    assert f"the least p is {chance:.2f}" in page and f"the least p of ten tests of VQCT is {chance:.2f}" in found
+    assert {result["alignment"]["noun"]["images"] for result in SHORT["vqct"]} == {243}
     for row in FIVE:
         assert mean_and_deviation(LONG[row], "psnr", "{:.2f}") in found, row
 
 
 def test_the_sentences_of_the_long_runs_are_those_of_their_evaluations():
     page = " ".join(RESULTS_PAGE.split("\n## 9,000 steps")[1].split())
-    found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
+    found = found_in(README)
     least = min(corrected for _, corrected in p_values(LONG).values())
     assert least >= 0.01 and f"The least corrected p is {least:.2g}" in page
     assert f"(corrected p ≥ {least:.2g})" in found
     psnr = {row: [result["psnr"] for result in seeds] for row, seeds in LONG.items()}
     gap = {row: np.mean(x) - np.mean(psnr["vqct"]) for row, x in psnr.items()}
     assert f"it is {gap['matched-cvq']:.2f} and {gap['simvq']:.2f} dB" in page
+    of_seeds = [f"{x:.2f}" for x in psnr["vqct"]]
+    assert f"Seeds 0 and 1 have {of_seeds[0]} and {of_seeds[1]} dB, " in page
+    assert f"seeds 2 to 4 have {min(of_seeds[2:])} to {max(of_seeds[2:])} dB" in page
+    for text in (page, found):
+        assert f"`matched-cvq` minus {'`vqct`' if text is page else 'VQCT'} is {interval_in(LONG, 'matched-cvq')}" in text
+    assert f"that of `simvq` {interval_in(LONG, 'simvq')}" in page
     assert f"differ by {max(psnr['vqct']) - min(psnr['vqct']):.2f} dB" in page
     first = {row: np.mean(x[:2]) - np.mean(psnr["vqct"][:2]) for row, x in psnr.items()}
     assert f"{first['matched-cvq']:.2f} and {first['simvq']:.2f} dB above `vqct`" in page
+    assert len(LONG["words-linear"]) == 2 and "but only two seeds" in page and "has only two seeds" in found
 
 
 def test_what_is_said_of_all_pairs_of_the_long_runs_is_in_their_evaluations():
     page = " ".join(RESULTS_PAGE.split("\n## 9,000 steps")[1].split())
-    found = " ".join(README.split("\n## What was found")[1].split("\n## ")[0].split())
+    found = found_in(README)
     assert FIVE == ["matched-cvq", "multi-mlp", "simvq", "vqct"]
     compared = [(*pair, column) for pair in itertools.combinations(FIVE, 2) for column in ("psnr", "lpips")]
     values = {(row, column): [result[column] for result in LONG[row]]
@@ -238,7 +269,7 @@ def test_what_is_said_of_all_pairs_of_the_long_runs_is_in_their_evaluations():
     lower = [f"{mean['multi-mlp', 'lpips'] - mean[row, 'lpips']:.3f}" for row in others]
     assert f"their LPIPS is {' and '.join(lower)} lower" in page
     bits = [f"{mean[row, 'bits_entropy']:,.0f}" for row in ("multi-mlp", *others)]
-    assert f"has {bits[0]} bits per image, the other two have {bits[1]} and {bits[2]}" in page
+    assert f"and {bits[0]} bits per image where the other two have {bits[1]} and {bits[2]}" in page
 
 
 def test_what_is_said_of_the_steps_is_in_their_evaluations():
@@ -255,6 +286,8 @@ def test_what_is_said_of_the_steps_is_in_their_evaluations():
     early, late = value("psnr", 600), value("psnr", 9000)
     assert f"within {max(abs(x - early['vqct']) for x in early.values()):.2f} dB" in page
     assert f"{late['matched-cvq'] - late['vqct']:.2f} dB below `matched-cvq`" in " ".join(page.split())
+    for step in (600, 6000, 9000):
+        assert value("psnr", step)["vqct"] > value("psnr", step)["multi-mlp"]
     for step in (1500, 3000):
         assert min(value("psnr", step), key=value("psnr", step).get) == "vqct"
     for step in results["vqct"]:

@@ -213,6 +213,9 @@ def test_the_sentences_of_results_are_those_of_their_evaluations():
             f"`frozen` {used['frozen']:.0f} and `finetune` {used['finetune']:.0f} of 3,791. "
             f"`vqct` uses {used['vqct']:,.0f}") in page
     assert f"uses {used['vqct']:,.0f} of its 3,791 codes on average, and `matched` uses {used['matched']:.0f}" in found
+    counts = [[sum(result["codes_used"].values()) for result in SHORT[row]] for row in ("vqct", "matched")]
+    p = scipy.stats.ttest_ind(*counts, equal_var=False).pvalue
+    assert f"Welch's p of `vqct` against `matched` is {p:.2g}" in page
     least = min(result["codes_used"]["noun"] for result in SHORT["vqct"])
     assert f"uses only {least} of 2,888 nouns" in page
     high = [row for row in SHORT if mean_psnr[row] > 22]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -312,9 +313,15 @@ def test_a_second_signal_ends_a_run_at_once(photographs, tmp_path):
     process = begin(
         tmp_path,
         train.main,
-        flags(photographs, tmp_path / "run", batch_size=20_000, workers=1),
+        flags(photographs, tmp_path / "run", batch_size=40_000, workers=1),
     )
     wait_for(process, process.log, 4)
+    status = Path(f"/proc/{process.pid}/status")
+    while status.exists():  # until the run takes SIGTERM: its worker has started then
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+        if caught >> (signal.SIGTERM - 1) & 1:
+            break
+        time.sleep(0.005)
     for number in (
         signal.SIGINT,
         signal.SIGTERM,

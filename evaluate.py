@@ -624,7 +624,7 @@ def draw_similarity(evaluation, path, count=10, side=260):
         for i, code in enumerate(used[:count]):
             place = 4, (i + 0.5) * side / count
             ImageDraw.Draw(titles).text(place, words[code], "black", FONT, anchor="lm")
-        image.paste(titles, (side + 20, top))  # beside the rows of both
+        image.paste(titles, (side + 20, top))
         for x, left in zip(cosines, (20, side + 120)):
             image.paste(in_colour((2 * x - 1 - low) / (1 - low), side), (left, top))
             image.paste(titles.rotate(90, expand=True), (left, top - 100))

@@ -232,7 +232,7 @@ def print_words(run, titles, indices, words):
     tokens = dict(zip(titles, indices))
     for number in titles if words == [] else words or ():
         if number not in titles:
-            raise UserError(f"--words {number}: there are images {[*titles][:9]}")
+            raise UserError(f"--words {number}: there are images {[*titles][:9]} (the first 9)")
         print(f"\n{titles[number]}\n{run.spell(tokens[number])}")
 
 

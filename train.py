@@ -119,7 +119,7 @@ class Config(ModelConfig):
     gan_weight: float = option(
         0.8, "weight of the adversarial loss (VQGAN); 0: no discriminator")
     gan_start: int = option(
-        5_000, "step at which the adversarial loss starts; small presets scale it", least=0)
+        5_000, "step at which the adversarial loss starts; small presets scale it with --steps", least=0)
     discriminator_layers: int = option(3, "inner layers; 3 gives patches of 70 × 70 pixels")
 
 
